@@ -1,0 +1,1 @@
+"""What SimCLR and VICReg share: encoder, schedule, data, loop and probes."""

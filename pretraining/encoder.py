@@ -1,0 +1,58 @@
+"""The network that is pretrained: a timm backbone and the projector the loss is computed behind."""
+
+import difflib
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def build_backbone(arch: str) -> nn.Module:
+    """A timm backbone without classifier: images [B, 3, H, W] -> features [B, backbone.num_features].
+
+    The keys and shapes of a ResNet's state dict are torchvision's, less `fc.*`.
+
+    Raises:
+        ValueError: timm has no model of that name; the message offers the nearest.
+    """
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        raise ValueError(f"--arch {arch}: timm has no such model" + (f"; near: {', '.join(near)}" if near else ""))
+    return timm.create_model(arch, pretrained=False, num_classes=0)
+
+
+def build_projector(widths: list[int], last_norm: bool) -> nn.Sequential:
+    """A perceptron over `widths` (input first), BatchNorm and ReLU after each layer but the last.
+
+    The last layer has no bias; `last_norm` puts a BatchNorm behind it (SimCLR's projector; VICReg's expander
+    has none). widths [2048, 8192, 8192, 8192] is VICReg's (arXiv 2105.04906, 4.2), [2048, 2048, 128] SimCLR's.
+    """
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(widths[-1]))
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """Backbone and projector over both views in one forward, so that DDP sees one forward a step.
+
+    Args:
+        joint: True puts both views through as one batch of 2N, as SimCLR does; False makes two passes, so that
+            BatchNorm's statistics belong to one view, as VICReg does.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, joint: bool):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+        self.joint = joint
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        """view1, view2 [n, 3, S, S] -> z1, z2 [n, D]."""
+        if self.joint:
+            z1, z2 = self.projector(self.backbone(torch.cat([view1, view2]))).chunk(2)
+            return z1, z2
+        return self.projector(self.backbone(view1)), self.projector(self.backbone(view2))

@@ -1,0 +1,68 @@
+"""How good an embedding is: without labels (std, RankMe) and with them (kNN, linear)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def embedding_std(z: Tensor) -> Tensor:
+    """Mean over the dimensions of the std of the normalised embeddings, times sqrt(D): z [N, D] -> [].
+
+    1 where embeddings spread over the sphere, 0 where they collapsed to a point (Chen and He,
+    arXiv 2011.10566, section 4.1).
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
+
+
+def rank_me(z: Tensor, eps: float = 1e-7) -> Tensor:
+    """Effective rank of embeddings, exp of the entropy of the normalised singular values: z [N, D] -> [].
+
+    Between 1 and min(N, D) (Garrido et al., RankMe, arXiv 2210.02885, equations 1 and 2).
+    """
+    singular = torch.linalg.svdvals(z.float())
+    p = singular / singular.sum().clamp_min(eps) + eps
+    return torch.exp(-(p * p.log()).sum())
+
+
+@torch.no_grad()
+def knn_predict(
+    train: Tensor, train_labels: Tensor, test: Tensor, classes: int, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """Classes by a weighted vote of the k nearest neighbours in cosine similarity.
+
+    Weights exp(similarity / temperature) (Wu et al., arXiv 1805.01978, section 3.4; k 20 as in later work).
+
+    Args:
+        train: features [N, D]; train_labels: int64 [N] in 0..classes - 1; test: features [M, D].
+
+    Returns:
+        int64 [M].
+    """
+    train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+    votes = []
+    for chunk in test.split(1024):
+        similarity, nearest = (chunk @ train.T).topk(min(k, len(train)), dim=1)
+        weights = (similarity / temperature).exp()
+        vote = torch.zeros(len(chunk), classes, device=train.device)
+        votes.append(vote.scatter_add_(1, train_labels[nearest], weights).argmax(dim=1))
+    return torch.cat(votes)
+
+
+def fit_linear(train: Tensor, labels: Tensor, classes: int, weight_decay: float, iterations: int = 200) -> nn.Linear:
+    """Multinomial logistic regression on frozen features by L-BFGS, full batch: features [N, D] -> nn.Linear(D, classes).
+
+    The features should be standardised. `weight_decay` weighs the squared norm of the weights, without the bias.
+    """
+    linear = nn.Linear(train.shape[1], classes, device=train.device)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(train), labels) + weight_decay * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return linear

@@ -1,0 +1,43 @@
+"""The figures that judge an embedding, at values known in advance."""
+
+import pytest
+import torch
+
+from pretraining.probe import embedding_std, fit_linear, knn_predict, rank_me
+
+
+def test_std_is_one_on_the_sphere_and_zero_at_a_point():
+    assert embedding_std(torch.randn(4096, 64)).item() == pytest.approx(1, abs=0.02)
+    assert embedding_std(torch.ones(16, 8)).item() == 0
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_rank_me_counts_the_directions_used(rank):
+    z = torch.zeros(32, 16)
+    z[:, :rank] = torch.linalg.qr(torch.randn(32, rank))[0]
+    assert rank_me(z).item() == pytest.approx(rank, rel=1e-3)
+
+
+def test_knn_and_linear_separate_what_can_be_separated():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(5, 32, generator=generator) * 3
+    labels = torch.arange(200) % 5
+    features = centres[labels] + torch.randn(200, 32, generator=generator)
+    train, test = (features[:150], labels[:150]), (features[150:], labels[150:])
+    assert (knn_predict(*train, test[0], classes=5) == test[1]).all()
+    linear = fit_linear(*train, classes=5, weight_decay=1e-4)
+    assert (linear(test[0]).argmax(1) == test[1]).all()
+
+
+def test_knn_weighs_near_neighbours_more():
+    train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 1, 1])
+    assert knn_predict(train, labels, torch.tensor([[1.0, 0.1]]), classes=2, k=3).item() == 0
+
+
+def test_linear_probe_finds_the_minimum_of_its_convex_loss():
+    x, y = torch.randn(60, 4, dtype=torch.float32), torch.arange(60) % 3
+    linear = fit_linear(x, y, classes=3, weight_decay=0.1)
+    loss = torch.nn.functional.cross_entropy(linear(x), y) + 0.1 * linear.weight.square().sum()
+    gradient = torch.autograd.grad(loss, [*linear.parameters()])
+    assert all(g.abs().max() < 1e-3 for g in gradient)

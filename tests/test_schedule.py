@@ -1,0 +1,85 @@
+"""The learning rate is the published one at every step, and LARS treats weights and vectors as published."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pretraining.schedule import base_lr, build_optimizer, lr_at, peak_lr
+
+
+def test_published_rates():
+    # The authors' VICReg run: batch 2048, 1000 epochs, base 0.2 -> 1.6. SimCLR: batch 4096 -> 4.8 by either rule.
+    assert peak_lr(base_lr("vicreg", 2048, 1000), 2048, "linear") == pytest.approx(1.6)
+    assert peak_lr(base_lr("simclr", 4096, 100), 4096, "linear") == pytest.approx(4.8)
+    assert peak_lr(base_lr("simclr", 4096, 100), 4096, "sqrt") == pytest.approx(4.8)
+    assert peak_lr(0.3, 256, "sqrt") == pytest.approx(0.075 * 16)
+    table = {128: 0.8, 256: 0.5, 512: 0.4, 1024: 0.3, 2048: 0.3}
+    assert {batch: base_lr("vicreg", batch, 300) for batch in table} == table
+    assert base_lr("vicreg", 512, 100) == 0.3
+
+
+def test_warm_up_is_linear_and_the_cosine_ends_at_its_floor():
+    rates = [lr_at(step, total=110, warmup=10, peak=2.0, floor=0.002) for step in range(111)]
+    assert rates[:11] == pytest.approx([0.2 * step for step in range(11)])
+    assert rates[60] == pytest.approx((2.0 + 0.002) / 2)
+    assert rates[110] == pytest.approx(0.002)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_lars_equals_its_paper_for_weights_and_is_plain_momentum_for_vectors():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    optimizer = build_optimizer(model, "lars", momentum=0.9, weight_decay=0.01)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+        optimizer.zero_grad()
+        model(torch.randn(8, 5, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        for name, p in model.named_parameters():
+            update = p.grad.clone()
+            w = expected[name]
+            if p.ndim > 1:  # You et al. 2017, equations (6) and (7)
+                local = 1e-3 * w.norm() / (update.norm() + 0.01 * w.norm())
+                update = local * (update + 0.01 * w)
+            velocity[name] = 0.9 * velocity[name] + update
+            expected[name] = w - 0.5 * velocity[name]
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_vectors_that_start_at_zero_are_trained():
+    model = nn.Linear(3, 2)
+    nn.init.zeros_(model.bias)
+    optimizer = build_optimizer(model, "lars", 0.9, 1e-6)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.bias, torch.full((2,), -0.1))
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_no_decay_for_a_downsample_norm_whatever_its_name(name):
+    import timm
+
+    model = timm.create_model("resnet18", num_classes=0)
+    decayed = {
+        id(p) for g in build_optimizer(model, name, 0.9, 1e-4).param_groups if g["weight_decay"] for p in g["params"]
+    }
+    named = dict(model.named_parameters())
+    assert id(named["layer2.0.downsample.0.weight"]) in decayed
+    assert id(named["layer2.0.downsample.1.weight"]) not in decayed
+    assert len(decayed) == 20  # the convolutions of a ResNet-18
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="--optimizer adam:"):
+        build_optimizer(nn.Linear(2, 2), "adam", 0.9, 0)
+    with pytest.raises(ValueError, match="--lr-scaling cubic:"):
+        peak_lr(0.3, 256, "cubic")
+    assert math.isfinite(lr_at(0, 1, 0, 1.0, 0.0))
