@@ -1,0 +1,348 @@
+"""Find drawings and read them: image files and PDF pages in, uint8 arrays out, or one clear error.
+
+Gray stays gray (2-D) and colour stays colour; 16-bit, 1-bit, palette, CMYK and transparent files all end
+as 8-bit gray or RGB. A file that is cut short is an error, never a half-gray picture.
+"""
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pypdfium2
+from PIL import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".pdf")
+MAX_PIXELS = 20_000 * 20_000
+# Pillow warns above its own limit and raises above twice that, both below a large scanned sheet.
+Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)
+STRIPE = 1024  # rows handled at a time, so that a 400-megapixel sheet needs no second copy of itself
+
+
+class DataError(Exception):
+    """Bad input, in one line that names the file and the cure."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One drawing: an image file, or one page (counted from 1) of a PDF or of a multi-page TIFF."""
+
+    path: Path
+    page: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The path in posix form, with "#page=N" where the file has pages."""
+        return self.path.as_posix() + ("" if self.page is None else f"#page={self.page}")
+
+
+def find_sheets(root: Path) -> list[Sheet]:
+    """All sheets at `root`, sorted: one file, a flat folder, or a tree (COCO split folders included).
+
+    Hidden files, folders and files that are no drawings are passed over; PDFs and multi-page TIFFs give one
+    sheet a page. Whether a sheet can be decoded shows only in `read_sheet`. Raises DataError if there is none.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise DataError(f"{root}: no such file or folder")
+    files = [root] if root.is_file() else sorted(_walk(root))
+    sheets = [sheet for file in files if file.suffix.lower() in SUFFIXES for sheet in _pages(file)]
+    if not sheets:
+        raise DataError(f"{root}: no drawings found; give png, jpg, tif, bmp, webp or pdf files")
+    return sheets
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    seen = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        # A link back to a parent would walk for ever.
+        subfolders[:] = [] if real in seen else [s for s in subfolders if s[0] != "." and s != "__MACOSX"]
+        if real not in seen:
+            seen.add(real)
+            yield from (Path(folder, name) for name in names if name[0] != ".")
+
+
+def _pages(path: Path) -> list[Sheet]:
+    """One sheet a page; a file that can't be opened counts as one sheet, so that reading it says why."""
+    try:
+        if path.suffix.lower() == ".pdf":
+            with pypdfium2.PdfDocument(path) as document:
+                return [Sheet(path, page) for page in range(1, len(document) + 1)]
+        if path.suffix.lower() in (".tif", ".tiff"):
+            with _open(path) as picture:
+                pages = _tiff_pages(picture)
+                return [Sheet(path, page) for page in pages] if len(pages) > 1 else [Sheet(path)]
+    except Exception:  # decoders raise anything on broken bytes; read_sheet gives the reason
+        return [Sheet(path)]
+    return [Sheet(path)]
+
+
+def _tiff_pages(picture: Image.Image) -> list[int]:
+    """Pages counted from 1, without the thumbnails and reduced copies that viewers store beside them."""
+    pages = []
+    for index in range(getattr(picture, "n_frames", 1)):
+        picture.seek(index)
+        if not getattr(picture, "tag_v2", {}).get(254, 0) & 1:  # NewSubfileType, bit 0: reduced copy
+            pages.append(index + 1)
+    return pages
+
+
+def read_sheet(sheet: Sheet | Path, dpi: int = 200) -> np.ndarray:
+    """Decode one sheet into uint8 [H, W] (gray) or [H, W, 3] (RGB).
+
+    A three-channel file whose channels are all equal comes back gray. 16-bit values are scaled to 8 bits,
+    transparency is laid over white, an EXIF rotation is applied. `dpi` is for PDF pages only.
+    Raises DataError when the file is missing, truncated, damaged or above 400 megapixels.
+    """
+    sheet = sheet if isinstance(sheet, Sheet) else Sheet(Path(sheet))
+    with _errors_named(sheet):
+        image = _render(sheet, dpi) if sheet.path.suffix.lower() == ".pdf" else _decode(sheet)
+        return _gray_if_equal(image)
+
+
+def sheet_size(sheet: Sheet | Path, dpi: int = 200) -> tuple[int, int]:
+    """(width, height) in pixels as `read_sheet` would give them, from the header alone. Raises DataError."""
+    sheet = sheet if isinstance(sheet, Sheet) else Sheet(Path(sheet))
+    with _errors_named(sheet):
+        if sheet.path.suffix.lower() == ".pdf":
+            with pypdfium2.PdfDocument(sheet.path) as document:
+                return _page_size(sheet, document, dpi)
+        with _open(sheet.path, sheet.page) as picture:
+            width, height = picture.size
+            return (height, width) if _orientation(picture) >= 5 else (width, height)
+
+
+def to_color(image: np.ndarray, color_mode: str) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3] RGB -> [H, W] for color_mode "gray", [H, W, 3] for "rgb"."""
+    if color_mode == "gray":
+        return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    if color_mode == "rgb":
+        return image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    raise ValueError(f"color_mode is {color_mode!r}; gray or rgb")
+
+
+def looks_truncated(path: Path) -> bool:
+    """True where the end mark of a jpg, png or webp is missing: a few bytes are read, nothing is decoded.
+
+    False is no proof: `read_sheet` looks at every byte.
+    """
+    with open(path, "rb") as file:
+        head = file.read(12)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 12))
+        tail = file.read()
+    if head[:2] == b"\xff\xd8":
+        # Something may follow the end mark (a second picture, padding): then the whole file is walked.
+        return not tail.endswith(b"\xff\xd9") and not _jpeg_is_whole(path.read_bytes())
+    if head[:4] == b"\x89PNG":
+        return tail[4:8] != b"IEND" and not _png_is_whole(path.read_bytes())
+    return (head[:4] == b"RIFF" and not _webp_is_whole(head, size)) or size == 0
+
+
+@contextmanager
+def _errors_named(sheet: Sheet) -> Iterator[None]:
+    """Turn whatever a decoder raises into one DataError line; a decoder may raise anything on broken bytes."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{sheet.name}: no such file") from None
+    except PermissionError:
+        raise DataError(f"{sheet.name}: permission denied; make it readable") from None
+    except Image.UnidentifiedImageError:
+        raise DataError(
+            f"{sheet.name}: truncated, or not a png, jpg, tif, bmp, webp or pdf file; export it again"
+        ) from None
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{sheet.name}: cannot be decoded ({reason}); export it again") from None
+
+
+@contextmanager
+def _open(file: Path | BytesIO, page: int | None = None) -> Iterator[Image.Image]:
+    """Pillow's lazy reader: the header is parsed, no pixel is decoded yet."""
+    with Image.open(file, formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP")) as picture:
+        if page is not None:
+            picture.seek(page - 1)
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise DataError(
+                f"{file if isinstance(file, Path) else 'image'}: {width} x {height} px is above"
+                " 400 megapixels; split or shrink it"
+            )
+        yield picture
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation 1..8; Pillow turns TIFFs by itself, and decodes a whole PNG to look for late EXIF."""
+    if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
+        return 1
+    value = picture.getexif().get(0x0112, 1)
+    return value if value in range(1, 9) else 1
+
+
+def _decode(sheet: Sheet) -> np.ndarray:
+    data = sheet.path.read_bytes()
+    if not data:
+        raise DataError(f"{sheet.name}: empty file; copy or export it again")
+    with _open(BytesIO(data), sheet.page) as picture:
+        if not _is_whole(data, picture):
+            raise DataError(f"{sheet.name}: truncated; copy or export it again")
+        turn = _orientation(picture)
+        image = _decode_fast(data, picture)
+        if image is None:
+            image = _decode_any(picture)
+    return _turned(image, turn)
+
+
+def _decode_fast(data: bytes, picture: Image.Image) -> np.ndarray | None:
+    """OpenCV, several times Pillow's speed, for the plain jpg and png; None for what it reads differently."""
+    plain = {"JPEG": ("L", "RGB"), "MPO": ("L", "RGB"), "PNG": ("L", "RGB", "RGBA", "I", "I;16")}
+    if picture.mode not in plain.get(picture.format or "", ()) or "transparency" in picture.info:
+        return None
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        return None
+    if image.dtype == np.uint16:
+        image = cv2.convertScaleAbs(image, alpha=1 / 257)
+    if image.ndim == 2:
+        return image
+    if image.shape[2] == 4:
+        return _over_white(cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA, dst=image))
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def _decode_any(picture: Image.Image) -> np.ndarray:
+    picture.load()
+    if picture.mode.startswith("I;16"):
+        return _from_16_bit(picture)
+    if picture.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no fixed white; save it with 8 or 16 bits")
+    if picture.mode in ("L", "1"):
+        return np.array(picture.convert("L"))
+    if "A" in picture.getbands() or "a" in picture.mode or "transparency" in picture.info:
+        return _over_white(np.array(picture.convert("RGBA")))
+    return np.array(picture.convert("RGB"))
+
+
+def _from_16_bit(picture: Image.Image) -> np.ndarray:
+    """Gray of 9 to 16 bits -> uint8; a TIFF says how many bits are in use and whether 0 is white."""
+    tags = getattr(picture, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]
+    image = cv2.convertScaleAbs(np.array(picture).astype(np.uint16), alpha=255 / (2**bits - 1))
+    return 255 - image if tags.get(262) == 0 else image
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 4] -> [H, W, 3], transparency laid over white paper."""
+    image = np.empty((*rgba.shape[:2], 3), np.uint8)
+    for top in range(0, len(rgba), STRIPE):
+        stripe = rgba[top : top + STRIPE].astype(np.uint16)
+        alpha = stripe[..., 3:]
+        image[top : top + STRIPE] = (stripe[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return image
+
+
+def _gray_if_equal(image: np.ndarray) -> np.ndarray:
+    if image.ndim == 2:
+        return image
+    for top in range(0, len(image), STRIPE):
+        red, green, blue = cv2.split(image[top : top + STRIPE])
+        if not (np.array_equal(red, green) and np.array_equal(green, blue)):
+            return image
+    return cv2.extractChannel(image, 0)
+
+
+def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation (Exif 2.32, tag 0x0112: where row 0 and column 0 of the file belong)."""
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def _is_whole(data: bytes, picture: Image.Image) -> bool:
+    """Whether the file goes on to its own end; decoders fill up what is missing or stop without a word."""
+    if picture.format in ("JPEG", "MPO"):
+        return _jpeg_is_whole(data)
+    if picture.format == "PNG":
+        return _png_is_whole(data)
+    if picture.format == "WEBP":
+        return _webp_is_whole(data[:12], len(data))
+    if picture.format == "TIFF":
+        tags = getattr(picture, "tag_v2", {})
+        starts, sizes = tags.get(273) or tags.get(324, ()), tags.get(279) or tags.get(325, ())
+        return all(start + size <= len(data) for start, size in zip(starts, sizes, strict=False))
+    return True  # BMP: Pillow raises on missing rows
+
+
+# In JPEG a marker is FF and a byte that is not 00 (a stuffed FF), D0-D7 (restarts) or FF (fill).
+JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+def _jpeg_is_whole(data: bytes) -> bool:
+    """Walk the segments to the end mark; a thumbnail's own end mark, inside a segment, is stepped over."""
+    position = 2
+    while found := JPEG_MARKER.search(data, position):
+        position = found.end()
+        marker = data[position - 1]
+        if marker == 0xD9:
+            return True
+        if marker not in (0x01, 0xD8):  # these two stand alone; all others begin with their length
+            position += int.from_bytes(data[position : position + 2], "big")
+    return False
+
+
+def _png_is_whole(data: bytes) -> bool:
+    """Walk the chunks to IEND, with the checksums of those that carry the picture."""
+    view, position = memoryview(data), 8
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            return False
+        if kind[:1].isupper():
+            (checksum,) = struct.unpack_from(">I", data, end - 4)
+            if zlib.crc32(view[position + 4 : end - 4]) != checksum:
+                return False
+        if kind == b"IEND":
+            return True
+        position = end
+    return False
+
+
+def _webp_is_whole(head: bytes, size: int) -> bool:
+    return size >= 8 + int.from_bytes(head[4:8], "little")
+
+
+def _page_size(sheet: Sheet, document: pypdfium2.PdfDocument, dpi: int) -> tuple[int, int]:
+    page = sheet.page or 1
+    if page > len(document):
+        raise DataError(f"{sheet.path}: has {len(document)} pages, not {page}")
+    width, height = (int(np.ceil(side * dpi / 72)) for side in document[page - 1].get_size())
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{sheet.name}: {width} x {height} px at {dpi} dpi; give a smaller --dpi")
+    return width, height
+
+
+def _render(sheet: Sheet, dpi: int) -> np.ndarray:
+    data = sheet.path.read_bytes()
+    # PDFium repairs a cut file as it can and leaves pages blank; the end mark is in the last 1024 bytes.
+    if b"%%EOF" not in data[-1024:]:
+        raise DataError(f"{sheet.name}: truncated; copy or export it again")
+    with pypdfium2.PdfDocument(data) as document:
+        _page_size(sheet, document, dpi)
+        page = document[(sheet.page or 1) - 1]
+        return np.array(page.render(scale=dpi / 72, rev_byteorder=True).to_numpy()[..., :3])
