@@ -1,0 +1,155 @@
+"""Files that are either whole or absent (law 5). No torch here.
+
+Order of events for a file with its hash beside it:
+  1. bytes into a temporary in the same folder, hashed on the way, fsync
+  2. NAME.sha256 gets the new hash, above the hash of the file that is still there, fsync, rename
+  3. the temporary is renamed to NAME, fsync of the folder
+  4. NAME.sha256 forgets the old hash
+A cut before 3 leaves the old file, whose hash is still listed; a cut after it leaves the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(Exception):
+    """One line for the person at the keyboard: it names the file or flag and the cure."""
+
+
+class HashingFile:
+    """A write-only file that hashes what passes through, and remembers the first error of the disk."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.raw.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.raw.flush()
+
+
+def replace(
+    path: Path,
+    write: Callable[[HashingFile], None],
+    hashed: bool = False,
+    allowed: Callable[[], None] = lambda: None,
+) -> str:
+    """Let `write` fill a temporary, then put it in the place of `path`. Returns the sha256 in hex.
+
+    hashed: keep PATH.sha256 beside it, in the format of `sha256sum -c`.
+    allowed: called when the bytes are on disk and nothing has been renamed; it raises to call it off.
+    Raises UserError when the disk is full; then `path` is as before and no temporary is left.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "xb") as raw:
+            file = HashingFile(raw)
+            try:
+                write(file)
+            except Exception:
+                if file.error:  # torch hides "No space left on device" behind "unexpected pos"
+                    raise file.error from None
+                raise
+            raw.flush()
+            os.fsync(raw.fileno())
+        digest = file.sha256.hexdigest()
+        allowed()
+        if hashed:
+            _list_hashes(path, [digest, *(known_hashes(path) if path.exists() else [])])
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+        if hashed and len(known_hashes(path)) > 1:
+            _list_hashes(path, [digest])
+        return digest
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(
+                f"{path}: not written, the disk is full ({os.strerror(error.errno or 0)}); "
+                "what was there before is intact: make room and run the same command again"
+            ) from None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`replace` for a short text."""
+    replace(path, lambda file: file.write(text.encode()) and None)
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def known_hashes(path: Path) -> list[str]:
+    """The hashes that PATH may have, by PATH.sha256; none when it is absent."""
+    try:
+        lines = sidecar(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.split()[0] for line in lines if line.split()]
+
+
+def verify(path: Path) -> None:
+    """Raise UserError unless PATH is there and has the hash that is written beside it."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    hashes = known_hashes(path)
+    if not hashes:
+        raise UserError(
+            f"{path}: no {path.name}.sha256 beside it, so it can't be verified; copy both files, or vouch "
+            f"for it by `sha256sum {path.name} > {path.name}.sha256` in its folder"
+        )
+    if file_hash(path) not in hashes:
+        raise UserError(f"{path}: truncated or damaged, its sha256 is not the one written beside it")
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed writer left in a folder: temporaries, and hashes without their file."""
+    for temporary in folder.glob(".*.tmp-*"):
+        temporary.unlink(missing_ok=True)
+    for listed in folder.glob("*.sha256"):
+        if not listed.with_name(listed.name.removesuffix(".sha256")).exists():
+            listed.unlink(missing_ok=True)
+
+
+def _list_hashes(path: Path, hashes: list[str]) -> None:
+    write_text(sidecar(path), "".join(f"{digest}  {path.name}\n" for digest in dict.fromkeys(hashes)))

@@ -1,0 +1,246 @@
+"""Checkpoints that are whole, verified and free of code; the backbone between stages; the final marker.
+
+    EXP_DIR/checkpoints/step_00000120.pt      a nested dict of tensors and primitives
+    EXP_DIR/checkpoints/step_00000120.pt.sha256
+    EXP_DIR/final.json                        signed when the stage is done, checked by the next one
+
+torch is imported where it is needed: status commands read the final marker without it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import atomic
+from cluster.atomic import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = dict[str, Any]
+STEP_FILE = re.compile(r"step_(\d+)\.pt")
+
+
+def step_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.pt"
+
+
+def write(
+    folder: Path, step: int, state: State, keep: int, allowed: Callable[[], None] = lambda: None
+) -> Path:
+    """Write a checkpoint that holds `state` and "step", then remove all but the newest `keep`.
+
+    allowed: see cluster.atomic.replace. Raises UserError when the disk is full.
+    """
+    path = step_path(folder, step)
+    write_file(path, {**state, "step": step}, allowed)
+    # Later ones than this were passed over on resume: they must not push out the good ones.
+    for old in [old for old_step, old in listed(folder) if old_step <= step][max(1, keep) :]:
+        old.unlink(missing_ok=True)
+        atomic.sidecar(old).unlink(missing_ok=True)
+    return path
+
+
+def write_file(path: Path, state: State, allowed: Callable[[], None] = lambda: None) -> str:
+    """Write one file such as model.pt, whole or not at all, its sha256 beside it. Returns the sha256."""
+    import torch
+
+    content = plain(state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return atomic.replace(path, lambda file: torch.save(content, file), hashed=True, allowed=allowed)  # type: ignore[arg-type]
+
+
+def read(path: Path) -> State:
+    """Read a file written by this module, onto the CPU.
+
+    Raises UserError, in one line, for an absent, truncated or damaged file, for one without its sha256,
+    and for one that holds anything but tensors and primitives: code in it is never run.
+    """
+    atomic.verify(path)
+    return _load(path)
+
+
+def listed(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in a folder, newest first, verified or not."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_FILE.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """Path of the newest checkpoint that verifies and loads, and why each later one was passed over."""
+    path, _, rejected = load_newest(folder)
+    return path, rejected
+
+
+def load_newest(folder: Path) -> tuple[Path | None, State, list[str]]:
+    """As `newest_valid`, with its content."""
+    rejected: list[str] = []
+    for _, path in listed(folder):
+        try:
+            return path, read(path), rejected
+        except UserError as error:
+            rejected.append(str(error))
+    return None, {}, rejected
+
+
+class Writer:
+    """Writes checkpoints off the critical path: copy to host memory now, to disk in a thread.
+
+    One write is in flight at a time. What goes wrong in the thread is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, keep: int, allowed: Callable[[], None] = lambda: None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.allowed = allowed
+        self.newest: Path | None = None  # the newest durable one
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._blocks: dict[str, Tensor] = {}
+
+    def save(self, step: int, state: State) -> None:
+        """Return as soon as `state` has been copied; it may change afterwards."""
+        self.wait()
+        copy = plain(state, self._blocks)
+        self._thread = threading.Thread(target=self._persist, args=(step, copy), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises what went wrong in the thread."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _persist(self, step: int, state: State) -> None:
+        try:
+            self.newest = write(self.folder, step, state, self.keep, self.allowed)
+        except BaseException as error:
+            self._error = error
+
+
+def plain(state: Any, blocks: dict[str, Tensor] | None = None, where: str = "state") -> Any:
+    """`state` with only what weights_only=True reads back: dict, list, tuple, str, numbers, tensors on the CPU.
+
+    blocks: host memory to copy every tensor into, by place in the state; used again by the next call.
+    Raises TypeError that names the place of anything else.
+    """
+    import numpy
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        state = state.detach()
+        return state.cpu() if blocks is None else _copy(state, blocks, where)
+    if isinstance(state, dict):
+        for key in state:
+            if type(key) not in (str, int):
+                raise TypeError(f"{where}: key {key!r} is neither str nor int")
+        return {key: plain(value, blocks, f"{where}[{key!r}]") for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        items = [plain(value, blocks, f"{where}[{index}]") for index, value in enumerate(state)]
+        return tuple(items) if isinstance(state, tuple) else items
+    if isinstance(state, numpy.generic):
+        state = state.item()
+    if state is None or type(state) in (bool, int, float, str):
+        return state
+    raise TypeError(f"{where} is a {type(state).__name__}: a checkpoint holds tensors and primitives only")
+
+
+def _copy(tensor: Tensor, blocks: dict[str, Tensor], where: str) -> Tensor:
+    import torch
+
+    block = blocks.get(where)
+    if block is None or block.shape != tensor.shape or block.dtype != tensor.dtype:
+        block = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        blocks[where] = block
+    return block.copy_(tensor)
+
+
+def _load(path: Path) -> State:
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"(?:GLOBAL|global|function|class) [`']?([\w.]+)", str(error))
+        raise UserError(
+            f"{path}: refused, it holds code or objects{f' ({what[1]})' if what else ''}, "
+            "not only tensors; nothing in it was run"
+        ) from None
+    except Exception as error:  # truncated zip, foreign format: torch raises many kinds
+        raise UserError(f"{path}: not a checkpoint ({str(error).splitlines()[0][:120]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint of Linework, it holds a {type(content).__name__}")
+    return content
+
+
+def export_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, str | float | list]) -> str:
+    """Write backbone.safetensors, its sha256 beside it. meta (arch, method, mean, ...) travels inside."""
+    from safetensors.torch import save
+
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(content, {key: json.dumps(value) for key, value in meta.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return atomic.replace(path, lambda file: file.write(data) and None, hashed=True)
+
+
+def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, meta) of a file of `export_backbone`. Raises UserError as `read` does."""
+    from safetensors import SafetensorError, safe_open
+
+    atomic.verify(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a backbone of Linework ({str(error).splitlines()[0][:120]})") from None
+
+
+def sign_final(exp_dir: Path, step: int, files: list[str]) -> None:
+    """Write EXP_DIR/final.json: the stage is done, these are its files (relative to EXP_DIR), these their hashes."""
+    signed = {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "files": {name: atomic.file_hash(exp_dir / name) for name in files},
+    }
+    atomic.write_text(exp_dir / "final.json", json.dumps(signed, indent=2) + "\n")
+
+
+def check_final(exp_dir: Path) -> dict[str, Any]:
+    """The content of EXP_DIR/final.json. Raises UserError when it is absent or a file is not the signed one."""
+    path = exp_dir / "final.json"
+    try:
+        signed = json.loads(path.read_text())
+        files = dict(signed["files"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: absent, so that stage has not finished; run it to its end first") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: unreadable ({error}); remove it and run that stage again") from None
+    for name, digest in files.items():
+        file = exp_dir / name
+        if not file.is_file():
+            raise UserError(f"{file}: gone since {path} was signed; run that stage again")
+        if atomic.file_hash(file) != digest:
+            raise UserError(f"{file}: changed since {path} was signed; restore it or run that stage again")
+    return signed

@@ -1,0 +1,132 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a bar on a terminal or lines in a log.
+
+metrics.jsonl has one JSON object a line, each with "step" (steps done before it, from 0). Figures that JSON
+can't hold are the strings "nan", "inf" and "-inf", which float() reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cluster.distributed import World
+
+
+class Journal:
+    """Rank 0's record of a run; on other ranks every method does nothing.
+
+    start_step: the run goes on from here; what an earlier life logged at this step and later is dropped, as
+    that will be logged again. every: steps between lines in a log that is not a terminal.
+    """
+
+    def __init__(
+        self, exp_dir: Path, world: World, total_steps: int, start_step: int = 0, every: int = 10
+    ) -> None:
+        self.main = world.main
+        self.folder = exp_dir
+        self.total_steps = total_steps
+        self.every = max(1, every)
+        if self.main:
+            self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        truncate(path, start_step)
+        self._lines = open(path, "a", buffering=1)  # noqa: SIM115 closed by close()
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step or None)
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self.total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self._since = (time.monotonic(), start_step)  # of the last line told
+        self._rate = 0.0  # seconds a step
+
+    def log(self, step: int, **scalars: float) -> None:
+        """Record the figures of step `step` (0-based: the first step of a run is 0)."""
+        if not self.main:
+            return
+        figures = {name: float(value) for name, value in scalars.items()}
+        self._lines.write(json.dumps({"step": step, **{k: _json_float(v) for k, v in figures.items()}}) + "\n")
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+        self._tell(step, figures)
+
+    def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor) -> None:
+        """TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in [0, 1]."""
+        if self.main:
+            self._board.add_embedding(tensor, label_img=thumbnails, global_step=step)
+
+    def message(self, text: str) -> None:
+        """A line for the reader, above the bar."""
+        if not self.main:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged at `step` and later: the run goes back there."""
+        if self.main:
+            self.close()
+            self._open(step)
+
+    def close(self) -> None:
+        if self.main:
+            self._lines.close()
+            self._board.close()
+            if self._bar is not None:
+                self._bar.close()
+
+    def _tell(self, step: int, figures: dict[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.update(step + 1 - self._bar.n)
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+            return
+        done, now = step + 1, time.monotonic()
+        if done % self.every and done != self.total_steps:
+            return
+        then, told = self._since
+        if done > told:
+            self._rate = (now - then) / (done - told)
+        self._since = (now, done)
+        left = int(self._rate * max(0, self.total_steps - done))
+        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(
+            f"step {done}/{self.total_steps}  {text}  {1000 * self._rate:.0f} ms/step  "
+            f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}",
+            flush=True,
+        )
+
+
+def truncate(path: Path, start_step: int) -> None:
+    """Keep the lines of metrics.jsonl with step < start_step; a half-written last line goes too.
+
+    The file is replaced, not cut: a lost rank of an earlier life that still writes has the old one in its hands.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] < start_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    atomic.write_text(path, "".join(kept))
+
+
+def _json_float(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

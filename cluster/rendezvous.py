@@ -1,0 +1,155 @@
+"""Who am I, and where do the ranks meet: torchrun | srun | alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster import atomic
+from cluster.atomic import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+ORDINARY_STEPS = 0xFFFFFFF0  # above: the batch script, the shell of salloc, extern
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among all that were started together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = "alone"  # or torchrun, slurm
+
+
+def place(env: Mapping[str, str] = os.environ) -> Place:
+    """Read the launcher's variables. A plain `python` in a batch script, under salloc or in a pty is alone."""
+    if "RANK" in env and "WORLD_SIZE" in env and "LOCAL_RANK" in env:
+        return Place(
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env["LOCAL_RANK"]),
+            int(env.get("LOCAL_WORLD_SIZE", 1)),
+            "torchrun",
+        )
+    step = env.get("SLURM_STEP_ID", "")
+    if "SLURM_PROCID" in env and step.isdigit() and int(step) < ORDINARY_STEPS and "SLURM_PTY_PORT" not in env:
+        size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
+        per_node = _expand(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size))
+        local_size = per_node[int(env.get("SLURM_NODEID", 0))]
+        return Place(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size, "slurm")
+    return Place()
+
+
+def _expand(counts: str) -> list[int]:
+    """'2(x3),1' -> [2, 2, 2, 1]"""
+    numbers = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        numbers += [int(count)] * int(times or 1)
+    return numbers
+
+
+def meet(me: Place, folder: Path | None, timeout: float) -> Store:
+    """A store that all ranks have joined. folder: on a file system that all nodes share (for Slurm).
+
+    Raises UserError naming the ranks that did not come within `timeout` seconds.
+    """
+    if me.launcher == "torchrun":
+        from torch.distributed import rendezvous
+
+        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
+        _wait_for_all(store, me, timeout)
+        return store
+    if folder is None:
+        raise UserError(f"{me.size} ranks under srun need a shared folder to meet in: give --exp-dir")
+    return _meet_in(folder, me, timeout)
+
+
+def _meet_in(folder: Path, me: Place, timeout: float) -> Store:
+    from torch.distributed import TCPStore
+
+    note = folder / f".rendezvous-{_launch_key(os.environ)}"
+    if me.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Port 0: the kernel picks a free one. A port computed from the job id collides.
+        store = TCPStore("localhost", 0, me.size, True, timedelta(seconds=timeout), wait_for_workers=False)
+        token = uuid.uuid4().hex
+        store.set("token", token)
+        atomic.write_text(note, json.dumps({"hosts": _my_names(), "port": store.port, "token": token}))
+    else:
+        store = _join(note, me, timeout)
+    try:
+        _wait_for_all(store, me, timeout)
+    finally:
+        if me.rank == 0:
+            note.unlink(missing_ok=True)
+    return store
+
+
+def _launch_key(env: Mapping[str, str]) -> str:
+    """The same on every rank of one launch and on no other: a note left by a dead launch is not picked up."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_SRUN_COMM_PORT")
+    return "-".join(env.get(name, "0") for name in names)
+
+
+def _my_names() -> list[str]:
+    """Names and addresses under which another node may reach this one, the likeliest first."""
+    names = [os.environ.get("SLURMD_NODENAME", ""), socket.gethostname()]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Connecting a datagram socket sends nothing; it tells which address faces the other nodes.
+        probe.connect((os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "10.255.255.255"), 9))
+        names.append(probe.getsockname()[0])
+    return list(dict.fromkeys(filter(None, names)))
+
+
+def _join(note: Path, me: Place, timeout: float) -> Store:
+    from torch.distributed import TCPStore
+
+    deadline = time.monotonic() + timeout
+    seen = "no note of rank 0"
+    while time.monotonic() < deadline:
+        try:
+            content = json.loads(note.read_text())
+        except (OSError, ValueError):
+            content = {"hosts": []}
+        for host in content["hosts"]:
+            with contextlib.suppress(OSError):
+                # A short look first: a store takes a minute to give up on a name that does not resolve.
+                socket.create_connection((host, content["port"]), timeout=3).close()
+                left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+                store = TCPStore(host, content["port"], me.size, False, left, wait_for_workers=False)
+                if store.get("token").decode() == content["token"]:
+                    return store
+            seen = f"rank 0 does not answer at {host}:{content['port']}"
+        time.sleep(0.1)
+    raise UserError(
+        f"rank {me.rank} on {socket.gethostname()} met nobody in {timeout:.0f} s ({seen}): is {note.parent} on a "
+        "file system that all nodes share, and can they reach each other?"
+    )
+
+
+def _wait_for_all(store: Store, me: Place, timeout: float) -> None:
+    """First meeting: long, since importing torch from a cold disk takes a node 20 s and more."""
+    store.set(f"here-{me.rank}", socket.gethostname())
+    missing = list(range(me.size))
+    deadline = time.monotonic() + timeout
+    while missing and time.monotonic() < deadline:
+        with contextlib.suppress(RuntimeError):  # the time-out of one wait
+            store.wait([f"here-{missing[0]}"], timedelta(seconds=max(0.1, min(5.0, deadline - time.monotonic()))))
+            missing.pop(0)
+    if missing:
+        gone = [rank for rank in missing if not store.check([f"here-{rank}"])]
+        raise UserError(f"rank {', '.join(map(str, gone))} of {me.size} did not come within {timeout:.0f} s")
