@@ -1,15 +1,24 @@
-"""Labelled sheets in COCO form: read, repair, write."""
+"""Labelled sheets in COCO form: read, repair, write.
+
+A raw Roboflow export is read as it comes. What is wrong with it is repaired or dropped, never silently: each
+split carries its findings, and `python -m schematics.check` prints them. docs/data-format.md lists them all.
+"""
 
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from schematics.repair import Row, SheetFile, Tally, class_names, clean_rows, renumber, usable_images
 from schematics.sheets import DataError
 
 ANNOTATIONS = "_annotations.coco.json"
+SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,152 @@ class Category:
 
     id: int
     name: str
+
+
+@dataclass
+class LabelledSheet:
+    """One sheet and its boxes; file_name is as in the annotation file, path is where the file really lies."""
+
+    image_id: int
+    file_name: str
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray  # float64 [N, 4], x0 y0 x1 y1 in pixels of the sheet
+    labels: np.ndarray  # int64 [N], 1..K; label k is categories[k - 1] of the split
+    crowd: np.ndarray  # bool [N]
+    area: np.ndarray  # float64 [N], as in the file (a mask's area may be less than its box's)
+    annotation_ids: np.ndarray  # int64 [N], unique in the split and never 0
+    # float64 [N, 4], COCO's x y width height: x + width - x is not always width to the last bit.
+    xywh: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a split, at one place. `kind` of a fatal one names the cure."""
+
+    kind: str
+    where: str  # the sheet's file name, or the annotation file
+    count: int
+    action: str  # "repaired", "dropped", "kept" (worth a look) or "fatal"
+
+
+@dataclass
+class Split:
+    folder: Path
+    categories: list[Category]
+    sheets: list[LabelledSheet]
+    findings: list[Finding]
+
+
+def read_split(folder: Path) -> Split:
+    """Read, repair and number one split: `folder` with sheets and their COCO annotation file.
+
+    Labels agree between splits that lie side by side: the classes are the union of those listed in them.
+    Headers of all sheets are read, no pixels. Raises DataError where the split can't be used.
+    """
+    split = inspect_split(folder)
+    for finding in split.findings:
+        if finding.action == "fatal":
+            raise DataError(f"{split.folder / finding.where}: {finding.kind}")
+    return split
+
+
+def inspect_split(folder: Path) -> Split:
+    """`read_split` that leaves fatal findings in the list. Raises DataError only for an unreadable file."""
+    folder = Path(folder)
+    file = annotation_file(folder)
+    if file is None:
+        raise DataError(f"{folder}: no {ANNOTATIONS}; {_cure(folder)}")
+    documents = {folder.name: _load(file), **dict(_siblings(folder))}
+    own = documents[folder.name]
+    tally: Tally = Counter()
+    names = class_names(documents, file.name, tally)
+    files = usable_images(folder, own["images"], file.name, tally)
+    rows = list(clean_rows(own["annotations"], files, names, file.name, tally))
+    renumber(rows, file.name, tally)
+    rows_of = defaultdict(list)
+    for row in rows:
+        rows_of[row.sheet.id].append(row)
+    label_of = {number: label for label, number in enumerate(names, start=1)}
+    usable = {sheet.id: sheet for sheet in files.values() if sheet}
+    sheets = [_labelled(sheet, rows_of[number], label_of) for number, sheet in usable.items()]
+    for sheet in sheets:
+        if not len(sheet.boxes):
+            tally["sheet without boxes", sheet.file_name, "kept"] += 1
+    if not rows:
+        tally["no usable box on any usable sheet; see the other findings", file.name, "fatal"] += 1
+    findings = [Finding(kind, where, count, action) for (kind, where, action), count in tally.items()]
+    return Split(folder, [Category(number, name) for number, name in names.items()], sheets, findings)
+
+
+def _labelled(sheet: SheetFile, rows: Sequence[Row], label_of: dict[int, int]) -> LabelledSheet:
+    xywh = np.array([row.bbox for row in rows], np.float64).reshape(-1, 4)
+    corners = np.minimum(xywh[:, :2] + xywh[:, 2:], [sheet.width, sheet.height])
+    return LabelledSheet(
+        image_id=sheet.id,
+        file_name=sheet.name,
+        path=sheet.path,
+        width=sheet.width,
+        height=sheet.height,
+        boxes=np.hstack([xywh[:, :2], corners]),
+        labels=np.array([label_of[row.category_id] for row in rows], np.int64),
+        crowd=np.array([row.crowd for row in rows], bool),
+        area=np.array([row.area for row in rows], np.float64),
+        annotation_ids=np.array([row.id for row in rows], np.int64),
+        xywh=xywh,
+    )
+
+
+def find_split(data_dir: Path, split: str) -> Path:
+    """The folder of "train", "valid" (also val, validation) or "test" in `data_dir`.
+
+    Raises DataError that names what was looked for and the cure.
+    """
+    data_dir = Path(data_dir)
+    names = next((names for names in SPLITS.values() if split in names), (split,))
+    for name in names:
+        if annotation_file(data_dir / name):
+            return data_dir / name
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir}: no such folder")
+    wanted = " or ".join(f"{name}/{ANNOTATIONS}" for name in names)
+    raise DataError(f"{data_dir}: no {wanted}; {_cure(data_dir)}")
+
+
+def annotation_file(folder: Path) -> Path | None:
+    """_annotations.coco.json, annotations.json or the only json file in `folder`; None without one."""
+    for name in (ANNOTATIONS, "annotations.json"):
+        if (folder / name).is_file():
+            return folder / name
+    others = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
+    if len(others) > 1:
+        raise DataError(f"{folder}: {len(others)} json files; name the right one {ANNOTATIONS}")
+    return others[0] if others else None
+
+
+def to_coco(split: Split) -> dict[str, Any]:
+    """Clean COCO ground truth, ready for pycocotools: original image and category ids, complete rows."""
+    images, annotations = [], []
+    for sheet in split.sheets:
+        images.append(
+            {"id": sheet.image_id, "file_name": sheet.file_name, "width": sheet.width, "height": sheet.height}
+        )
+        xywh = sheet.xywh
+        if xywh is None:
+            xywh = np.hstack([sheet.boxes[:, :2], sheet.boxes[:, 2:] - sheet.boxes[:, :2]])
+        for i, bbox in enumerate(xywh.tolist()):
+            annotations.append(
+                {
+                    "id": int(sheet.annotation_ids[i]),
+                    "image_id": sheet.image_id,
+                    "category_id": split.categories[sheet.labels[i] - 1].id,
+                    "bbox": bbox,
+                    "area": float(sheet.area[i]),
+                    "iscrowd": int(sheet.crowd[i]),
+                }
+            )
+    return _document(images, split.categories, annotations)
 
 
 def write_split(
@@ -38,9 +193,8 @@ def write_split(
     for number, annotation in enumerate(annotations, start=1):
         width, height = annotation["bbox"][2:]
         rows.append({"id": number, "area": width * height, "iscrowd": 0, **annotation})
-    text = json.dumps(_document(images, categories, rows), ensure_ascii=False)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(json.dumps(_document(images, categories, rows), ensure_ascii=False), encoding="utf-8")
     os.replace(partial, path)
     return path
 
@@ -55,3 +209,37 @@ def _document(
         "images": list(images),
         "annotations": list(annotations),
     }
+
+
+def _cure(folder: Path) -> str:
+    if next(folder.rglob("*.xml"), None):
+        return f"it looks like Pascal VOC: python -m schematics.convert {folder} OUT"
+    if next(folder.rglob("data.yaml"), None) or next(folder.rglob("labels"), None):
+        return f"it looks like YOLO: python -m schematics.convert {folder} OUT"
+    return f"put the sheets of each split and their COCO annotations there, as {ANNOTATIONS}"
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON ({error}); export it again") from None
+    for key in ("images", "annotations", "categories"):
+        rows = document.get(key) if isinstance(document, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise DataError(f'{file}: not COCO annotations, no list "{key}" of objects; export it as COCO')
+    return document
+
+
+def _siblings(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Annotations of the splits beside `folder`, if it is one; a broken one shows in its own reading."""
+    splits = [name for names in SPLITS.values() for name in names]
+    if folder.resolve().name not in splits:
+        return
+    for name in splits:
+        beside = folder.resolve().parent / name
+        try:
+            if name != folder.resolve().name and (file := annotation_file(beside)):
+                yield name, _load(file)
+        except DataError:
+            continue

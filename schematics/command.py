@@ -22,9 +22,9 @@ def run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Parse the flags, run `main` and exit: its code (None is 0), 1 after DataError or a failed file operation.
+    """Parse the flags, call `main` with them and exit with its code (None is 0).
 
-    `main` gets the parsed flags. Flags that don't parse end with code 2.
+    DataError and failed file operations become one line and code 1, flags that don't parse code 2.
     """
     args = parser.parse_args(argv)
     # Pillow warns about the very files that the command lists in a line of its own.

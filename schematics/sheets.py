@@ -47,7 +47,7 @@ def find_sheets(root: Path) -> list[Sheet]:
     """All sheets at `root`, sorted: one file, a flat folder, or a tree (COCO split folders included).
 
     Hidden files, folders and files that are no drawings are passed over; PDFs and multi-page TIFFs give one
-    sheet a page. Whether a sheet can be decoded shows only in `read_sheet`. Raises DataError if there is none.
+    sheet a page. Whether one can be decoded shows only in `read_sheet`. Raises DataError if there is none.
     """
     root = Path(root)
     if not root.exists():
@@ -149,7 +149,7 @@ def looks_truncated(path: Path) -> bool:
 
 @contextmanager
 def _errors_named(sheet: Sheet) -> Iterator[None]:
-    """Turn whatever a decoder raises into one DataError line; a decoder may raise anything on broken bytes."""
+    """Turn whatever a decoder raises into one DataError line; on broken bytes it may raise anything."""
     try:
         yield
     except DataError:
