@@ -1,0 +1,113 @@
+"""Where to look on a sheet: windows that hold ink, and a grid of tiles that covers everything.
+
+A window is a square in absolute pixels of the sheet, never a share of it: a 2-px line stays a 2-px line
+however large the sheet. Paper is the most frequent colour, so dark CAD screens work like white paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]  # [H, W] gray or [H, W, 3] RGB
+Colour = int | tuple[int, int, int]
+
+INK_TOLERANCE = 40  # gray levels; JPEG ringing and scan noise stay below, thin anti-aliased lines above
+PAPER_SAMPLE = 1 << 18  # pixels looked at to find the paper
+
+
+@dataclass(frozen=True)
+class Window:
+    """A square of `side` pixels on sheet number `sheet`, its upper left corner at (x, y)."""
+
+    sheet: int
+    x: int
+    y: int
+    side: int
+
+
+def paper_color(image: Image) -> Colour:
+    """The most frequent colour of an image [H, W] or [H, W, 3]: an int, or (r, g, b).
+
+    Colours are counted in bins of 8 levels, so that JPEG noise doesn't split the paper; the median of the
+    winning bin is returned.
+    """
+    step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / PAPER_SAMPLE)))
+    pixels = image[::step, ::step].reshape(-1, *image.shape[2:])
+    coarse = pixels >> 3
+    if image.ndim == 2:
+        most = np.bincount(coarse).argmax()
+        return int(np.median(pixels[coarse == most]))
+    code = coarse.astype(np.int32) @ np.array([1024, 32, 1], np.int32)
+    red, green, blue = np.median(pixels[code == np.bincount(code).argmax()], axis=0).astype(int)
+    return int(red), int(green), int(blue)
+
+
+def ink_mask(image: Image, paper: Colour | None = None, tolerance: int = INK_TOLERANCE) -> NDArray[np.bool_]:
+    """Pixels [H, W] that differ from the paper by more than `tolerance` levels in any channel."""
+    level = np.atleast_1d(np.asarray(paper_color(image) if paper is None else paper, dtype=float))
+    return cv2.inRange(image, level - tolerance, level + tolerance) == 0
+
+
+def starts(length: int, side: int, stride: int) -> NDArray[np.int64]:
+    """Evenly spread starts of the intervals of `side` that cover `length`, at most `stride` apart."""
+    count = max(1, -(-(length - side) // stride) + 1)
+    return np.linspace(0, max(0, length - side), count).astype(np.int64)
+
+
+def ink_windows(
+    image: Image, side: int, stride: int, min_ink: float, paper: Colour | None = None
+) -> NDArray[np.int64]:
+    """Corners (x, y) [N, 2] of the windows of `side` px in which at least `min_ink` of the pixels are ink.
+
+    A sheet no larger than `side` is one window, its ink counted against side². The integral image is kept
+    only at the corners of windows, so a sheet of 20,000 px a side needs no more memory than a band of it.
+    """
+    height, width = image.shape[:2]
+    paper = paper_color(image) if paper is None else paper
+    xs, ys = starts(width, side, stride), starts(height, side, stride)
+    columns = np.unique([xs, np.minimum(xs + side, width)])
+    rows = np.unique([ys, np.minimum(ys + side, height)])
+    integral = np.zeros((len(rows), len(columns)), dtype=np.int64)  # ink above rows[i], left of columns[j]
+    for i in range(1, len(rows)):
+        band = ink_mask(image[rows[i - 1] : rows[i]], paper)
+        per_column = np.concatenate([[0], np.cumsum(np.count_nonzero(band, axis=0))])
+        integral[i] = integral[i - 1] + per_column[columns]
+    top, bottom = np.searchsorted(rows, ys), np.searchsorted(rows, np.minimum(ys + side, height))
+    left, right = np.searchsorted(columns, xs), np.searchsorted(columns, np.minimum(xs + side, width))
+    strips = integral[bottom] - integral[top]
+    ink = strips[:, right] - strips[:, left]
+    row, column = np.nonzero(ink >= max(1, min_ink * side * side))
+    return np.stack([xs[column], ys[row]], axis=1)
+
+
+def cut(image: Image, x: int, y: int, side: int, paper: Colour | None = None) -> Image:
+    """The window [side, side] or [side, side, 3] at (x, y), a copy; beyond the sheet lies paper.
+
+    paper: that colour, found on the image where it's needed and not given.
+    """
+    height, width = image.shape[:2]
+    x0, y0, x1, y1 = max(0, x), max(0, y), min(width, x + side), min(height, y + side)
+    if (x0, y0, x1, y1) == (x, y, x + side, y + side):
+        return image[y:y1, x:x1].copy()
+    window = np.empty((side, side, *image.shape[2:]), dtype=np.uint8)
+    window[:] = paper_color(image) if paper is None else paper
+    if x0 < x1 and y0 < y1:
+        window[y0 - y : y1 - y, x0 - x : x1 - x] = image[y0:y1, x0:x1]
+    return window
+
+
+def tile_sheet(width: int, height: int, side: int, overlap: int) -> NDArray[np.int64]:
+    """Tiles [N, 4], xyxy in sheet pixels, that cover the sheet row by row.
+
+    Neighbours share at least `overlap` px. A sheet no larger than `side` is one tile of its own size; no
+    tile reaches over the sheet's edge.
+    """
+    if not 0 <= overlap < side:
+        raise ValueError(f"overlap must be in [0, side), got {overlap} with side {side}")
+    xs, ys = starts(width, side, side - overlap), starts(height, side, side - overlap)
+    x, y = (grid.ravel() for grid in np.meshgrid(xs, ys))
+    return np.stack([x, y, np.minimum(x + side, width), np.minimum(y + side, height)], axis=1)

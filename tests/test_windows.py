@@ -1,0 +1,99 @@
+"""Windows: paper is what is most frequent, blank paper is skipped, tiles cover the sheet."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schematics.windows import cut, ink_mask, ink_windows, paper_color, starts, tile_sheet
+
+
+def jpeg(image, quality=60):
+    return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], -1)
+
+
+@pytest.mark.parametrize("paper", [255, 0, 33, 247, 248, (20, 30, 45), (250, 248, 235)])
+def test_paper_is_the_most_frequent_colour_dark_or_light(paper):
+    shape = (300, 400) if isinstance(paper, int) else (300, 400, 3)
+    image = np.empty(shape, np.uint8)
+    image[:] = paper
+    image[40:120, 50:90] = 128
+    assert paper_color(image) == paper
+    noisy = jpeg(image)
+    np.testing.assert_allclose(paper_color(noisy), paper, atol=3)
+
+
+@pytest.mark.parametrize("paper, ink", [(255, 0), (15, 200), ((20, 30, 45), (200, 60, 60))])
+def test_ink_survives_jpeg_and_paper_gives_none(paper, ink):
+    image = np.empty((256, 256) if isinstance(paper, int) else (256, 256, 3), np.uint8)
+    image[:] = paper
+    image[100:102, 20:220] = ink
+    drawn = ink_mask(image)
+    assert drawn.sum() == 400
+    seen = ink_mask(jpeg(image, 75))
+    assert (seen & drawn).sum() >= 380  # the line is found
+    assert seen[:90].sum() + seen[112:].sum() == 0  # and no noise far from it
+
+
+def test_ink_in_one_colour_channel_counts():
+    image = np.full((64, 64, 3), 255, np.uint8)
+    image[30:32, :, 2] = 0  # yellow on white
+    assert ink_mask(image).sum() == 128
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 120), st.integers(4, 60), st.integers(0, 9999))
+def test_ink_windows_equal_a_count_of_every_window(width, height, side, stride, seed):
+    rng = np.random.default_rng(seed)
+    image = np.where(rng.random((height, width)) < 0.002, 0, 255).astype(np.uint8)
+    got = ink_windows(image, side, stride, min_ink=0.003, paper=255).tolist()
+    want = [
+        [x, y]
+        for y in starts(height, side, stride)
+        for x in starts(width, side, stride)
+        if (image[y : y + side, x : x + side] == 0).sum() >= max(1, 0.003 * side * side)
+    ]
+    assert got == want
+
+
+def test_blank_paper_has_no_window_and_a_small_sheet_has_one():
+    blank = np.full((1000, 1000), 255, np.uint8)
+    assert ink_windows(blank, 256, 128, 0.001).shape == (0, 2)
+    small = np.full((90, 120), 255, np.uint8)
+    small[40:44, 10:110] = 0
+    assert ink_windows(small, 256, 128, 0.001).tolist() == [[0, 0]]
+
+
+def test_cut_pads_with_paper_and_copies():
+    image = np.full((50, 80, 3), (10, 20, 30), np.uint8)
+    image[5, 5] = 255
+    window = cut(image, -4, 3, 96)
+    assert window.shape == (96, 96, 3)
+    assert (window[2, 9] == 255).all() and (window == [10, 20, 30]).all(axis=2).sum() == 96 * 96 - 1
+    inside = cut(image, 0, 0, 40)
+    inside[:] = 0
+    assert image.max() == 255
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(200, 1000), st.data())
+def test_tiles_cover_the_sheet_with_the_asked_overlap(width, height, side, data):
+    overlap = data.draw(st.integers(0, side // 2))
+    tiles = tile_sheet(width, height, side, overlap)
+    assert tiles.dtype == np.int64
+    for low, high, length in ((0, 2, width), (1, 3, height)):
+        spans = np.unique(tiles[:, [low, high]], axis=0)
+        assert spans[0, 0] == 0 and spans[-1, 1] == length
+        assert (spans[:, 1] - spans[:, 0] == min(side, length)).all()
+        assert (spans[:-1, 1] - spans[1:, 0] >= overlap).all()
+    assert len(np.unique(tiles, axis=0)) == len(tiles)
+
+
+def test_a_small_sheet_is_one_tile():
+    assert tile_sheet(300, 200, 512, 64).tolist() == [[0, 0, 300, 200]]
+
+
+def test_impossible_overlap_is_refused():
+    with pytest.raises(ValueError, match="overlap"):
+        tile_sheet(100, 100, 64, 64)
