@@ -14,7 +14,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/demo.sh $(RUNS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh $(RUNS)
 
 check: install
 	$(BIN)/ruff check .

@@ -1,0 +1,54 @@
+"""How well a linear layer on a frozen backbone tells classes apart.
+
+    python -m schematics.symbols DATA crops
+    python evaluate/linear.py --checkpoint RUN/backbone.safetensors --data-dir crops
+
+Standardises the features, fits a multinomial logistic regression on the train split for each weight decay of a
+grid, takes the one that is best on the valid split and prints top-1 accuracy on the test split.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.config import run
+from pretraining.features import split_features
+from pretraining.probe import accuracy, fit_linear
+from schematics.sheets import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    # backbone.safetensors of a pretraining run.
+    checkpoint: Path
+    # Folder with train, valid and test, in each one folder a class.
+    data_dir: Path
+    # Weights of the squared norm that are tried.
+    weight_decays: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
+    # Side in pixels to which crops are brought; default: that of pretraining.
+    image_size: int | None = None
+    # Processes that read images.
+    workers: int = 2
+    # cpu or cuda.
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(config: LinearConfig) -> None:
+    classes, (train, valid, test) = split_features(
+        config.checkpoint, config.data_dir, ["train", "valid", "test"],
+        config.image_size, config.device, config.workers,
+    )  # fmt: skip
+    mean, std = train[0].mean(dim=0), train[0].std(dim=0).clamp_min(1e-6)
+    (x, y), (x_valid, y_valid), (x_test, y_test) = (((f - mean) / std, labels) for f, labels in (train, valid, test))
+    fits = [(fit_linear(x, y, len(classes), decay), decay) for decay in config.weight_decays]
+    linear, decay = max(fits, key=lambda fit: accuracy(fit[0](x_valid).argmax(dim=1), y_valid)[0])
+    top1, per_class = accuracy(linear(x_test).argmax(dim=1), y_test)
+    print(
+        f"linear top-1 {top1:.4f}  mean over classes {per_class:.4f}  "
+        f"({len(y_test)} crops, {len(classes)} classes, weight decay {decay:g} chosen on valid)"
+    )
+
+
+if __name__ == "__main__":
+    run(LinearConfig, main, expected=(DataError,))

@@ -1,0 +1,133 @@
+"""Frozen features of a pretrained backbone, for probes and pictures."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cluster.checkpoint import read_backbone
+from cluster.config import UserError
+from pretraining.encoder import build_backbone
+from schematics.sheets import find_sheets, read_sheet, to_color
+from schematics.windows import paper_color
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32, channels last; mean and std [3] in units of 0..1."""
+    images = (images.float() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def load_backbone(path: Path) -> tuple[nn.Module, dict]:
+    """The backbone of a backbone.safetensors, in eval mode, and the meta it travels with.
+
+    Raises:
+        UserError: the file is not one of ours, is damaged, or its tensors are not all those of its architecture.
+    """
+    tensors, meta = read_backbone(path)
+    backbone = build_backbone(meta["arch"])
+    missing, unexpected = backbone.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise UserError(
+            f"{path}: {len(missing)} tensors of {meta['arch']} are missing and {len(unexpected)} are not its own; "
+            "export the backbone again"
+        )
+    return backbone.eval(), meta
+
+
+@torch.no_grad()
+def embed(backbone: nn.Module, images: Tensor, mean: Tensor, std: Tensor, batch: int = 64) -> Tensor:
+    """Features in eval mode: images uint8 [B, 3, S, S] -> float32 [B, D] on the CPU."""
+    device = next(backbone.parameters()).device
+    training = backbone.training
+    backbone.eval()
+    features = [
+        backbone(normalise(chunk.to(device), mean.to(device), std.to(device))).float().cpu()
+        for chunk in images.split(batch)
+    ]
+    backbone.train(training)
+    return torch.cat(features)
+
+
+class ClassFolder(Dataset):
+    """Images in one folder a class, as schematics.symbols writes them; item -> uint8 [3, size, size], label.
+
+    Labels count along `classes`, which may hold more names than this folder has.
+
+    Raises:
+        DataError: a class folder has no drawing.
+    """
+
+    def __init__(self, root: Path, classes: list[str], size: int, color_mode: str):
+        present = [(k, root / name) for k, name in enumerate(classes) if (root / name).is_dir()]
+        self.files = [(sheet.path, k) for k, folder in present for sheet in find_sheets(folder)]
+        self.size, self.color_mode = size, color_mode
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        return square(to_color(read_sheet(path), self.color_mode), self.size), label
+
+
+def square(image: np.ndarray, size: int) -> Tensor:
+    """uint8 [H, W] or [H, W, 3] -> uint8 [3, size, size], padded to a square with the paper's colour."""
+    paper = np.atleast_1d(paper_color(image)).tolist()
+    h, w = image.shape[:2]
+    side = max(h, w)
+    top, left = (side - h) // 2, (side - w) // 2
+    image = cv2.copyMakeBorder(image, top, side - h - top, left, side - w - left, cv2.BORDER_CONSTANT, value=paper)
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if size < side else cv2.INTER_CUBIC)
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def class_names(data_dir: Path, splits: list[str]) -> list[str]:
+    """Names of the class folders of all splits together, sorted.
+
+    Raises:
+        UserError: a split's folder is not there or has no class folders.
+    """
+    names: set[str] = set()
+    for split in splits:
+        root = data_dir / split
+        here = {child.name for child in root.iterdir() if child.is_dir()} if root.is_dir() else set()
+        if not here:
+            raise UserError(
+                f"{root}: no class folders there; cut them with: python -m schematics.symbols DATA {data_dir}"
+            )
+        names |= here
+    return sorted(names)
+
+
+def class_features(
+    backbone: nn.Module, meta: dict, folder: ClassFolder, device: str, workers: int
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] and labels int64 [N] of every image of a class folder, on `device`."""
+    mean, std = torch.tensor(meta["mean"]), torch.tensor(meta["std"])
+    backbone = backbone.to(device)
+    features, labels = [], []
+    for images, batch_labels in DataLoader(folder, batch_size=64, num_workers=workers):
+        features.append(embed(backbone, images, mean, std))
+        labels.append(batch_labels)
+    return torch.cat(features).to(device), torch.cat(labels).to(device)
+
+
+def split_features(
+    checkpoint: Path, data_dir: Path, splits: list[str], image_size: int | None, device: str, workers: int
+) -> tuple[list[str], list[tuple[Tensor, Tensor]]]:
+    """Class names, and for each split its features [N, D] and labels int64 [N], by a backbone.safetensors.
+
+    Raises:
+        UserError, DataError: as load_backbone, class_names and ClassFolder.
+    """
+    backbone, meta = load_backbone(checkpoint)
+    classes = class_names(data_dir, splits)
+    size = image_size or meta["image_size"]
+    folders = [ClassFolder(data_dir / split, classes, size, meta["color_mode"]) for split in splits]
+    return classes, [class_features(backbone, meta, folder, device, workers) for folder in folders]

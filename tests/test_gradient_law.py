@@ -1,0 +1,74 @@
+"""Law 3: W ranks give the one-rank gradient of the global batch, for both losses."""
+
+import multiprocessing
+import os
+import socket
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster import distributed
+from pretraining.encoder import Encoder
+from simclr.loss import nt_xent
+from vicreg.loss import vicreg_loss
+
+LOSSES = {"simclr": partial(nt_xent, temperature=0.1), "vicreg": vicreg_loss}
+BATCH = 16
+
+
+def encoder(joint: bool) -> Encoder:
+    """Without BatchNorm, whose statistics on CPU are per rank."""
+    torch.manual_seed(1)
+    return Encoder(nn.Sequential(nn.Linear(12, 24), nn.Tanh()), nn.Linear(24, 20, bias=False), joint)
+
+
+def gradients(method: str, world: distributed.World) -> torch.Tensor:
+    """The gradient of one step over this rank's share, flattened."""
+    views = torch.randn(2, BATCH, 12, generator=torch.Generator().manual_seed(2))
+    share = distributed.per_rank(BATCH, world)
+    view1, view2 = views[:, world.rank * share : (world.rank + 1) * share]
+    model = encoder(joint=method == "simclr")
+    wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    z1, z2 = wrapped(view1, view2)
+    loss, _ = LOSSES[method](distributed.all_gather(z1), distributed.all_gather(z2))
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def rank_main(rank: int, size: int, port: int, results) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = distributed.start("cpu")
+    results.put((rank, {method: gradients(method, world).tolist() for method in LOSSES}))
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    world = distributed.World(rank=0, size=1, local_rank=0, device=torch.device("cpu"), launcher="alone")
+    return {method: gradients(method, world) for method in LOSSES}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_gradient_does_not_depend_on_the_number_of_ranks(size, alone):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "pretraining.encoder", "cluster.distributed"])
+    results = context.SimpleQueue()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free_port = server.getsockname()[1]
+    ranks = [context.Process(target=rank_main, args=(r, size, free_port, results)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    found = dict(results.get() for _ in ranks)
+    for process in ranks:
+        process.join(30)
+        assert process.exitcode == 0
+    for method, expected in alone.items():
+        for rank in range(size):
+            gradient = torch.tensor(found[rank][method])
+            assert f"{gradient.norm() / expected.norm():.4f}" == "1.0000", method
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
