@@ -46,7 +46,7 @@ class Journal:
         path = self.folder / "metrics.jsonl"
         truncate(path, start_step)
         self._lines = open(path, "a", buffering=1)  # noqa: SIM115 closed by close()
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step or None)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total_steps, initial=start_step, unit="step", dynamic_ncols=True)

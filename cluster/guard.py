@@ -1,0 +1,48 @@
+"""What to do about a gradient that is not finite: skip, go back, or end. No torch here.
+
+The verdict rests on the norm of the gradient after DDP has averaged it, which is the same on every rank: the ranks
+need not ask each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+SKIPS = 3  # in a row: back to the last verified checkpoint
+ROLLBACKS = 2  # the second of these ends the run
+
+
+@dataclass
+class Guard:
+    """Counters of one run; keep `state()` in the checkpoint.
+
+    offset: step s uses the data of position s + offset, so that data which led to a rollback is passed over.
+    """
+
+    skipped: int = 0  # in a row
+    rollbacks: int = 0
+    offset: int = 0
+
+    def judge(self, finite: bool) -> str:
+        """'ok': take the step. 'skip': leave the weights alone. 'rollback': see `roll_back`. 'stop': see `last_words`."""
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped < SKIPS:
+            return "ok" if finite else "skip"
+        return "rollback" if self.rollbacks + 1 < ROLLBACKS else "stop"
+
+    def roll_back(self, step: int, to_step: int) -> None:
+        """The bad step was `step`; the run goes on at `to_step`, with the data after that of the bad step."""
+        self.offset += step + 1 - to_step
+        self.rollbacks += 1
+        self.skipped = 0
+
+    def last_words(self, step: int, files: list[str], checkpoint: str) -> str:
+        """The one line that ends the run, for a UserError."""
+        shown = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
+        return (
+            f"step {step}: the gradient was not finite {SKIPS} times in a row, for the {self.rollbacks + 1}. time; batch of "
+            f"{shown}; last good checkpoint {checkpoint or 'none'}; lower the learning rate, or look at those files"
+        )
+
+    def state(self) -> dict[str, int]:
+        return asdict(self)
