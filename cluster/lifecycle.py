@@ -201,7 +201,7 @@ class Run:
             if not again or distributed.on_main(requeue):
                 time.sleep(self.block_for)
         if again:
-            return False
+            raise SystemExit(AGAIN)
         raise SystemExit(130 if self.signals.name == "SIGINT" else 143)
 
 
