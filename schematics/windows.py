@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]  # [H, W] gray or [H, W, 3] RGB
+Image = np.ndarray  # uint8 [H, W] gray or [H, W, 3] RGB
 Colour = int | tuple[int, int, int]
 
 INK_TOLERANCE = 40  # gray levels; JPEG ringing and scan noise stay below, thin anti-aliased lines above

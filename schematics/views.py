@@ -1,0 +1,327 @@
+"""Two views of a window: the published photo recipes of SimCLR and VICReg, and `drawing`, for line art.
+
+All on uint8 with OpenCV, numbers only from `generator`: a view is a function of (seed, epoch, sample, view)
+and of nothing else. What each recipe does to a drawing, and why, is in docs/views.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from schematics.windows import Colour, Image, ink_mask, paper_color
+
+RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
+
+# The loader's worker processes are the parallelism; OpenCV's own threads would fight them for the cores.
+cv2.setNumThreads(1)
+
+
+def generator(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
+    """The one source of randomness: counter-based Philox, so that no two quadruples share a stream.
+
+    The low word of the counter numbers the draws; the other three and the key are the arguments.
+    """
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, view, sample, epoch]))
+
+
+def two_views(
+    window: Image,
+    recipe: str,
+    size: int,
+    seed: int,
+    epoch: int,
+    sample: int,
+    strength: float = 1.0,
+    orientation: bool = False,
+) -> tuple[Image, Image]:
+    """Two views uint8 [size, size, 3] RGB of a window uint8 [H, W] or [H, W, 3].
+
+    strength: multiplies the ranges of the colour jitter. orientation: mirror and turn by 90 degrees in
+    `drawing` too, which erases classes told apart by orientation; the photo recipes mirror in any case.
+    """
+    if recipe == "drawing":
+        first, second = _drawing_pair(window, size, seed, epoch, sample, strength, orientation)
+    elif recipe in PHOTO:
+        first, second = (
+            _photo_view(window, size, generator(seed, epoch, sample, view), strength, PHOTO[recipe][view])
+            for view in (0, 1)
+        )
+    else:
+        raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    return _three_channels(first), _three_channels(second)
+
+
+def _three_channels(image: Image) -> Image:
+    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image
+
+
+def resize(image: Image, size: int) -> Image:
+    """[h, w] or [h, w, 3] -> [size, size(, 3)], bicubic, antialiased where it shrinks.
+
+    Shrinking goes over a bicubic copy at 2, 4, ... times the size, averaged down: the weights of
+    INTER_AREA with a smoother edge, at half its time or less (powers of two have a fast path).
+    """
+    factor = max(image.shape[:2]) / size
+    finer = 1 if factor <= 1 else 2
+    while factor > 1.25 * finer:  # bicubic still reads every source pixel at 1.25
+        finer *= 2
+    image = cv2.resize(image, (finer * size, finer * size), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) if finer > 1 else image
+
+
+# --- the photo recipes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One view's published numbers. Common to all: crop area .08-1, mirror p .5, jitter p .8, gray p .2."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    blur: float  # probability; kernel side/10, sigma U(.1, 2)
+    solarize: float  # probability; threshold 128
+
+
+SIMCLR = Photo(0.8, 0.8, 0.8, 0.2, blur=0.5, solarize=0.0)  # arXiv 2002.05709, appendix A
+VICREG = (  # arXiv 2105.04906, appendix C.1: asymmetric, as in BYOL
+    Photo(0.4, 0.4, 0.2, 0.1, blur=1.0, solarize=0.0),
+    Photo(0.4, 0.4, 0.2, 0.1, blur=0.1, solarize=0.2),
+)
+PHOTO = {"simclr": (SIMCLR, SIMCLR), "vicreg": VICREG}
+
+
+def _photo_view(image: Image, size: int, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
+    x, y, w, h = random_resized_crop(image.shape[1], image.shape[0], rng)
+    image = resize(image[y : y + h, x : x + w], size)
+    if rng.random() < 0.5:
+        image = cv2.flip(image, 1)
+    if rng.random() < 0.8:
+        image = _color_jitter(image, rng, strength, photo)
+    if rng.random() < 0.2:
+        image = to_gray(image)
+    if rng.random() < photo.blur:
+        image = blur(image, rng.uniform(0.1, 2.0))
+    if rng.random() < photo.solarize:
+        image = solarize(image)
+    return image
+
+
+def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(x, y, w, h): area U(.08, 1) of the window, log-uniform ratio 3/4-4/3; ten tries, then the middle."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
+    """Brightness, contrast, saturation and hue by factors drawn from the ranges, in random order."""
+    ranges = strength * np.array([photo.brightness, photo.contrast, photo.saturation])
+    factors = rng.uniform(np.maximum(0, 1 - ranges), 1 + ranges)
+    turn = rng.uniform(-1, 1) * min(0.5, strength * photo.hue)
+    for operation in rng.permutation(4):
+        if operation == 0:
+            image = adjust_brightness(image, factors[0])
+        elif operation == 1:
+            image = adjust_contrast(image, factors[1])
+        elif operation == 2:
+            image = adjust_saturation(image, factors[2])
+        else:
+            image = adjust_hue(image, turn)
+    return image
+
+
+def to_gray(image: Image) -> Image:
+    """RGB -> luma (ITU-R 601) [H, W]; gray as it is."""
+    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+def adjust_brightness(image: Image, factor: float) -> Image:
+    """Blend with black."""
+    return cv2.addWeighted(image, factor, image, 0.0, 0.0)
+
+
+def adjust_contrast(image: Image, factor: float) -> Image:
+    """Blend with the mean of the image's luma."""
+    return cv2.addWeighted(image, factor, image, 0.0, (1 - factor) * cv2.mean(to_gray(image))[0])
+
+
+def adjust_saturation(image: Image, factor: float) -> Image:
+    """Blend with the image's luma."""
+    if image.ndim == 2:
+        return image
+    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * np.array([0.299, 0.587, 0.114]))
+
+
+def adjust_hue(image: Image, turn: float) -> Image:
+    """Turn the hue by `turn` of the full circle; hue in 256 steps, as Pillow has it."""
+    if image.ndim == 2:
+        return image
+    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
+    hue += np.uint8(round(turn * 256) % 256)  # wraps around
+    return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
+
+
+def blur(image: Image, sigma: float) -> Image:
+    """Gaussian, the published kernel of side/10; taps beyond 3 sigma add less than a gray level: left out."""
+    radius = min(image.shape[0] // 10 // 2, int(np.ceil(3 * sigma)))
+    return cv2.GaussianBlur(image, (2 * radius + 1, 2 * radius + 1), sigma)
+
+
+SOLARIZED = np.array([x if x < 128 else 255 - x for x in range(256)], dtype=np.uint8)
+
+
+def solarize(image: Image) -> Image:
+    """Invert what is 128 or lighter."""
+    return cv2.LUT(image, SOLARIZED)
+
+
+# --- the recipe for drawings -----------------------------------------------------------------------------
+
+REACH = 2  # a crop is at most this many times the view's side: a 2-px line stays a pixel wide
+PAIR = 2  # the stream of what both views share, beside those of view 0 and 1
+# Gray level of scan noise in units of its standard deviation, for each value of a random byte.
+NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a window that both views of a pair look at."""
+
+    image: Image
+    paper: Colour
+    ink: NDArray[np.int64]  # [N] flat indices of the pixels with ink
+
+
+def _drawing_pair(
+    window: Image, size: int, seed: int, epoch: int, sample: int, strength: float, orientation: bool
+) -> list[Image]:
+    region = _region(window, size, generator(seed, epoch, sample, PAIR))
+    return [
+        _drawing_view(region, size, generator(seed, epoch, sample, view), strength, orientation)
+        for view in (0, 1)
+    ]
+
+
+def _region(window: Image, size: int, rng: np.random.Generator) -> Region:
+    """At most REACH * size a side, around ink: two crops of it overlap, and neither shrinks a line away."""
+    paper = paper_color(window[::2, ::2])
+    height, width = window.shape[:2]
+    w, h = min(width, REACH * size), min(height, REACH * size)
+    mask = ink_mask(window, paper)
+    if (w, h) != (width, height):
+        x, y = _around_ink(np.flatnonzero(mask), width, height, w, h, rng)
+        window, mask = window[y : y + h, x : x + w], mask[y : y + h, x : x + w]
+    return Region(window, paper, np.flatnonzero(mask))
+
+
+def _around_ink(
+    ink: NDArray[np.int64], width: int, height: int, w: int, h: int, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Corner (x, y) of a crop of w x h with a random pixel of ink in its middle half, where edges allow."""
+    at = ink[rng.integers(len(ink))] if len(ink) else rng.integers(width * height)
+    x = at % width - w * rng.uniform(0.25, 0.75)
+    y = at // width - h * rng.uniform(0.25, 0.75)
+    return int(np.clip(x, 0, width - w)), int(np.clip(y, 0, height - h))
+
+
+def _drawing_view(
+    region: Region, size: int, rng: np.random.Generator, strength: float, orientation: bool
+) -> Image:
+    image = resize(_crop(region, rng), size)
+    if orientation:
+        image = np.rot90(image, int(rng.integers(4)))
+        image = np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image)
+    image = _wear(image, region.paper, rng)
+    image = _tone(image, region.paper, rng, strength)
+    if rng.random() < 0.3:
+        image = _scan_noise(image, rng.uniform(2, 10), rng)
+    if rng.random() < 0.3:
+        image = _jpeg(image, int(rng.integers(30, 91)))
+    return image
+
+
+def _crop(region: Region, rng: np.random.Generator) -> Image:
+    """A crop of .4 to 1 of the region's side, half of the time turned and sheared by a few degrees."""
+    height, width = region.image.shape[:2]
+    share, ratio = rng.uniform(0.4, 1.0), np.exp(rng.uniform(-0.2, 0.2))
+    w = max(1, min(width, round(width * share * ratio)))
+    h = max(1, min(height, round(height * share / ratio)))
+    x, y = _around_ink(region.ink, width, height, w, h, rng)
+    if rng.random() < 0.5:
+        return region.image[y : y + h, x : x + w]
+    # At the sheet's own resolution, before shrinking: interpolation costs a thin line little there.
+    angle, shear = np.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
+    shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
+    return cv2.warpAffine(
+        region.image,
+        np.column_stack([turn, shift]),
+        (w, h),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderValue=region.paper,
+    )
+
+
+def _is_light(paper: Colour) -> bool:
+    return bool(np.mean(paper) > 127)
+
+
+def _wear(image: Image, paper: Colour, rng: np.random.Generator) -> Image:
+    """What pens and copiers do to a line, one thing at most: thicker or thinner by a pixel, or blurred."""
+    kind = rng.random()
+    if kind < 0.25:  # thicker
+        return (cv2.erode if _is_light(paper) else cv2.dilate)(image, np.ones((2, 2), np.uint8))
+    if kind < 0.4:  # thinner; by half, as a whole pixel would wipe out lines that are one wide
+        thin = (cv2.dilate if _is_light(paper) else cv2.erode)(image, np.ones((2, 2), np.uint8))
+        return cv2.addWeighted(image, 0.5, thin, 0.5, 0)
+    if kind < 0.7:
+        return cv2.GaussianBlur(image, (5, 5), rng.uniform(0.2, 0.7))
+    return image
+
+
+def _tone(image: Image, paper: Colour, rng: np.random.Generator, strength: float) -> Image:
+    """Contrast against the paper, brightness, at times inverted; colours shift only a little."""
+    contrast = 1 + strength * rng.uniform(-0.3, 0.1)
+    brightness = strength * rng.uniform(-25, 25)
+    saturation = 1 + strength * rng.uniform(-0.2, 0.2)
+    turn = strength * rng.uniform(-0.02, 0.02)
+    inverted = rng.random() < 0.2
+    if image.ndim == 3:  # colour tells classes apart where a drawing has it
+        image = adjust_hue(adjust_saturation(image, saturation), turn)
+    image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * float(np.mean(paper)) + brightness)
+    return _invert(image) if inverted else image
+
+
+def _invert(image: Image) -> Image:
+    """Light to dark and back; in RGB by max + min -> 255 - max + 255 - min, so that hues stay."""
+    if image.ndim == 2:
+        return cv2.bitwise_not(image)
+    red, green, blue = cv2.split(image)
+    high = cv2.bitwise_not(cv2.max(cv2.max(red, green), blue))
+    low = cv2.min(cv2.min(red, green), blue)
+    return cv2.merge([cv2.add(cv2.subtract(channel, low), high) for channel in (red, green, blue)])
+
+
+def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
+    """Gaussian noise of `sigma` gray levels, equal in all channels; random bytes are its quantiles."""
+    quantile = np.frombuffer(rng.bytes(image.shape[0] * image.shape[1]), np.uint8).reshape(image.shape[:2])
+    noise = cv2.LUT(quantile, np.clip(np.rint(128 + sigma * NORMAL), 0, 255).astype(np.uint8))
+    return cv2.addWeighted(image, 1.0, noise if image.ndim == 2 else cv2.merge([noise] * 3), 1.0, -128)
+
+
+def _jpeg(image: Image, quality: int) -> Image:
+    """Through JPEG and back. RGB goes as if it were BGR, there and back: the layout is kept."""
+    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
