@@ -140,6 +140,18 @@ def find_split(data_dir: Path, split: str) -> Path:
     raise DataError(f"{data_dir}: no {wanted}; {_cure(data_dir)}")
 
 
+def find_splits(data_dir: Path) -> list[Path]:
+    """All split folders in `data_dir`, or `data_dir` itself where it is one.
+
+    Raises DataError if there is none, or if a folder named like a split lacks its annotations.
+    """
+    data_dir = Path(data_dir)
+    if data_dir.is_dir() and annotation_file(data_dir):
+        return [data_dir]
+    there = [split for split, names in SPLITS.items() if any((data_dir / name).is_dir() for name in names)]
+    return [find_split(data_dir, split) for split in there or ["train"]]
+
+
 def annotation_file(folder: Path) -> Path | None:
     """_annotations.coco.json, annotations.json or the only json file in `folder`; None without one."""
     for name in (ANNOTATIONS, "annotations.json"):

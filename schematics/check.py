@@ -1,0 +1,206 @@
+"""Say what is in a data folder, what was repaired, and whether it can be used.
+
+    python -m schematics.check DIR               labelled: train/ valid/ test/, or one split folder
+    python -m schematics.check --unlabeled DIR   a pool of drawings for pretraining
+
+Every sheet is decoded, so a damaged file shows here and not in the middle of a training run. Nothing is
+changed on disk. Exit code 1 where the data can't be used; the line on stderr names the cure.
+"""
+
+import argparse
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from schematics.coco import Category, Finding, Split, find_splits, inspect_split
+from schematics.command import Parser, run
+from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
+
+ACTIONS = ("fatal", "dropped", "repaired", "kept")
+SIZE_HEADER = ("in colour", "median px", "largest px")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What came of reading one sheet: a digest of its file, and its shape or the error."""
+
+    digest: str
+    shape: tuple[int, ...] = ()
+    error: str = ""
+
+
+def check(data_dir: Path, files: int) -> None:
+    """Print the report on labelled data. `files`: how many to name under a finding.
+
+    Raises DataError, after the report, where the data can't be used.
+    """
+    try:
+        splits = [inspect_split(folder) for folder in find_splits(data_dir)]
+    except DataError as error:
+        raise DataError(f"{error}; for drawings without labels: --unlabeled") from None
+    sheets = [Sheet(sheet.path) for split in splits for sheet in split.sheets]
+    decoded = {sheet.path: result for sheet, result in zip(sheets, _decode_all(sheets), strict=True)}
+    findings = [(split, finding) for split in splits for finding in split.findings]
+    findings += [(split, finding) for split in splits for finding in _on_files(split, splits, decoded)]
+    findings += _untrained(splits)
+    _print_splits(splits, decoded)
+    _print_findings(findings, files)
+    fatal = [f"{split.folder / f.where}: {f.kind}" for split, f in findings if f.action == "fatal"]
+    if fatal:
+        raise DataError(fatal[0] + (f" (and {len(fatal) - 1} more, above)" if len(fatal) > 1 else ""))
+
+
+def _on_files(split: Split, splits: Sequence[Split], decoded: Mapping[Path, Decoded]) -> Iterator[Finding]:
+    """What only decoding and comparing the files shows."""
+    elsewhere = defaultdict(set)
+    for other in splits:
+        if other is not split:
+            for sheet in other.sheets:
+                elsewhere[decoded[sheet.path].digest].add(other.folder.name)
+    for sheet in split.sheets:
+        result = decoded[sheet.path]
+        if result.error:
+            kind = "image damaged: replace it, or delete it to go on without"
+            yield Finding(kind, sheet.file_name, 1, "fatal")
+        if homes := elsewhere[result.digest]:
+            yield Finding(f"the same file is also in {', '.join(sorted(homes))}", sheet.file_name, 1, "kept")
+    known = {sheet.path.resolve() for sheet in split.sheets}
+    dropped = {finding.where for finding in split.findings if finding.action == "dropped"}
+    for path in _drawings_in(split.folder):
+        name = path.relative_to(split.folder).as_posix()
+        if path.resolve() not in known and name not in dropped:
+            yield Finding("file that the annotations don't name", name, 1, "kept")
+
+
+def _untrained(splits: Sequence[Split]) -> Iterator[tuple[Split, Finding]]:
+    """Classes that are evaluated and never learned, which costs mAP whatever the model."""
+    trained = {c for split in splits if split.folder.name == "train" for c in _counts(split)}
+    for split in splits:
+        for category, count in _counts(split).items():
+            if trained and category not in trained:
+                kind = f"class {category.name!r} has boxes here and none in train"
+                yield split, Finding(kind, "all sheets", count, "kept")
+
+
+def _counts(split: Split) -> Counter[Category]:
+    return Counter(split.categories[label - 1] for sheet in split.sheets for label in sheet.labels)
+
+
+def check_pool(root: Path, files: int) -> None:
+    """Print the report on an unlabelled pool, naming the sheets that can't be read (pretraining skips them).
+
+    Raises DataError where none can.
+    """
+    sheets = find_sheets(root)
+    results = _decode_all(sheets)
+    shapes = [result.shape for result in results if result.shape]
+    errors = [result.error for result in results if result.error]
+    pages = {(result.digest, sheet.page) for sheet, result in zip(sheets, results, strict=True)}
+    copies = len(sheets) - len(pages)
+    print(f"{root}: {len(sheets)} sheets, {len(errors)} unreadable, {copies} byte-identical to another")
+    _table([["readable", *SIZE_HEADER], [str(len(shapes)), *_sizes(shapes)]])
+    for error in errors[:files]:
+        print(f"  {error}")
+    if len(errors) > files:
+        print(f"  and {len(errors) - files} more")
+    if not shapes:
+        raise DataError(f"{root}: none of {len(sheets)} drawings can be read; the first: {errors[0]}")
+
+
+def _decode_all(sheets: Sequence[Sheet]) -> list[Decoded]:
+    def decode(sheet: Sheet) -> Decoded:
+        try:
+            digest = hashlib.sha256(sheet.path.read_bytes()).hexdigest()
+            return Decoded(digest, shape=read_sheet(sheet).shape)
+        except OSError as error:
+            return Decoded(sheet.name, error=str(error))
+        except DataError as error:
+            return Decoded(digest, error=str(error))
+
+    # PDFium must not be entered by two threads.
+    has_pdf = any(sheet.path.suffix.lower() == ".pdf" for sheet in sheets)
+    # A large sheet takes a gigabyte while it is decoded: a few threads, whatever the machine.
+    with ThreadPoolExecutor(1 if has_pdf else min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(decode, sheets))
+
+
+def _drawings_in(folder: Path) -> list[Path]:
+    try:
+        return sorted({sheet.path for sheet in find_sheets(folder)})
+    except DataError:
+        return []
+
+
+def _sizes(shapes: Sequence[tuple[int, ...]]) -> list[str]:
+    """How many are in colour; the median and the largest sheet."""
+    if not shapes:
+        return ["0", "-", "-"]
+    by_area = sorted(shapes, key=lambda shape: shape[0] * shape[1])
+    colour = sum(len(shape) == 3 for shape in shapes)
+    return [str(colour), *(f"{shape[1]} x {shape[0]}" for shape in (by_area[len(by_area) // 2], by_area[-1]))]
+
+
+def _print_splits(splits: Sequence[Split], decoded: Mapping[Path, Decoded]) -> None:
+    rows = [["split", "sheets", "without boxes", "boxes", *SIZE_HEADER]]
+    sides = [["box side px", "least", "5 %", "median", "95 %", "most"]]
+    for split in splits:
+        boxes = np.concatenate([sheet.boxes for sheet in split.sheets] or [np.zeros((0, 4))])
+        empty = sum(len(sheet.boxes) == 0 for sheet in split.sheets)
+        shapes = [shape for sheet in split.sheets if (shape := decoded[sheet.path].shape)]
+        rows.append([split.folder.name, *map(str, (len(split.sheets), empty, len(boxes))), *_sizes(shapes)])
+        if len(boxes):
+            quantiles = np.quantile(
+                np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)), [0, 0.05, 0.5, 0.95, 1]
+            )
+            sides.append(
+                [split.folder.name, *(f"{q:.0f}" for q in np.quantile(side, [0, 0.05, 0.5, 0.95, 1]))]
+            )
+    _table(rows)
+    _table(sides)
+    counts = [_counts(split) for split in splits]
+    classes = sorted({c for split in splits for c in split.categories}, key=lambda c: (c.id, c.name))
+    rows = [["id", "class", *(split.folder.name for split in splits)]]
+    _table(rows + [[str(c.id), c.name, *(str(count[c]) for count in counts)] for c in classes])
+
+
+def _print_findings(findings: Iterable[tuple[Split, Finding]], files: int) -> None:
+    groups = defaultdict(list)
+    for split, finding in findings:
+        groups[finding.action, split.folder.name, finding.kind].append(finding)
+    print(f"{len(groups)} findings" if groups else "nothing to repair")
+    for (action, split_name, kind), group in sorted(groups.items(), key=lambda g: ACTIONS.index(g[0][0])):
+        print(f"  {action:8} {sum(f.count for f in group):6}  {split_name}: {kind}")
+        for finding in group[:files]:
+            print(f"{finding.count:20}  {finding.where}")
+        if len(group) > files:
+            print(f"{sum(f.count for f in group[files:]):20}  in {len(group) - files} more files")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    """Print columns: text to the left, numbers to the right, a blank line after."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if rows[-1][i][:1].isdigit() else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+    print()
+
+
+def _main(args: argparse.Namespace) -> None:
+    (check_pool if args.unlabeled else check)(args.dir, args.files)
+
+
+if __name__ == "__main__":
+    parser = Parser(prog="python -m schematics.check", description=__doc__.split("\n")[0])
+    parser.add_argument("dir", type=Path, help="data folder")
+    parser.add_argument("--unlabeled", action="store_true", help="DIR is a pool of drawings without labels")
+    parser.add_argument("--files", type=int, default=5, help="how many files to name for each finding")
+    run(_main, parser)

@@ -1,0 +1,259 @@
+"""Turn a Pascal VOC or YOLO data set into the COCO splits that everything here reads.
+
+    python -m schematics.convert SRC OUT                          SRC's own splits are kept
+    python -m schematics.convert SRC OUT --valid 0.2 --test 0.1   SRC has none: draw them
+
+Sheets are copied, SRC is left as it is, and OUT appears whole or not at all. Run schematics.check on it next.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from schematics.coco import SPLITS, Category, write_split
+from schematics.command import Parser, run
+from schematics.sheets import SUFFIXES, DataError, find_sheets, looks_truncated, sheet_size
+
+IMAGE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".pdf")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A sheet of the source with its boxes as (class, x, y, width, height) in pixels."""
+
+    path: Path
+    split: str
+    size: tuple[int, int]  # width and height that the boxes refer to
+    boxes: list[tuple[str, float, float, float, float]]
+
+
+def convert(src: Path, out: Path, valid: float = 0.0, test: float = 0.0, seed: int = 0) -> Counter[str]:
+    """Write OUT/train, OUT/valid and OUT/test from a VOC or YOLO folder; returns what was left out and why.
+
+    `valid` and `test` are shares of the sheets, drawn by `seed`, for a source without splits.
+    Raises DataError when OUT exists or `src` is neither VOC nor YOLO; nothing is left behind then.
+    """
+    if out.exists():
+        raise DataError(f"{out}: exists already; choose another folder")
+    if not src.is_dir():
+        raise DataError(f"{src}: no such folder")
+    left_out: Counter[str] = Counter()
+    if next(_xml_files(src), None):
+        sheets = list(_read_voc(src, left_out))
+        names = sorted({name for sheet in sheets for name, *_ in sheet.boxes})
+    else:
+        names = _yolo_names(src)
+        sheets = list(_read_yolo(src, names, left_out))
+    if not any(sheet.boxes for sheet in sheets):
+        raise DataError(f"{src}: no sheet with a labelled box; give the folder that holds sheets and labels")
+    if valid or test:
+        sheets = _draw_splits(src, sheets, valid, test, seed)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        _write(partial, sheets, names)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return left_out
+
+
+def _write(out: Path, sheets: Sequence[Labelled], names: Sequence[str]) -> None:
+    ids = {name: number for number, name in enumerate(names, start=1)}
+    by_split = defaultdict(list)
+    for sheet in sheets:
+        by_split[sheet.split].append(sheet)
+    for split, members in by_split.items():
+        (out / split).mkdir(parents=True)
+        images, annotations = [], []
+        taken: set[str] = set()
+        for number, sheet in enumerate(members, start=1):
+            name = sheet.path.name
+            if name.lower() in taken:  # of the same name in another folder; some file systems ignore case
+                name = f"{sheet.path.stem}-{number}{sheet.path.suffix}"
+            taken.add(name.lower())
+            shutil.copyfile(sheet.path, out / split / name)
+            width, height = sheet.size
+            images.append({"id": number, "file_name": name, "width": width, "height": height})
+            annotations += [
+                {"image_id": number, "category_id": ids[name], "bbox": bbox} for name, *bbox in sheet.boxes
+            ]
+        write_split(out / split, images, [Category(ids[name], name) for name in names], annotations)
+
+
+def _draw_splits(
+    src: Path, sheets: Sequence[Labelled], valid: float, test: float, seed: int
+) -> list[Labelled]:
+    if any(sheet.split != "train" for sheet in sheets):
+        raise DataError(f"{src}: has splits of its own; leave out --valid and --test")
+    if min(valid, test) < 0 or valid + test >= 1:
+        raise DataError("--valid and --test are shares of the sheets and must leave some for train")
+    order = sorted(sheets, key=lambda sheet: sheet.path)
+    random.Random(seed).shuffle(order)
+    n_valid, n_test = round(valid * len(order)), round(test * len(order))
+    splits = ["valid"] * n_valid + ["test"] * n_test + ["train"] * (len(order) - n_valid - n_test)
+    return [replace(sheet, split=split) for sheet, split in zip(order, splits, strict=True)]
+
+
+def _split_of(path: Path, src: Path) -> str:
+    """The split that a folder on the way to the file is named after; "train" without one."""
+    for part in path.relative_to(src).parts[:-1]:
+        for split, names in SPLITS.items():
+            if part.lower() in names:
+                return split
+    return "train"
+
+
+def _usable_size(path: Path, left_out: Counter[str]) -> tuple[int, int] | None:
+    try:
+        if not looks_truncated(path):
+            return sheet_size(path)
+    except DataError:
+        pass
+    left_out[f"image truncated or unreadable: {path.name}"] += 1
+    return None
+
+
+def _xml_files(src: Path) -> Iterator[Path]:
+    for path in sorted(src.rglob("*.xml")):
+        if not path.name.startswith(".") and b"<annotation" in path.read_bytes()[:1000]:
+            yield path
+
+
+def _read_voc(src: Path, left_out: Counter[str]) -> Iterator[Labelled]:
+    """VOC: one xml a sheet; splits from folder names or from ImageSets/Main/*.txt."""
+    listed = {}
+    for split, names in SPLITS.items():
+        for file in (file for name in names for file in src.rglob(f"ImageSets/Main/{name}.txt")):
+            listed.update({line.split()[0]: split for line in file.read_text().splitlines() if line.strip()})
+    for xml in _xml_files(src):
+        try:
+            root = ElementTree.parse(xml).getroot()
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            raise DataError(f"{xml}: not valid XML ({error}); export it again") from None
+        path = _voc_image(xml, root.findtext("filename") or "")
+        size = _usable_size(path, left_out) if path else None
+        if path is None:
+            left_out[f"image missing beside {xml.name}"] += 1
+        if path is None or size is None:
+            continue
+        boxes = []
+        for item in root.iter("object"):
+            try:
+                boxes.append(_voc_box(item))
+            except ValueError:
+                left_out[f"object without a name and four numbers: {xml.name}"] += 1
+        # The size that was labelled, where it is there: reading the split then repairs a later scaling.
+        labelled = (_integer(root.findtext("size/width")), _integer(root.findtext("size/height")))
+        yield Labelled(
+            path, listed.get(xml.stem) or _split_of(xml, src), labelled if all(labelled) else size, boxes
+        )
+
+
+def _voc_box(item: ElementTree.Element) -> tuple[str, float, float, float, float]:
+    name = (item.findtext("name") or "").strip()
+    left, top, right, bottom = (
+        float(item.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax")
+    )
+    if not name:
+        raise ValueError("no name")
+    return name, left, top, right - left, bottom - top
+
+
+def _integer(text: str | None) -> int:
+    return int(text) if text and text.strip().isdigit() else 0
+
+
+def _voc_image(xml: Path, file_name: str) -> Path | None:
+    folders = (xml.parent, xml.parent.parent / "JPEGImages", xml.parent.parent / "images")
+    names = [
+        file_name.replace("\\", "/").rsplit("/", 1)[-1],
+        *(xml.stem + suffix for suffix in IMAGE_SUFFIXES),
+    ]
+    places = (folder / name for folder in folders for name in names if name)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _yolo_names(src: Path) -> list[str]:
+    """Class names by index, from data.yaml or classes.txt."""
+    for file in sorted([*src.glob("*.yaml"), *src.glob("*.yml")]):
+        try:
+            names = yaml.safe_load(file.read_text(encoding="utf-8"))["names"]
+            if isinstance(names, dict):
+                return [str(names.get(index, index)) for index in range(max(names) + 1)]
+            return [str(name) for name in names]
+        except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{file}: no class names under `names` ({type(error).__name__})") from None
+    for file in sorted([*src.rglob("classes.txt"), *src.rglob("obj.names")]):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    raise DataError(f"{src}: neither VOC (xml files) nor YOLO (data.yaml or classes.txt with class names)")
+
+
+def _read_yolo(src: Path, names: Sequence[str], left_out: Counter[str]) -> Iterator[Labelled]:
+    """YOLO: images/ and labels/ beside each other, or each label file beside its sheet; no file, no boxes."""
+    for path in sorted({sheet.path for sheet in find_sheets(src)}):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        size = _usable_size(path, left_out)
+        if size is None:
+            continue
+        parts = list(path.relative_to(src).with_suffix(".txt").parts)
+        if "images" in parts[:-1]:
+            parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+        file = src.joinpath(*parts)
+        boxes = []
+        for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+            if not line.strip():
+                continue
+            box = _yolo_box(line.split(), names, *size)
+            if box:
+                boxes.append(box)
+            else:
+                left_out[f"line without a known class and a box: {file.name}"] += 1
+        yield Labelled(path, _split_of(path, src), size, boxes)
+
+
+def _yolo_box(
+    words: Sequence[str], names: Sequence[str], width: int, height: int
+) -> tuple[str, float, float, float, float] | None:
+    """`class cx cy w h [score]` or `class x1 y1 x2 y2 x3 y3 ...` (an outline), as shares of the sheet."""
+    try:
+        index, *values = (float(word) for word in words)
+    except ValueError:
+        return None
+    is_outline = len(values) >= 6 and len(values) % 2 == 0
+    if index not in range(len(names)) or not (is_outline or len(values) in (4, 5)):
+        return None
+    if not is_outline:
+        cx, cy, w, h = values[:4]
+        left, top = cx - w / 2, cy - h / 2
+    else:
+        left, top = min(values[::2]), min(values[1::2])
+        w, h = max(values[::2]) - left, max(values[1::2]) - top
+    return names[int(index)], left * width, top * height, w * width, h * height
+
+
+def _main(args: argparse.Namespace) -> None:
+    left_out = convert(args.src, args.out, args.valid, args.test, args.seed)
+    for reason, count in left_out.items():
+        print(f"left out: {count} {reason}")
+    print(f"wrote {', '.join(sorted(path.name for path in args.out.iterdir()))} to {args.out}")
+    print(f"next: python -m schematics.check {args.out}")
+
+
+if __name__ == "__main__":
+    parser = Parser(prog="python -m schematics.convert", description=__doc__.split("\n")[0])
+    parser.add_argument("src", type=Path, help="Pascal VOC or YOLO folder")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--valid", type=float, default=0.0, help="share of the sheets to draw for valid")
+    parser.add_argument("--test", type=float, default=0.0, help="share of the sheets to draw for test")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    run(_main, parser)
