@@ -1,0 +1,216 @@
+"""Is a node fit for a job? Devices, versions, room and speed of the disk, all_reduce between ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import stages
+
+from cluster.atomic import UserError
+from cluster.rendezvous import place
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "safetensors")
+LARGEST = 1.4  # GB: a checkpoint of VICReg
+ROOM = 4 * LARGEST  # three are kept, one is on its way
+RATE = 1e3 * LARGEST / 60  # MB/s: one a minute
+PROBE = 64  # MB
+PATIENCE = 180.0  # seconds for a node to answer: importing torch from a cold disk takes 20
+
+
+@dataclass
+class Report:
+    """What one task found on its node. problems: empty on a node that is fit."""
+
+    node: str
+    cpus: int = 0
+    gpus: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    free_gb: float = 0.0
+    write_mb_s: float = 0.0
+    all_reduce: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """One line for a reader, and one for each problem."""
+        devices = ", ".join(self.gpus) or f"{self.cpus} CPUs"
+        versions = " ".join(f"{name} {version}" for name, version in self.versions.items())
+        disk = f"{self.free_gb:.0f} GB free, {self.write_mb_s:.0f} MB/s written and synced"
+        found = " · ".join(filter(None, (devices, disk, self.all_reduce, versions)))
+        told = [f"  problem: {problem}" for problem in self.problems]
+        return "\n".join([f"{self.node}: {found if self.cpus else 'no answer'}", *told])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check this node, or each of --nodes, before a job is sent there."""
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    reports = check_nodes(args) if args.nodes else [check_here(args.run_dir)]
+    for report in reports:
+        print(json.dumps(asdict(report)) if args.json else report.text(), flush=True)
+    bad = [report.node for report in reports if report.problems]
+    if bad and args.nodes:
+        raise UserError(f"{len(bad)} of {len(reports)} nodes unfit; give sbatch --exclude={','.join(bad)}")
+    if bad and not args.json:
+        raise UserError(f"{bad[0]} is unfit, see above")
+
+
+def check_here(run_dir: Path) -> Report:
+    """What this process sees; with other ranks beside it under srun, also whether they reach each other."""
+    report = Report(os.environ.get("SLURMD_NODENAME") or platform.node(), cpus=len(os.sched_getaffinity(0)))
+    report.versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            report.versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            report.problems.append(f"{name} is not installed for {stages.python()}")
+    for check in (check_disk, check_devices, check_ranks):
+        try:
+            check(report, run_dir)
+        except Exception as error:  # whatever is wrong with a node is its report
+            reason = " ".join(str(error).split()) or type(error).__name__
+            report.problems.append(f"{check.__doc__}: {reason}")
+    return report
+
+
+def check_disk(report: Report, run_dir: Path) -> None:
+    """disk"""
+    report.free_gb = shutil.disk_usage(run_dir).free / 1e9
+    probe = run_dir / f".doctor-{uuid.uuid4().hex[:8]}"
+    block = os.urandom(1 << 20)
+    try:
+        start = time.perf_counter()
+        with open(probe, "wb") as file:
+            for _ in range(PROBE):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        report.write_mb_s = PROBE * 1.048576 / (time.perf_counter() - start)
+    finally:
+        probe.unlink(missing_ok=True)
+    if report.free_gb < ROOM:
+        report.problems.append(
+            f"{report.free_gb:.1f} GB free in {run_dir}: checkpoints take up to {ROOM:.1f} GB"
+        )
+    if report.write_mb_s < RATE:
+        report.problems.append(
+            f"{report.write_mb_s:.0f} MB/s: a checkpoint of {LARGEST} GB takes over a minute"
+        )
+
+
+def check_devices(report: Report, run_dir: Path) -> None:
+    """torch and its devices"""
+    import torch
+    import torchvision  # its operators load only beside the torch they were built for
+
+    torchvision.ops.nms(torch.rand(2, 4), torch.rand(2), 0.5)
+    for number in range(torch.cuda.device_count()):
+        report.gpus.append(torch.cuda.get_device_name(number))
+        square = torch.ones(64, 64, device=f"cuda:{number}")
+        square.mm(square).sum().item()
+    granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if granted > len(report.gpus):
+        report.problems.append(f"{granted} GPUs granted, torch sees {len(report.gpus)}: check nvidia-smi")
+
+
+def check_ranks(report: Report, run_dir: Path) -> None:
+    """all_reduce"""
+    me = place()
+    if me.size == 1:
+        return
+    import torch
+
+    from cluster import distributed
+
+    # One task a node shows whether nodes reach each other; a task for each GPU also shows NCCL at work.
+    granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    device = "auto" if report.gpus and granted == me.local_size else "cpu"
+    world = distributed.start(device, rendezvous=run_dir, timeout=PATIENCE / 3, collective_timeout=30.0)
+    try:
+        tensor = torch.ones(4 << 20, device=world.device)  # 16 MB
+        for _ in range(2):  # the first one makes the connections
+            tensor.fill_(world.rank)
+            distributed.barrier()
+            start = time.perf_counter()
+            torch.distributed.all_reduce(tensor)
+            total = tensor[-1].item()
+            seconds = time.perf_counter() - start
+        assert total == sum(range(world.size)), f"the sum over {world.size} ranks is {total}"
+        who = f"{world.size} ranks on {world.device.type}"
+        report.all_reduce = f"all_reduce of 16 MB over {who} in {1e3 * seconds:.0f} ms"
+    finally:
+        distributed.stop()
+
+
+def check_nodes(args: argparse.Namespace) -> list[Report]:
+    """A report of every node: each by itself, so that a dead one hides none, then the fit ones together."""
+    reports = {report.node: report for report in node_states(args.nodes)}
+    fit = [node for node, report in reports.items() if not report.problems]
+    for node, started in [(node, start(args, [node])) for node in fit]:
+        reports[node] = answers(started, [node])[node]
+    fit = [node for node in fit if not reports[node].problems]
+    if len(fit) > 1:
+        together = answers(start(args, fit), fit)
+        if any(report.problems for report in together.values()):  # who is it? each one with the first
+            for node in fit[1:]:
+                together |= answers(start(args, [fit[0], node]), [node])
+            if all(together[node].problems for node in fit[1:]) and len(fit) > 2:
+                together = {fit[0]: together[fit[0]]}  # the one that they have in common
+            elif len(fit) > 2:
+                del together[fit[0]]
+        reports |= together
+    return list(reports.values())
+
+
+def node_states(wanted: str) -> list[Report]:
+    """The nodes of a Slurm host list, or all; what Slurm itself calls unfit has that as its problem."""
+    chosen = [] if wanted == "all" else ["-n", wanted]
+    answer = subprocess.run(["sinfo", "-hN", *chosen, "-o", "%N|%T|%E"], capture_output=True, text=True)
+    nodes = {}
+    for line in answer.stdout.splitlines():
+        node, state, reason = line.split("|", 2)
+        unfit = state.startswith(("down", "drain", "fail", "unknown", "power")) or state.endswith("*")
+        nodes[node] = Report(node, problems=[f"Slurm says {state} ({reason})"] if unfit else [])
+    if not nodes:
+        reason = " ".join(answer.stderr.split()) or "sinfo lists none"
+        raise UserError(f"--nodes {wanted}: no such node ({reason})")
+    return list(nodes.values())
+
+
+def start(args: argparse.Namespace, nodes: list[str]) -> subprocess.Popen[str]:
+    """This program on each of the nodes, one task a node unless --srun says otherwise."""
+    own = [str(Path(__file__).with_name("pipeline.py")), "doctor", "--json", "--run-dir", str(args.run_dir)]
+    environment = stages.job_environment(os.environ)
+    argv = ["srun", "--job-name=linework-doctor", f"--nodes={len(nodes)}", "--ntasks-per-node=1",
+            f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", *shlex.split(args.srun),
+            environment["LINEWORK_PYTHON"], *own]  # fmt: skip
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answers(started: subprocess.Popen[str], nodes: list[str]) -> dict[str, Report]:
+    """The report of each node; a node that printed none has that as its problem."""
+    try:
+        out, err = started.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        started.terminate()
+        out, err = started.communicate()
+        err += f"no answer in {PATIENCE:.0f} s"
+    reports = {}
+    for line in filter(None, out.splitlines()):
+        try:
+            report = Report(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        if report.node not in reports or report.problems:
+            reports[report.node] = report
+    last = (err.strip().splitlines() or ["srun ended without a word"])[-1]
+    return {node: reports.get(node) or Report(node, problems=[last]) for node in nodes}

@@ -1,0 +1,97 @@
+# shellcheck shell=bash
+# Sourced by the .slurm files, which set $code to the folder above this one. `launch [--one-task] ARGUMENTS`
+# runs `python ARGUMENTS`: one process per task of the Slurm job, or one process here where there is no job.
+# It ends the script with the exit code of the first task that failed: 1 an error the user can mend, 2 bad
+# flags, 75 stopped with a checkpoint but not requeued, 143 stopped by TERM; all else is a crash.
+
+code=$(cd "$code" && pwd)
+
+say() { echo "launch: $*" >&2; }
+
+die() {
+  echo "error: $1" >&2
+  exit "${2:-1}"
+}
+
+choose_python() {
+  python=${LINEWORK_PYTHON:-$code/.venv/bin/python}
+  [ -n "${LINEWORK_PYTHON:-}" ] || [ -x "$python" ] || python=python3
+  command -v "$python" >/dev/null || die "LINEWORK_PYTHON=$python is not an executable"
+  export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} # before an editable install of another copy of the code
+  # A signal that comes before Python has its handler would kill the rank: blocked, it waits.
+  local signal=${LINEWORK_REQUEUE_SIGNAL:-USR2}
+  if env --block-signal="$signal" true 2>/dev/null; then
+    rank=(env --block-signal="$signal" "$python" "$@")
+  else # coreutils before 8.31: an early signal is lost, which a periodic checkpoint makes up for
+    rank=(bash -c 'trap "" "$1"; shift; exec "$@"' rank "$signal" "$python" "$@")
+  fi
+}
+
+# The newest checkpoint in the --exp-dir among the arguments; it moves when a launch got anywhere.
+newest_checkpoint() {
+  local folder='' previous='' word
+  for word in "$@"; do
+    case $word in --exp[-_]dir=*) folder=${word#*=} ;; esac
+    case $previous in --exp[-_]dir) folder=$word ;; esac
+    previous=$word
+  done
+  [ -z "$folder" ] || find "$folder/checkpoints" -name 'step_*.pt' 2>/dev/null | sort | tail -n 1
+}
+
+# Passes standard error on. Ends with the exit code of the first task that srun calls failed, 255 for a signal:
+# srun's own code is the highest, and --kill-on-bad-exit makes that 143 whatever the first task died of.
+first_failure() {
+  local line cause=0
+  local failed='^srun: error: .*: tasks? [^:]*: (Exited with exit code ([0-9]+))?'
+  while IFS= read -r line; do
+    printf '%s\n' "$line" >&2
+    if [ "$cause" -eq 0 ] && [[ $line =~ $failed ]]; then cause=${BASH_REMATCH[2]:-255}; fi
+  done
+  return "$cause"
+}
+
+job_runs() { [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null || echo RUNNING)" = RUNNING ]; }
+
+# A crash is started again inside the allocation for as long as each launch leaves a newer checkpoint than the
+# one before; a launch that leaves none gets one more try.
+run_ranks() {
+  local before after code_first code_srun fruitless=0
+  exec 3>&1
+  while :; do
+    before=$(newest_checkpoint "$@")
+    srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${shape[@]}" \
+      "${rank[@]}" 2>&1 >&3 | first_failure
+    code_srun=${PIPESTATUS[0]} code_first=${PIPESTATUS[1]}
+    [ "$code_srun" -ne 0 ] || return 0
+    after=$(newest_checkpoint "$@")
+    fruitless=$((fruitless + 1))
+    [ "$after" = "$before" ] || fruitless=0
+    case $code_first in
+      1) [ "$fruitless" -eq 0 ] || return 1 ;; # the user's to mend, unless training was under way
+      2 | 75 | 143) return "$code_first" ;;
+    esac
+    job_runs || return "$code_srun"
+    if [ "$fruitless" -eq 2 ]; then
+      say "crashed twice without a new checkpoint (exit code $code_srun): giving up"
+      return "$code_srun"
+    fi
+    say "crashed (exit code $code_srun); starting again from ${after:-the beginning}"
+  done
+}
+
+launch() {
+  shape=()
+  if [ "$1" = --one-task ]; then
+    shape=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
+    shift
+  fi
+  choose_python "$@"
+  # In a shell that is a step itself (srun --pty bash) srun would wait for its end. salloc's shell is no such step.
+  if [ -z "${SLURM_JOB_ID:-}" ] || [ "${SLURM_STEP_ID:-4294967290}" != 4294967290 ]; then
+    exec "${rank[@]}"
+  fi
+  unset "${!SLURM_CPU_BIND@}" # left by a job that submitted this one
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  run_ranks "$@"
+  exit $?
+}

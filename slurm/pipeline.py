@@ -1,0 +1,230 @@
+"""Chains the stages: unlabelled drawings -> backbone -> detector -> COCO figures.
+
+    python slurm/pipeline.py submit --run-dir RUN --unlabeled POOL --data-dir LABELLED
+           [--method vicreg|simclr] [--pretrain FLAGS] [--finetune FLAGS] [--evaluate FLAGS]
+           [--sbatch FLAGS] [--dry-run | --local]
+    python slurm/pipeline.py status --run-dir RUN [--json]
+    python slurm/pipeline.py cancel --run-dir RUN
+    python slurm/pipeline.py doctor [--run-dir RUN] [--nodes node[1-8] | --nodes all]
+
+Each stage is a job that starts when the one before has succeeded, from a snapshot of the code in RUN/code.
+The same `submit` again goes on where a chain stopped. Any Python from 3.10 runs this, without a package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # `cluster`, also where it is not installed
+
+import doctor
+import stages
+import status
+
+from cluster.atomic import UserError
+
+
+def submit(args: argparse.Namespace) -> None:
+    """Submit, or run here, every stage from the first that is not finished."""
+    if not args.local and not args.dry_run and not shutil.which("sbatch"):
+        raise UserError("sbatch: not found, so this machine has no Slurm; --local runs the chain here")
+    for flag, folder in (("--data-dir", args.data_dir), ("--unlabeled", args.unlabeled)):
+        if not folder.exists():
+            raise UserError(f"{flag} {folder}: no such folder")
+    run_dir = args.run_dir
+    if (run_dir / "pipeline.json").exists():
+        refuse_twice(run_dir, args.method)
+    flags = {name: getattr(args, name) for name in stages.STAGES}
+    sbatch = {"": args.sbatch, **{name: getattr(args, f"sbatch_{name}") for name in stages.STAGES}}
+    chain = stages.chain(run_dir, args.data_dir, args.unlabeled, args.method, flags, sbatch)
+    while chain and chain[0].finished():
+        print(f"{chain.pop(0).name}: finished")
+    if args.dry_run:
+        dry_run(chain, run_dir, args.local)
+    elif chain:
+        code = stages.snapshot(run_dir)
+        environment = stages.job_environment(os.environ)
+        (run_here if args.local else submit_chain)(chain, run_dir, code, environment, args.method)
+
+
+def refuse_twice(run_dir: Path, method: str) -> None:
+    """Raise UserError when jobs of an earlier submission live, or when it was for another method."""
+    record = stages.read_record(run_dir)
+    jobs = status.jobs_of(record, run_dir / "code")
+    alive = [f"{name} (job {job.id} {job.state})" for name, job in jobs.items() if job.alive]
+    if alive:
+        raise UserError(
+            f"{run_dir} has jobs alive: {', '.join(alive)}; wait for them, or end them with: "
+            f"{again('cancel', '--run-dir', str(run_dir))}"
+        )
+    if record["method"] != method:
+        raise UserError(
+            f"{run_dir} is a {record['method']} run; give --method {record['method']} or another --run-dir"
+        )
+
+
+def submit_chain(
+    chain: list[stages.Stage], run_dir: Path, code: Path, environment: dict[str, str], method: str
+) -> None:
+    """One sbatch a stage, each waiting for the one before. Leaves no job behind when one is refused."""
+    (run_dir / "logs").mkdir(exist_ok=True)
+    jobs: dict[str, str] = {}
+    for stage in chain:
+        after = list(jobs.values())[-1] if jobs else None
+        argv = stages.command(stage, run_dir, code, after)
+        answer = subprocess.run(argv, env=environment, capture_output=True, text=True)
+        if answer.returncode:
+            if jobs:
+                subprocess.run(["scancel", *jobs.values()])
+            reason = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
+            raise UserError(f"sbatch refused {stage.name} ({reason}); no job is left of it: check --sbatch")
+        jobs[stage.name] = answer.stdout.strip().split(";")[0]
+        stages.write_record(run_dir, method, again(), jobs)
+        print(f"{stage.name}: job {jobs[stage.name]}" + (f", after {after}" if after else ""))
+    print(f"see:  {again('status', '--run-dir', str(run_dir))}")
+
+
+def run_here(
+    chain: list[stages.Stage], run_dir: Path, code: Path, environment: dict[str, str], method: str
+) -> None:
+    """The stages one after the other, without Slurm, up to the first that fails."""
+    stages.write_record(run_dir, method, again(), {})
+    for stage in chain:
+        print(f"{stage.name}: {shlex.join(stages.local_command(stage, code))}", flush=True)
+        done = subprocess.run(stages.local_command(stage, code), cwd=code, env=environment)
+        if done.returncode:
+            raise UserError(
+                f"{stage.name} ended with exit code {done.returncode}; the same command goes on there"
+            )
+
+
+def dry_run(chain: list[stages.Stage], run_dir: Path, local: bool) -> None:
+    """Print the commands of `submit` as a shell script; write nothing."""
+    code = run_dir / "code"
+    python = stages.job_environment(os.environ)["LINEWORK_PYTHON"]
+    print(f"export LINEWORK_PYTHON={shlex.quote(python)}")
+    before = None
+    for stage in chain:
+        if local:
+            print(f"cd {shlex.quote(str(code))} && {shlex.join(stages.local_command(stage, code))}")
+            continue
+        line = shlex.join(stages.command(stage, run_dir, code, after="JOB" if before else None))
+        print(f"{stage.name}=$({line.replace('afterok:JOB', f'afterok:${before}')})")
+        before = stage.name
+
+
+def show_status(args: argparse.Namespace) -> None:
+    """The table of the chain, and why it does not go on."""
+    record = stages.read_record(args.run_dir)
+    told = []
+    try:
+        jobs = status.jobs_of(record, args.run_dir / "code")
+    except UserError as error:
+        jobs, told = {name: status.Job(number) for name, number in record["jobs"].items()}, [str(error)]
+    nothing = dict.fromkeys(("", *stages.STAGES), "")
+    chain = stages.chain(args.run_dir, Path(), Path(), record["method"], nothing, nothing)
+    lines = status.lines_of(chain, jobs, args.run_dir / "logs")
+    told += status.explain(lines, again("cancel", "--run-dir", str(args.run_dir)), record["command"])
+    print(status.as_json(lines, told) if args.json else "\n".join([status.table(lines), *told]))
+
+
+def cancel(args: argparse.Namespace) -> None:
+    """End the jobs of the chain that are alive."""
+    jobs = status.jobs_of(stages.read_record(args.run_dir), args.run_dir / "code")
+    alive = [job.id for job in jobs.values() if job.alive]
+    if not alive:
+        print(f"{args.run_dir}: no job of this chain is alive")
+        return
+    answer = subprocess.run(["scancel", *alive], capture_output=True, text=True)
+    if answer.returncode:
+        raise UserError(f"scancel {' '.join(alive)}: {' '.join(answer.stderr.split())}")
+    print(f"cancelled {', '.join(alive)}")
+
+
+def again(*arguments: str) -> str:
+    """This command for a reader to type again, or this program with other arguments."""
+    return shlex.join(["python", sys.argv[0], *(arguments or sys.argv[1:])])
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Paths come out absolute: the stages run in another folder."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
+    actions: Any = parser.add_subparsers(required=True, metavar="submit|status|cancel|doctor")
+
+    def action(name: str, main: Any) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=main.__doc__.splitlines()[0], allow_abbrev=False)
+        sub.set_defaults(main=main)
+        return sub
+
+    def path(text: str) -> Path:
+        return Path(text).absolute()
+
+    run = action("submit", submit)
+    run.add_argument("--run-dir", type=path, required=True, help="folder of the chain; all nodes must see it")
+    run.add_argument("--unlabeled", type=path, required=True, help="pool of unlabelled drawings")
+    run.add_argument("--data-dir", type=path, required=True, help="labelled sheets: train/ valid/ test/")
+    run.add_argument("--method", choices=("vicreg", "simclr"), default="vicreg", help="default: vicreg")
+    for name in stages.STAGES:
+        run.add_argument(
+            f"--{name}", default="", metavar="FLAGS", help=f"flags of the {name} stage, in quotes"
+        )
+    run.add_argument(
+        "--sbatch", default="", metavar="FLAGS", help="flags of sbatch, in quotes, for every stage"
+    )
+    for name in stages.STAGES:
+        run.add_argument(f"--sbatch-{name}", default="", metavar="FLAGS", help=f"more of them for {name}")
+    run.add_argument("--dry-run", action="store_true", help="print the commands; submit and write nothing")
+    run.add_argument("--local", action="store_true", help="run the chain here, without Slurm")
+    show = action("status", show_status)
+    show.add_argument("--run-dir", type=path, required=True)
+    show.add_argument("--json", action="store_true")
+    action("cancel", cancel).add_argument("--run-dir", type=path, required=True)
+    check = action("doctor", doctor.main)
+    check.add_argument("--run-dir", type=path, default=Path.cwd(), help="folder to write in; default: here")
+    check.add_argument("--nodes", help="check these nodes (a Slurm host list, or all), one task each")
+    check.add_argument("--srun", default="", metavar="FLAGS", help="flags of srun: partition, account, GPUs")
+    check.add_argument("--json", action="store_true")
+    return parser.parse_args(joined(argv))
+
+
+def joined(argv: list[str]) -> list[str]:
+    """argparse takes a value that begins with a dash for a flag, unless it is joined by an equals sign."""
+    words: list[str] = []
+    holders = {
+        "--sbatch",
+        "--srun",
+        *(f"--{kind}{name}" for name in stages.STAGES for kind in ("", "sbatch-")),
+    }
+    for word in argv:
+        if words and words[-1] in holders:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    try:
+        args.main(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

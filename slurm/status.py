@@ -1,0 +1,184 @@
+"""What became of a chain: Slurm's word on each job if it can be had, and what the stages wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stages import Stage, last_line_of_error
+
+from cluster.atomic import UserError
+
+ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY",
+         "BOOT_FAIL", "DEADLINE"}  # fmt: skip
+FIGURES = ("loss", "AP", "AP50")  # shown when a stage wrote them
+TAIL = 1 << 18  # bytes of metrics.jsonl that are read
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job by Slurm's word. state "" : Slurm has forgotten it, or can't be asked."""
+
+    id: str
+    state: str = ""
+    reason: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in ENDED and self.state != ""
+
+
+@dataclass
+class Line:
+    """One stage in the table."""
+
+    stage: str
+    job: str
+    state: str
+    reason: str
+    step: int | None
+    figures: dict[str, float]
+    finished: bool
+    log: str | None
+    error: str | None  # the log's last `error: ...` line
+
+
+def jobs_of(record: Mapping, code: Path) -> dict[str, Job]:
+    """Slurm's word on each recorded job, by stage: squeue's, else sacct's.
+
+    code: the chain's snapshot. A job that works elsewhere is a stranger with a re-used number.
+    Raises UserError when squeue is there but its controller can't be asked.
+    """
+    ids = record["jobs"]
+    if not ids or not shutil.which("squeue"):
+        return {name: Job(number) for name, number in ids.items()}
+    wanted = ",".join(ids.values())
+    answer = ask("squeue", "-h", "-t", "all", "-j", wanted, "-o", "%i|%T|%r|%Z")
+    if answer.returncode and "nvalid job id" not in answer.stderr:
+        raise UserError(f"squeue can't say how the jobs stand ({answer.stderr.strip().splitlines()[-1:]})")
+    known = {}
+    for line in answer.stdout.splitlines():
+        number, state, reason, folder = line.split("|", 3)
+        if Path(folder) == code:
+            known[number] = Job(number, state, "" if reason == "None" else reason)
+    if set(ids.values()) - set(known) and shutil.which("sacct"):
+        answer = ask("sacct", "-nXP", "-j", wanted, "-o", "JobID,State,WorkDir")
+        for line in answer.stdout.splitlines():
+            number, state, folder = line.split("|", 2)
+            if Path(folder) == code and number not in known:
+                known[number] = Job(number, state.split()[0])  # "CANCELLED by 0"
+    return {name: known.get(number, Job(number)) for name, number in ids.items()}
+
+
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[Line]:
+    """The table, one line a stage."""
+    lines = []
+    for stage in stages:
+        job = jobs.get(stage.name, Job(""))
+        try:
+            finished, damage = stage.finished(), None
+        except UserError as error:
+            finished, damage = False, f"error: {error}"
+        log = logs / f"{stage.name}-{job.id}.log"
+        step, figures = progress(stage)
+        lines.append(
+            Line(
+                stage=stage.name,
+                job=job.id,
+                state=job.state or ("" if finished else "unknown"),
+                reason=job.reason,
+                step=step,
+                figures=figures,
+                finished=finished,
+                log=str(log) if log.exists() else None,
+                error=damage or last_line_of_error(log),
+            )
+        )
+    return lines
+
+
+def progress(stage: Stage) -> tuple[int | None, dict[str, float]]:
+    """(steps done, newest of each figure worth a look), from metrics.jsonl or, of evaluate, metrics.json."""
+    if stage.name == "evaluate":
+        metrics = read_json(stage.folder / "metrics.json")
+        return None, {name: metrics[name] for name in FIGURES if isinstance(metrics.get(name), float)}
+    step: int | None = None
+    figures: dict[str, float] = {}
+    for entry in newest_first(stage.folder / "metrics.jsonl"):
+        step = entry["step"] + 1 if step is None else step  # the journal counts from 0
+        figures = {name: float(entry[name]) for name in FIGURES if name in entry} | figures
+    return step, figures
+
+
+def newest_first(path: Path) -> Iterator[dict]:
+    """Entries of a metrics.jsonl, as far back as TAIL reaches; a half-written one is passed over."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+            int(entry["step"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        yield entry
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def explain(lines: list[Line], cancel: str, resubmit: str) -> list[str]:
+    """Why the chain does not go on, and the commands that clear it and go on; empty while it does."""
+    stuck = [line for line in lines if not line.finished and line.state in {*ENDED, ""}]
+    stuck += [line for line in lines if line.reason == "DependencyNeverSatisfied" and line not in stuck]
+    if not stuck:
+        return []
+    first = stuck[0]
+    said = f"{first.stage}: job {first.job} {first.state}" if first.job else f"{first.stage}: not finished"
+    if first.state == "COMPLETED":
+        said += ", but its end was not signed"
+    told = [said + (f"; {first.error}" if first.error else "") + (f"; log: {first.log}" if first.log else "")]
+    for line in stuck[1:]:
+        verb = "waits for ever" if line.state == "PENDING" else "was cancelled"
+        if line.reason == "DependencyNeverSatisfied":
+            told.append(
+                f"{line.stage}: job {line.job} {verb}, as {first.stage} did not succeed ({line.reason})"
+            )
+    if any(line.state == "PENDING" for line in stuck):
+        told.append(f"clear it with:  {cancel}")
+    return [*told, f"go on with:  {resubmit}"]
+
+
+def table(lines: list[Line]) -> str:
+    """The lines for a reader."""
+    rows = [("stage", "job", "state", "step", "figures")]
+    for line in lines:
+        state = line.state + (f" ({line.reason})" if line.reason and line.state == "PENDING" else "")
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in line.figures.items())
+        rows.append((
+            line.stage, line.job or "-", "finished" if line.finished else state,
+            "-" if line.step is None else str(line.step), figures or "-",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def as_json(lines: list[Line], told: list[str]) -> str:
+    return json.dumps({"stages": [asdict(line) for line in lines], "explanation": told}, indent=2)

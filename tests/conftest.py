@@ -1,0 +1,30 @@
+"""What several test files share: the two-node Slurm of the session."""
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from slurm_cluster import Cluster, clean_environment
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[Cluster]:
+    """The running cluster; without Slurm on this machine its tests are skipped, unless that is forbidden."""
+    path = clean_environment()["PATH"]
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "srun") if not shutil.which(name, path=path)]
+    if missing:
+        reason = f"no {', '.join(missing)} here: apt-get install -y slurm-wlm munge iproute2"
+        if os.environ.get("LINEWORK_REQUIRE_SLURM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    cluster = Cluster()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def slurm(site: Cluster) -> Iterator[Cluster]:
+    """The cluster, idle before and after the test."""
+    yield site
+    site.settle()
