@@ -49,7 +49,7 @@ class HashingFile:
 
 def replace(
     path: Path,
-    write: Callable[[HashingFile], None],
+    write: Callable[[HashingFile], object],
     hashed: bool = False,
     allowed: Callable[[], None] = lambda: None,
 ) -> str:
@@ -57,7 +57,7 @@ def replace(
 
     hashed: keep PATH.sha256 beside it, in the format of `sha256sum -c`.
     allowed: called when the bytes are on disk and nothing has been renamed; it raises to call it off.
-    Raises UserError when the disk is full; then `path` is as before and no temporary is left.
+    Raises UserError when the disk is full or refuses; then `path` is as before and no temporary is left.
     """
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -81,12 +81,12 @@ def replace(
             _list_hashes(path, [digest])
         return digest
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         if error.errno in FULL:
-            raise UserError(
-                f"{path}: not written, the disk is full ({os.strerror(error.errno or 0)}); "
-                "what was there before is intact: make room and run the same command again"
-            ) from None
-        raise
+            reason = (
+                f"the disk is full ({reason}); what was there before is intact, make room and run it again"
+            )
+        raise UserError(f"{path}: not written, {reason}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def replace(
 
 def write_text(path: Path, text: str) -> None:
     """`replace` for a short text."""
-    replace(path, lambda file: file.write(text.encode()) and None)
+    replace(path, lambda file: file.write(text.encode()))
 
 
 def sidecar(path: Path) -> Path:

@@ -110,7 +110,7 @@ class Writer:
         """Return as soon as `state` has been copied; it may change afterwards."""
         self.wait()
         copy = plain(state, self._blocks)
-        self._thread = threading.Thread(target=self._persist, args=(step, copy), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._persist, args=(step, copy), daemon=True)
         self._thread.start()
 
     @property
@@ -138,7 +138,7 @@ class Writer:
 
 
 def plain(state: Any, blocks: dict[str, Tensor] | None = None, where: str = "state") -> Any:
-    """`state` with only what weights_only=True reads back: dict, list, tuple, str, numbers, tensors on the CPU.
+    """`state` as weights_only=True reads it back: dicts, lists, tuples, text, numbers, tensors on the CPU.
 
     blocks: host memory to copy every tensor into, by place in the state; used again by the next call.
     Raises TypeError that names the place of anything else.
@@ -147,8 +147,9 @@ def plain(state: Any, blocks: dict[str, Tensor] | None = None, where: str = "sta
     import torch
 
     if isinstance(state, torch.Tensor):
-        state = state.detach()
-        return state.cpu() if blocks is None else _copy(state, blocks, where)
+        tensor = state.detach().cpu() if blocks is None else _copy(state.detach(), blocks, where)
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        return tensor if whole else tensor.clone()  # torch.save writes all of a storage for a slice of it
     if isinstance(state, dict):
         for key in state:
             if type(key) not in (str, int):
@@ -201,7 +202,7 @@ def export_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, str 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = save(content, {key: json.dumps(value) for key, value in meta.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    return atomic.replace(path, lambda file: file.write(data) and None, hashed=True)
+    return atomic.replace(path, lambda file: file.write(data), hashed=True)
 
 
 def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -218,7 +219,7 @@ def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def sign_final(exp_dir: Path, step: int, files: list[str]) -> None:
-    """Write EXP_DIR/final.json: the stage is done, these are its files (relative to EXP_DIR), these their hashes."""
+    """Write EXP_DIR/final.json: the stage is done; `files`, relative to EXP_DIR, go in with their hashes."""
     signed = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -228,13 +229,13 @@ def sign_final(exp_dir: Path, step: int, files: list[str]) -> None:
 
 
 def check_final(exp_dir: Path) -> dict[str, Any]:
-    """The content of EXP_DIR/final.json. Raises UserError when it is absent or a file is not the signed one."""
+    """The content of EXP_DIR/final.json. Raises UserError if it is absent or a file is not the signed one."""
     path = exp_dir / "final.json"
     try:
         signed = json.loads(path.read_text())
         files = dict(signed["files"])
     except FileNotFoundError:
-        raise UserError(f"{path}: absent, so that stage has not finished; run it to its end first") from None
+        raise UserError(f"{path}: absent, that stage has not finished; run it to its end first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: unreadable ({error}); remove it and run that stage again") from None
     for name, digest in files.items():

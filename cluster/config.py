@@ -24,6 +24,7 @@ __all__ = ["UserError", "changed", "parse", "run", "save"]
 
 Config = TypeVar("Config")
 USAGE = 2  # exit status of a wrong command line
+CRASH = 70  # of what nobody expected: worth starting again from the last checkpoint, unlike an exit 1
 
 
 def run(
@@ -34,13 +35,14 @@ def run(
     """Parse sys.argv into `config_class` and call `main` with it: the body of every entry point.
 
     A wrong flag is one line and exit 2. UserError, or one of the classes in `expected`, out of `main` is
-    one line and exit 1; anything else keeps its traceback. A process that fails ends at once, without
+    one line and exit 1; anything else is a traceback and exit 70. A process that fails ends at once, without
     waiting for a DataLoader worker or another rank.
     """
     config = parse(config_class, sys.argv[1:])
+    known: tuple[type[Exception], ...] = (UserError, *expected)
     try:
         main(config)
-    except (UserError, *expected) as error:
+    except known as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         end(1)
     except SystemExit as stop:
@@ -51,7 +53,7 @@ def run(
         end(130)
     except BaseException:
         traceback.print_exc()
-        end(1)
+        end(CRASH)
 
 
 def end(status: int) -> NoReturn:
@@ -105,7 +107,7 @@ def changed(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
         old = json.loads(path.read_text())
         known = {field.name: old.get(field.name, _default(field)) for field in dataclasses.fields(config)}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a saved config ({error}); remove it or take another --exp-dir") from None
+        raise UserError(f"{path}: not a saved config ({error}); remove it") from None
     new = _plain(config)
     return {_flag(name): (value, new[name]) for name, value in known.items() if value != new[name]}
 
@@ -138,7 +140,7 @@ def _nearest(name: str, flags: list[str]) -> str:
 def _first_paragraph(box: str) -> str:
     """The sentence inside tyro's frame: its lines up to the first rule or list of details."""
     lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
-    text = []
+    text: list[str] = []
     for line in lines:
         if line.startswith("─") or not line:
             if text:

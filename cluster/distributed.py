@@ -1,7 +1,7 @@
 """Ranks: who there is, and the few collectives that the stages need.
 
-A process alone starts no process group and every function here is then the identity. Law 3: `all_gather`
-sums gradients over ranks, which with DDP's mean over ranks is the gradient of one process with the whole batch.
+A process alone starts no process group and every function here is then the identity. Law 3: `all_gather` sums
+gradients over ranks, which with DDP's mean over ranks is the gradient of one process with the whole batch.
 Interfaces are the user's to choose: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from cluster.rendezvous import Place, meet, place
 
 T = TypeVar("T")
 _store: dist.Store | None = None  # kept alive: rank 0 serves it
-_flags: dist.ProcessGroup | None = None  # on the CPU, so that agreeing does not wait for the GPU
+_flags: Any = None  # a process group on the CPU, so that agreeing does not wait for the GPU
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     launcher: str = "alone"
 
     @property
@@ -51,8 +51,8 @@ def start(
     """Join the other ranks of torchrun or srun, or be alone.
 
     device: auto, cpu, cuda or cuda:N. rendezvous: a folder that all nodes share (the exp-dir), needed under
-    srun. timeout: seconds to wait for every rank to come. collective_timeout: seconds after which a collective
-    gives up; longer than the watchdog's step_timeout, which knows the names of the silent ranks.
+    srun. timeout: seconds to wait for every rank to come. collective_timeout: seconds after which a
+    collective gives up; longer than the watchdog's step_timeout, which knows the names of the silent ranks.
     Raises UserError when tasks and GPUs do not match or a rank does not come.
     """
     global _store, _flags
@@ -97,7 +97,7 @@ def pick_device(device: str, me: Place, visible: int, env: Mapping[str, str]) ->
     granted = int(env.get("SLURM_GPUS_ON_NODE") or 0) if me.launcher == "slurm" else 0
     if granted and granted != me.local_size:
         raise UserError(
-            f"{me.local_size} tasks but {granted} GPUs on {socket.gethostname()}: ask sbatch for one task per GPU "
+            f"{me.local_size} tasks but {granted} GPUs on {socket.gethostname()}: ask sbatch for one a GPU "
             f"(--ntasks-per-node={granted}), or give --device cpu"
         )
     if device == "auto" and not visible:
@@ -158,8 +158,8 @@ class _AllGather(torch.autograd.Function):
 def all_gather(z: Tensor) -> Tensor:
     """[n, D] of this rank -> [W n, D] of all ranks, in the order of ranks; n is the same on each.
 
-    The backward pass sums the gradient over ranks. When each rank then computes the same loss of all W n rows,
-    its parameters get W times their share of the gradient, and DDP's mean over ranks makes that exact (law 3).
+    The backward pass sums the gradient over ranks. When each rank computes the same loss of all W n rows, its
+    parameters get W times their share of the gradient, and DDP's mean over ranks makes that exact (law 3).
     """
     if not dist.is_initialized():
         return z
@@ -181,7 +181,7 @@ def barrier() -> None:
 
 
 def gather_objects(item: T) -> list[T]:
-    """Every rank's item, on every rank, in the order of ranks; sizes may differ. Picklable, from our own ranks."""
+    """Every rank's item, on every rank, in the order of ranks; sizes may differ. Items are picklable."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
@@ -190,7 +190,10 @@ def gather_objects(item: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Rank 0 does the work, every rank gets its result. When it raises, rank 0 tells and the others leave, exit 1."""
+    """Rank 0 does the work, every rank gets its result.
+
+    When it raises, rank 0 raises that and tells the reader; the others leave quietly, with exit 0.
+    """
     if not dist.is_initialized():
         return work()
     answer: list[Any] = [None]
@@ -204,6 +207,6 @@ def on_main(work: Callable[[], T]) -> T:
     if failure:
         raise failure
     if failed:
-        raise SystemExit(1)
+        raise SystemExit(0)
     dist.broadcast_object_list(answer, src=0, group=_flags)
     return answer[0]

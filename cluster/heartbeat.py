@@ -1,30 +1,32 @@
 """A hung step is ended, and the silent rank is named. No torch here.
 
-Every rank keeps EXP_DIR/heartbeat/rank_N: "count step place host", rewritten by a thread. A rank that is stopped, or
-cut from the file system, no longer writes; one whose main thread hangs writes on, but does not come to the next
-step. When a rank has seen no step boundary for `step_timeout` seconds it ends itself and says who was silent. A
-stopped rank can't end itself: `srun --kill-on-bad-exit=1` does.
+Every rank keeps EXP_DIR/heartbeat/rank_N, rewritten by a thread. A rank that is stopped, or cut from the
+file system, writes no more; one whose main thread hangs writes on but does not come to the next step. A rank
+that has seen no step boundary for `step_timeout` seconds ends itself and says who was silent. A stopped rank
+can't end itself: `srun --kill-on-bad-exit=1` does that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-HUNG = 1  # exit status of a rank that ends itself
+HUNG = 70  # exit status of a rank that ends itself
+BEAT = 5.0  # seconds, or a quarter of the time-out
 
 
 class Heartbeat:
-    """Beats of this rank, and its watch over the others. Nothing is ended before the first boundary + `first`.
+    """Beats of this rank, and its watch over the others.
 
-    alongside: called with every beat (the owner file's).
+    first: seconds allowed until the first step boundary, in which data is indexed and models are compiled.
+    alongside: called at every beat (the owner's).
     """
 
     def __init__(
@@ -40,58 +42,54 @@ class Heartbeat:
         self.rank = rank
         self.size = size
         self.step_timeout = step_timeout
-        self.interval = min(5.0, step_timeout / 4)
+        self.interval = min(BEAT, step_timeout / 4)
         self.alongside = alongside
         self.step = 0
-        self.place = "starting"
-        self._deadline = time.monotonic() + max(first, step_timeout)
-        self._patience = 0.0
-        self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last text, when it last changed
+        self.waiting = False  # at the boundary before `step`, for the other ranks
+        self._last = time.monotonic()  # the last boundary
+        self._allowed = max(first, step_timeout)  # seconds from there to the next
+        self._patience = 0.0  # and some more
+        self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last text, and when that was new
         self._closed = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         for target in (self._beat, self._watch):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
     def arrived(self, step: int) -> None:
-        """At the boundary before step `step`; the other ranks may not be."""
-        self.step, self.place = step, "boundary"
+        """This rank has done `step` steps; the others may not have."""
+        self.step, self.waiting = step, True
 
     def left(self) -> None:
-        """All ranks were at the boundary."""
-        self.place = "step"
-        self._deadline = time.monotonic() + self.step_timeout + self._patience
+        """All ranks have done them."""
+        self.waiting = False
+        self._last, self._allowed = time.monotonic(), self.step_timeout
 
     @contextlib.contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
-        """Expect no step boundary for `seconds` more: validation, compilation, a large save."""
-        before, self._patience = self._patience, self._patience + seconds
-        self._deadline += seconds
+        """Allow `seconds` more, on this rank; afterwards the time to the next boundary counts anew."""
+        self._patience += seconds
         try:
             yield
         finally:
-            self._patience = before
-            self._deadline = max(time.monotonic() + self.step_timeout + before, self._deadline - seconds)
+            self._last = time.monotonic()
+            self._patience -= seconds
 
     def close(self) -> None:
         self._closed.set()
 
     def silent(self) -> list[str]:
-        """The ranks to blame, for a reader: first those without a sign of life, else those behind the others."""
+        """The ranks to blame, in words: those without a sign of life, else those behind the others."""
         now = time.monotonic()
-        last = {rank: text.split() + ["?"] * 4 for rank, (text, _) in self._seen.items()}
-        quiet = [rank for rank, (_, changed) in self._seen.items() if now - changed > 2.5 * self.interval]
+        behind = {rank: _progress(text) for rank, (text, _) in self._seen.items()}
+        quiet = {rank: now - new for rank, (_, new) in self._seen.items() if now - new > 2.5 * self.interval}
         if quiet:
-            return [
-                f"rank {rank} on {last[rank][3]} (no sign of life for {now - self._seen[rank][1]:.0f} s)"
-                for rank in sorted(quiet)
-            ]
-        key = {rank: (int(words[1]) if words[1].isdigit() else 0, words[2] == "boundary") for rank, words in last.items()}
-        if not key or min(key.values()) == max(key.values()):
+            return [f"rank {rank}{_on(self._seen[rank][0])} shows no sign of life" for rank in sorted(quiet)]
+        if not behind or min(behind.values()) == max(behind.values()):
             return []
+        last = [rank for rank in sorted(behind) if behind[rank] == min(behind.values())]
         return [
-            f"rank {rank} on {last[rank][3]} (alive, but still in step {key[rank][0]})"
-            for rank in sorted(key)
-            if key[rank] == min(key.values())
+            f"rank {rank}{_on(self._seen[rank][0])} lives but is behind, in step {behind[rank][0]}"
+            for rank in last
         ]
 
     def _beat(self) -> None:
@@ -99,30 +97,46 @@ class Heartbeat:
         count = 0
         while not self._closed.is_set():
             count += 1
+            text = f"{self.step} {int(self.waiting)} {count} {os.getpid()} {socket.gethostname()}"
             with contextlib.suppress(OSError):
-                self._file(self.rank).write_text(f"{count} {self.step} {self.place} {socket.gethostname()}")
+                (self.folder / f"rank_{self.rank}").write_text(text)
             for rank in range(self.size):
-                text = "never seen 0 ?"
+                text = ""
                 with contextlib.suppress(OSError):
-                    text = self._file(rank).read_text() or text
-                if self._seen.get(rank, ("", 0.0))[0] != text:
+                    text = (self.folder / f"rank_{rank}").read_text()
+                # Its age is by this rank's clock, from when the text was new: clocks of nodes differ.
+                if rank not in self._seen or text not in ("", self._seen[rank][0]):
                     self._seen[rank] = (text, time.monotonic())
             self.alongside()
             self._closed.wait(self.interval)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.interval)):
-            if time.monotonic() < self._deadline:
+            waited = time.monotonic() - self._last
+            if waited < self._allowed + self._patience:
                 continue
-            who = ", ".join(self.silent()) or "no rank in particular; where this one stands is below"
+            blame = "; ".join(self.silent()) or "every rank lives, compare where each one is"
             print(
-                f"error: rank {self.rank} on {socket.gethostname()}: no step boundary for {self.step_timeout:.0f} s "
-                f"in step {self.step}; to blame: {who}",
+                f"error: rank {self.rank} on {socket.gethostname()}: no end of step {self.step} for {waited:.0f} s: "
+                f"{blame}; this rank is at {_where_main_thread_is()}",
                 file=sys.stderr,
                 flush=True,
             )
-            faulthandler.dump_traceback(all_threads=True)
             os._exit(HUNG)
 
-    def _file(self, rank: int) -> Path:
-        return self.folder / f"rank_{rank}"
+
+def _progress(text: str) -> tuple[int, int]:
+    """(steps done, waiting for the others) of a beat."""
+    words = text.split()
+    return (int(words[0]), int(words[1])) if len(words) == 5 else (0, 0)
+
+
+def _on(text: str) -> str:
+    words = text.split()
+    return f" (pid {words[3]} on {words[4]})" if len(words) == 5 else ""
+
+
+def _where_main_thread_is() -> str:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    calls = traceback.extract_stack(frame)[-4:] if frame else []
+    return " < ".join(f"{Path(c.filename).name}:{c.lineno} {c.name}" for c in reversed(calls))

@@ -25,7 +25,7 @@ class Journal:
     """Rank 0's record of a run; on other ranks every method does nothing.
 
     start_step: the run goes on from here; what an earlier life logged at this step and later is dropped, as
-    that will be logged again. every: steps between lines in a log that is not a terminal.
+    that will be logged again. every: steps between lines when there is no terminal; see `due`.
     """
 
     def __init__(
@@ -50,15 +50,19 @@ class Journal:
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total_steps, initial=start_step, unit="step", dynamic_ncols=True)
-        self._since = (time.monotonic(), start_step)  # of the last line told
-        self._rate = 0.0  # seconds a step
+        self._since = (time.monotonic(), start_step)  # of the last line in the log
+
+    def due(self, step: int) -> bool:
+        """Whether the figures of step `step` are wanted: every `every` steps, and of the last."""
+        return step % self.every == 0 or step + 1 == self.total_steps
 
     def log(self, step: int, **scalars: float) -> None:
         """Record the figures of step `step` (0-based: the first step of a run is 0)."""
         if not self.main:
             return
         figures = {name: float(value) for name, value in scalars.items()}
-        self._lines.write(json.dumps({"step": step, **{k: _json_float(v) for k, v in figures.items()}}) + "\n")
+        line = {"step": step} | {name: _json_float(value) for name, value in figures.items()}
+        self._lines.write(json.dumps(line) + "\n")
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
         self._tell(step, figures)
@@ -96,16 +100,15 @@ class Journal:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
             return
         done, now = step + 1, time.monotonic()
-        if done % self.every and done != self.total_steps:
-            return
         then, told = self._since
-        if done > told:
-            self._rate = (now - then) / (done - told)
+        if done <= told or not self.due(step):
+            return
+        rate = (now - then) / (done - told)  # seconds a step
         self._since = (now, done)
-        left = int(self._rate * max(0, self.total_steps - done))
+        left = int(rate * max(0, self.total_steps - done))
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         print(
-            f"step {done}/{self.total_steps}  {text}  {1000 * self._rate:.0f} ms/step  "
+            f"step {done}/{self.total_steps}  {text}  {1000 * rate:.0f} ms/step  "
             f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}",
             flush=True,
         )
@@ -114,7 +117,7 @@ class Journal:
 def truncate(path: Path, start_step: int) -> None:
     """Keep the lines of metrics.jsonl with step < start_step; a half-written last line goes too.
 
-    The file is replaced, not cut: a lost rank of an earlier life that still writes has the old one in its hands.
+    The file is replaced, not cut: a lost rank of an earlier life that still writes has the old one in hand.
     """
     if not path.exists():
         return

@@ -9,7 +9,8 @@
             run.after_step(step + 1, lambda: {"model": model.state_dict(), ...})
         run.finish(total_steps, lambda: {...}, files=["backbone.safetensors"])
 
-Exit status: 0 finished; 75 saved and to be run again (USR2); 143 saved after TERM, 130 after Ctrl-C; 1 an error.
+Exit status: 0 finished; 1 an error to mend; 70 a crash, a hung step or a lost rank; 75 saved and not requeued,
+so run it again; 143 saved after TERM; 130 saved after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,27 +20,34 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from cluster import atomic, checkpoint, distributed
 from cluster.atomic import UserError
+from cluster.checkpoint import State
 from cluster.distributed import World
+from cluster.guard import Guard, Rollback
 from cluster.heartbeat import Heartbeat
 from cluster.owner import Owner
-from cluster.signals import REQUEUE, Signals
+from cluster.signals import GO_ON, REQUEUE, STOP, Signals
+
+__all__ = ["Guard", "Rollback", "Run"]
 
 AGAIN = 75  # EX_TEMPFAIL: the same command goes on from here
-FAILED = 3  # above every level of a signal
+FAILED = STOP + 1  # rank 0 can't go on: the disk is full, another run has taken over
+SAVING = 3600.0  # seconds that a save may take before a step counts as hung
 
 
 class Run:
-    """This process's part in a run. Create it right after distributed.start, before any DataLoader worker.
+    """This process's part in a run. Create it right after distributed.start, before a DataLoader has workers.
 
-    checkpoint_every: seconds between periodic checkpoints. keep: how many to keep. step_timeout: seconds without a step boundary
-    after which a rank ends itself. block_for: seconds to wait for Slurm's kill after a save for a signal.
-    Raises UserError when another run owns exp_dir.
+    checkpoint_every: seconds between periodic checkpoints. keep: how many of them to keep. step_timeout:
+    seconds without a step boundary after which a rank ends itself. block_for: seconds to wait for Slurm's kill
+    after the save for a signal. Raises UserError when another run owns exp_dir.
+
+    guard: judges gradients; its counters travel in the checkpoints.
     """
 
     def __init__(
@@ -56,10 +64,11 @@ class Run:
         self.world = world
         self.checkpoint_every = checkpoint_every
         self.block_for = block_for
+        self.guard = Guard()
         self.folder = exp_dir / "checkpoints"
-        self.owner: Owner | None = None
+        self.owner: Owner | None = None  # on rank 0
         distributed.on_main(self._claim)
-        self.writer = checkpoint.Writer(self.folder, keep, self._may_commit)
+        self.writer = checkpoint.Writer(self.folder, keep, self._before_commit)
         self.signals = Signals(ctrl_c=world.launcher != "slurm")
         beat = self.owner.beat if self.owner else lambda: None
         self.heart = Heartbeat(exp_dir / "heartbeat", world.rank, world.size, step_timeout, alongside=beat)
@@ -73,31 +82,14 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Stop watching, give the exp-dir back."""
+        """Stop watching and give the exp-dir back."""
         self.heart.close()
         self.signals.close()
         if self.owner:
             self.owner.release()
 
-    def _claim(self) -> None:
-        self.owner = Owner(self.exp_dir)
-        if self.owner.predecessor:
-            print(f"{self.exp_dir}: taken over from {self.owner.predecessor}, which is gone", flush=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        atomic.sweep(self.exp_dir)
-        atomic.sweep(self.folder)
-
-    def _may_commit(self) -> None:
-        """Before each commit: what was logged until here is durable, and the exp-dir is still this run's."""
-        metrics = self.exp_dir / "metrics.jsonl"
-        if metrics.exists():
-            with open(metrics, "ab") as file:
-                os.fsync(file.fileno())
-        if self.owner:
-            self.owner.check()
-
     def finished(self, total_steps: int | None = None) -> bool:
-        """True when final.json is signed, for at least `total_steps`. Raises UserError if its files were changed."""
+        """Whether final.json is signed, for at least `total_steps`. Raises UserError if its files changed."""
 
         def look() -> bool:
             if not (self.exp_dir / "final.json").exists():
@@ -110,95 +102,148 @@ class Run:
 
         return distributed.on_main(look)
 
-    def resume(self) -> checkpoint.State | None:
+    def resume(self) -> State | None:
         """Content of the newest checkpoint that verifies, the same on every rank; None to start anew.
 
-        Each later one that was passed over is told, with the reason.
+        Every later one that was passed over is told, with the reason. Includes "step", the steps done.
         """
-        mine: dict[str, Any] = {}
+        state = self._read_newest()
+        if state is not None:
+            self.guard.load(state.get("guard", {}))
+        return state
 
-        def find() -> Path | None:
-            self.writer.wait()
-            path, state, rejected = checkpoint.load_newest(self.folder)
-            mine.update(state)
-            for reason in rejected:
-                print(f"passed over: {reason}", flush=True)
-            if path:
-                print(f"resuming from {path}", flush=True)
-            return path
+    def roll_back(self, step: int, files: Sequence[str] = ()) -> State:
+        """After a Rollback at `step`: content of the last verified checkpoint, to go on from.
 
-        path = distributed.on_main(find)
-        trouble = ""
-        if path and not self.world.main:
-            try:
-                mine.update(checkpoint.read(path))
-            except UserError as error:
-                trouble = f"rank {self.world.rank}: {error}; is --exp-dir on a file system that all nodes share?"
-        (failed,) = distributed.agree(bool(trouble))
-        if failed:
-            raise UserError(trouble) if trouble else SystemExit(1)
-        if not path:
-            return None
-        self._saved_step = mine["step"]
-        return mine
+        The data up to the bad step is passed over: see Guard.offset. Raises UserError, with `files` as the
+        batch to name, at the second rollback of a run or without a checkpoint.
+        """
+        state = self._read_newest()
+        if self.guard.exhausted or state is None:
+            path = checkpoint.step_path(self.folder, state["step"]) if state else ""
+            words = self.guard.last_words(step, files, str(path))
+            raise UserError(words) if self.world.main else SystemExit(0)
+        self.guard.roll_back(step, state["step"])
+        return state
 
-    def after_step(self, step: int, state: Callable[[], checkpoint.State], save: bool = False) -> None:
-        """At the boundary before step `step`, that is when `step` steps are done: agree, then save or stop if due.
+    def after_step(self, step: int, state: Callable[[], State], save: bool = False) -> None:
+        """At the boundary before step `step`, when `step` steps are done: agree, then save or stop if due.
 
-        state: what to save, called on rank 0 only when needed, so without collectives in it. save: save now
-        whatever the clock says (the end of an epoch). Does not return after a signal: raises SystemExit.
+        state: what to save; called when needed and on rank 0 only, so without collectives in it.
+        save: save now whatever the clock says (the end of an epoch); the same on every rank.
+        After a signal it does not return but raises SystemExit. While the guard is skipping steps nothing is
+        saved on its account, lest the state to go back to be the bad one.
         """
         self.heart.arrived(step)
-        failed = bool(self.owner and (self.writer.failed or not self.owner.held))
-        due = save or (self.world.main and time.monotonic() >= self._next_save and not self.writer.busy)
-        stop, due = distributed.agree(FAILED if failed else self.signals.level, due)
+        level: int = self.signals.level
+        if self.owner and (self.writer.failed or not self.owner.held):
+            level = FAILED
+        late = time.monotonic() >= self._next_save and not self.writer.busy and not self.guard.skipped
+        level, due = self._agree(step, level, save or (self.world.main and late))
         self.heart.left()
-        if stop == FAILED:
+        if level == FAILED:
             self._fail()
-        if stop:
-            self._stop(step, state, stop)
-        if due:
+        elif level != GO_ON:
+            self._stop(step, state, level)
+        elif due:
             self.save(step, state)
 
-    def save(self, step: int, state: Callable[[], checkpoint.State], wait: bool = False) -> None:
-        """Save on rank 0; wait until it is on disk if asked to."""
+    def save(self, step: int, state: Callable[[], State], wait: bool = False) -> None:
+        """Save on rank 0, unless this step is saved; `wait`, on all ranks, until it is on disk."""
         if self.world.main and step != self._saved_step:
-            self.writer.save(step, state())
+            with self.patience(SAVING):  # the one before may still be on its way to the disk
+                self.writer.save(step, {"guard": self.guard.state(), **state()})
             self._next_save = time.monotonic() + self.checkpoint_every
         self._saved_step = step
         if wait:
-            with self.patience(3600.0):
+            with self.patience(SAVING):
                 distributed.on_main(self.writer.wait)
 
-    def finish(self, step: int, state: Callable[[], checkpoint.State], files: list[str]) -> None:
+    def finish(self, step: int, state: Callable[[], State], files: list[str]) -> None:
         """Save, and sign `files` (relative to exp_dir) as the result of this stage."""
         self.save(step, state, wait=True)
 
         def sign() -> None:
-            self._may_commit()
+            self._before_commit()
             checkpoint.sign_final(self.exp_dir, step, files)
 
-        distributed.on_main(sign)
+        with self.patience(SAVING):
+            distributed.on_main(sign)
 
     def patience(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """`with run.patience(1800):` around what takes long on purpose: validation, compilation, a probe."""
+        """`with run.patience(1800):`, on every rank, around what takes long: validation, compilation, a probe."""
         return self.heart.patience(seconds)
+
+    def _claim(self) -> None:
+        self.owner = Owner(self.exp_dir)
+        if self.owner.predecessor:
+            print(f"{self.exp_dir}: taken over from {self.owner.predecessor}, which is gone", flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic.sweep(self.exp_dir)
+        atomic.sweep(self.folder)
+
+    def _before_commit(self) -> None:
+        """What was logged until here is durable, and the exp-dir is still this run's."""
+        metrics = self.exp_dir / "metrics.jsonl"
+        if metrics.exists():
+            with open(metrics, "ab") as file:
+                os.fsync(file.fileno())
+        if self.owner:
+            self.owner.check()
+
+    def _read_newest(self) -> State | None:
+        state: State = {}
+
+        def find() -> Path | None:
+            self.writer.wait()
+            path, content, rejected = checkpoint.load_newest(self.folder)
+            state.update(content)
+            for reason in rejected:
+                print(f"passed over: {reason}", flush=True)
+            if path:
+                print(f"going on from {path}", flush=True)
+            return path
+
+        with self.patience(SAVING):
+            path = distributed.on_main(find)
+            trouble = ""
+            if path and not self.world.main:
+                try:
+                    state.update(checkpoint.read(path))
+                except UserError as error:
+                    trouble = (
+                        f"rank {self.world.rank}: {error}; do all nodes share the file system of --exp-dir?"
+                    )
+            (failed,) = distributed.agree(bool(trouble))
+        if failed:
+            raise UserError(trouble) if trouble else SystemExit(0)
+        if not path:
+            return None
+        self._saved_step = state["step"]
+        return state
+
+    def _agree(self, step: int, *flags: int) -> tuple[int, ...]:
+        try:
+            return distributed.agree(*flags)
+        except RuntimeError as error:  # a dead rank resets the connection at once
+            reason = str(error).splitlines()[0][:160]
+            print(f"error: step {step}: lost another rank ({reason})", file=sys.stderr, flush=True)
+            raise SystemExit(70) from None
 
     def _fail(self) -> NoReturn:
         if self.owner:
-            self.writer.wait()
+            self.writer.wait()  # raises what went wrong
             self.owner.check()
-        raise SystemExit(1)
+        raise SystemExit(0)  # rank 0 tells
 
-    def _stop(self, step: int, state: Callable[[], checkpoint.State], level: int) -> NoReturn:
+    def _stop(self, step: int, state: Callable[[], State], level: int) -> NoReturn:
         self.save(step, state, wait=True)
-        self.heart.close()
         again = level == REQUEUE
         if self.world.main:
-            print(f"step {step}: saved for {self.signals.name or 'a signal of another rank'}", flush=True)
-        if self.world.launcher == "slurm":
-            # Slurm's own kill tells what this was. To leave by ourselves would make the job COMPLETED or FAILED.
-            if not again or distributed.on_main(requeue):
+            print(f"step {step}: saved after {self.signals.name or 'a signal to another rank'}", flush=True)
+        with self.patience(SAVING + self.block_for):
+            if self.world.launcher == "slurm" and (not again or distributed.on_main(requeue)):
+                # Slurm's own kill tells what this was; to leave earlier would make the job COMPLETED or FAILED.
                 time.sleep(self.block_for)
         if again:
             raise SystemExit(AGAIN)
@@ -207,16 +252,16 @@ class Run:
 
 def requeue() -> bool:
     """Ask Slurm to run this job again, under the same job id. False, after telling why, when it won't."""
-    job = os.environ["SLURM_JOB_ID"]
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
     for wait in (0, 2, 10):  # the controller may be restarting
         time.sleep(wait)
         try:
-            answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired) as error:
-            print(f"scontrol requeue {job}: {error}", file=sys.stderr, flush=True)
+            print(f"{' '.join(command)}: {error}", file=sys.stderr, flush=True)
             continue
         if answer.returncode == 0:
-            print(f"job {job} is requeued", flush=True)
+            print(f"{' '.join(command)}: done, waiting to be ended", flush=True)
             return True
-        print(f"scontrol requeue {job}: {answer.stderr.strip()}", file=sys.stderr, flush=True)
+        print(f"{' '.join(command)}: {answer.stderr.strip()}", file=sys.stderr, flush=True)
     return False

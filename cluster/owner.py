@@ -1,9 +1,9 @@
 """owner.json: one run at a time writes into an exp-dir. No torch here.
 
-A newcomer takes over at once from an owner that is certainly dead: an earlier life of its own Slurm job, a process
-of this host that is gone, a job that squeue no longer runs. Else it waits for nothing and leaves with one line,
-unless the owner's file has not been touched for STALE seconds. The old owner, if it still lives (a node cut from
-the controller), finds its file gone before it commits its next checkpoint, and ends.
+A newcomer takes over at once from an owner that is certainly dead: an earlier life of its own Slurm job, a
+process of this host that is gone, a job that squeue no longer runs. Else it leaves with one line, unless the
+owner's file has not been touched for STALE seconds. An old owner that does live on (a node cut from the
+controller) finds its file changed at the next beat or before its next commit, and ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from cluster import atomic
 from cluster.atomic import UserError
 
 STALE = 60.0  # seconds without a beat
-BEAT = 5.0  # seconds between beats
 
 
 class Owner:
@@ -107,7 +106,7 @@ def _alive(holder: dict[str, Any], me: dict[str, Any], path: Path, stale: float)
 
 
 def _slurm_has_ended(holder: dict[str, Any]) -> bool:
-    """True only when squeue answers and does not show the holder's step (or job, for want of a step) running."""
+    """True only when squeue answers and does not show the holder's step (or job, for want of one) running."""
     what = ["--steps", f"{holder['job']}.{holder['step']}", "-o", "%i"] if holder.get("step") else []
     what = what or ["-t", "RUNNING,COMPLETING,SUSPENDED", "-j", holder["job"], "-o", "%i"]
     try:
@@ -136,7 +135,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The owner; empty when there is none. An OSError of the file system says nothing, and goes to the caller."""
+    """The owner; empty when there is none. Any other OSError says nothing about that, and is the caller's."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

@@ -19,7 +19,7 @@ from cluster import atomic
 from cluster.atomic import UserError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, TCPStore
 
 ORDINARY_STEPS = 0xFFFFFFF0  # above: the batch script, the shell of salloc, extern
 
@@ -36,7 +36,7 @@ class Place:
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
-    """Read the launcher's variables. A plain `python` in a batch script, under salloc or in a pty is alone."""
+    """By the launcher's variables. A plain `python` in a batch script, under salloc or in a pty is alone."""
     if "RANK" in env and "WORLD_SIZE" in env and "LOCAL_RANK" in env:
         return Place(
             int(env["RANK"]),
@@ -46,10 +46,11 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
             "torchrun",
         )
     step = env.get("SLURM_STEP_ID", "")
-    if "SLURM_PROCID" in env and step.isdigit() and int(step) < ORDINARY_STEPS and "SLURM_PTY_PORT" not in env:
+    ordinary = step.isdigit() and int(step) < ORDINARY_STEPS and "SLURM_PTY_PORT" not in env
+    if ordinary and "SLURM_PROCID" in env:
         size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-        per_node = _expand(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size))
-        local_size = per_node[int(env.get("SLURM_NODEID", 0))]
+        counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size)
+        local_size = _expand(counts)[int(env.get("SLURM_NODEID", 0))]
         return Place(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size, "slurm")
     return Place()
 
@@ -115,7 +116,7 @@ def _my_names() -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _join(note: Path, me: Place, timeout: float) -> Store:
+def _join(note: Path, me: Place, timeout: float) -> TCPStore:
     from torch.distributed import TCPStore
 
     deadline = time.monotonic() + timeout
@@ -136,19 +137,21 @@ def _join(note: Path, me: Place, timeout: float) -> Store:
             seen = f"rank 0 does not answer at {host}:{content['port']}"
         time.sleep(0.1)
     raise UserError(
-        f"rank {me.rank} on {socket.gethostname()} met nobody in {timeout:.0f} s ({seen}): is {note.parent} on a "
-        "file system that all nodes share, and can they reach each other?"
+        f"rank {me.rank} on {socket.gethostname()} met nobody in {timeout:.0f} s ({seen}): is {note.parent} "
+        "on a file system that all nodes share, and can the nodes reach each other?"
     )
 
 
 def _wait_for_all(store: Store, me: Place, timeout: float) -> None:
     """First meeting: long, since importing torch from a cold disk takes a node 20 s and more."""
+    from torch.distributed import DistStoreError
+
     store.set(f"here-{me.rank}", socket.gethostname())
     missing = list(range(me.size))
     deadline = time.monotonic() + timeout
-    while missing and time.monotonic() < deadline:
-        with contextlib.suppress(RuntimeError):  # the time-out of one wait
-            store.wait([f"here-{missing[0]}"], timedelta(seconds=max(0.1, min(5.0, deadline - time.monotonic()))))
+    while missing and (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(DistStoreError):  # the time-out of one wait
+            store.wait([f"here-{missing[0]}"], timedelta(seconds=max(0.1, min(5.0, left))))
             missing.pop(0)
     if missing:
         gone = [rank for rank in missing if not store.check([f"here-{rank}"])]

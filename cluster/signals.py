@@ -1,11 +1,11 @@
 """Signals set a flag, nothing else (law 6). No torch here.
 
 A Python handler runs only between two bytecodes of the main thread: not while that thread waits inside a C++
-collective. So the C part of the handler writes the signal's number to a pipe, at once and from whichever thread
-got it, and a thread of ours reads the pipe. The main thread blocks the signals, for the sake of its children: a
-DataLoader worker inherits the mask, and a signal sent to the whole step leaves it alone.
+collective. So the C part of the handler writes the signal's number to a pipe, at once and from whichever
+thread got it, and a thread of ours reads the pipe. The main thread blocks the signals for the sake of its
+children: a DataLoader worker inherits the mask, and a signal sent to the whole step leaves it alone.
 
-Until this is installed a signal kills. Under Slurm start Python as `srun env --block-signal=USR2 python -m ...`:
+Until this is installed a signal kills. Under Slurm start Python as `srun env --block-signal=USR2 python ...`:
 a signal that comes during the imports then waits.
 """
 
@@ -24,7 +24,7 @@ GO_ON, REQUEUE, STOP = 0, 1, 2
 class Signals:
     """The flag. `level` is GO_ON, REQUEUE (USR2: save, run again) or STOP (TERM, Ctrl-C: save, do not).
 
-    LINEWORK_REQUEUE_SIGNAL names another signal than USR2. ctrl_c: the first Ctrl-C stops, the second ends at once.
+    LINEWORK_REQUEUE_SIGNAL names another signal than USR2. ctrl_c: one Ctrl-C stops, a second ends at once.
     Create it in the main thread, before the first DataLoader worker.
     """
 
@@ -70,8 +70,8 @@ def requeue_signal() -> signal.Signals:
     """USR2, or the one that LINEWORK_REQUEUE_SIGNAL names (USR2, SIGUSR2 or a number)."""
     text = os.environ.get("LINEWORK_REQUEUE_SIGNAL", "USR2")
     try:
-        return (
-            signal.Signals(int(text)) if text.isdigit() else signal.Signals["SIG" + text.upper().removeprefix("SIG")]
-        )
+        if text.isdigit():
+            return signal.Signals(int(text))
+        return signal.Signals["SIG" + text.upper().removeprefix("SIG")]
     except (KeyError, ValueError):
         raise UserError(f"LINEWORK_REQUEUE_SIGNAL={text}: no such signal; give USR2 or RTMIN") from None
