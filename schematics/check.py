@@ -155,12 +155,9 @@ def _print_splits(splits: Sequence[Split], decoded: Mapping[Path, Decoded]) -> N
         shapes = [shape for sheet in split.sheets if (shape := decoded[sheet.path].shape)]
         rows.append([split.folder.name, *map(str, (len(split.sheets), empty, len(boxes))), *_sizes(shapes)])
         if len(boxes):
-            quantiles = np.quantile(
-                np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)), [0, 0.05, 0.5, 0.95, 1]
-            )
-            sides.append(
-                [split.folder.name, *(f"{q:.0f}" for q in np.quantile(side, [0, 0.05, 0.5, 0.95, 1]))]
-            )
+            side = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
+            quantiles = np.quantile(side, [0, 0.05, 0.5, 0.95, 1])
+            sides.append([split.folder.name, *(f"{quantile:.0f}" for quantile in quantiles)])
     _table(rows)
     _table(sides)
     counts = [_counts(split) for split in splits]

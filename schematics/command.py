@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -27,8 +26,6 @@ def run(
     DataError and failed file operations become one line and code 1, flags that don't parse code 2.
     """
     args = parser.parse_args(argv)
-    # Pillow warns about the very files that the command lists in a line of its own.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     try:
         code = main(args) or 0
         sys.stdout.flush()

@@ -7,6 +7,7 @@ as 8-bit gray or RGB. A file that is cut short is an error, never a half-gray pi
 import os
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".pdf")
 MAX_PIXELS = 20_000 * 20_000
 # Pillow warns above its own limit and raises above twice that, both below a large scanned sheet.
 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)
+# What it warns of ends as a DataError here: one line, not two.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 STRIPE = 1024  # rows handled at a time, so that a 400-megapixel sheet needs no second copy of itself
 
 
@@ -227,10 +231,10 @@ def _decode_any(picture: Image.Image) -> np.ndarray:
         return _from_16_bit(picture)
     if picture.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no fixed white; save it with 8 or 16 bits")
-    if picture.mode in ("L", "1"):
-        return np.array(picture.convert("L"))
     if "A" in picture.getbands() or "a" in picture.mode or "transparency" in picture.info:
         return _over_white(np.array(picture.convert("RGBA")))
+    if picture.mode in ("L", "1"):
+        return np.array(picture.convert("L"))
     return np.array(picture.convert("RGB"))
 
 
