@@ -1,0 +1,172 @@
+"""The commands of the data folder: what they print, their exit codes, one line where they can't go on."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from schematics.coco import Category, write_split
+
+
+def command(capsys, monkeypatch, name: str, *arguments: object) -> tuple[int, str, str]:
+    """Run python -m schematics.NAME here; (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, f"schematics.{name}", raising=False)  # as in a fresh process
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"schematics.{name}", run_name="__main__")
+    return int(ended.value.code or 0), *capsys.readouterr()
+
+
+def sheet(path: Path, level: int = 255) -> None:
+    image = np.full((80, 100, 3), 255, np.uint8)
+    image[10:40, 10:30] = (level, 0, 200)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """train with two sheets and valid with one, all sound."""
+    for split, names in (("train", ["a.png", "b.png"]), ("valid", ["c.png"])):
+        images = [{"id": n, "file_name": name, "width": 100, "height": 80} for n, name in enumerate(names, 1)]
+        rows = [{"image_id": image["id"], "category_id": 1, "bbox": [10, 10, 20, 30]} for image in images]
+        for n, name in enumerate(names):
+            sheet(tmp_path / "data" / split / name, level=n + 10 * (split == "valid"))
+        write_split(tmp_path / "data" / split, images, [Category(1, "valve"), Category(2, "pump")], rows)
+    return tmp_path / "data"
+
+
+def edit(folder: Path, change) -> None:
+    file = folder / "_annotations.coco.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_sound_data(capsys, monkeypatch, data):
+    before = contents(data)
+    code, out, err = command(capsys, monkeypatch, "check", data)
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert ["train", "2", "0", "2", "2", "100", "x", "80", "100", "x", "80"] in lines
+    assert ["train", "24", "24", "24", "24", "24"] in lines  # sqrt(20 * 30)
+    assert ["1", "valve", "2", "1"] in lines and ["2", "pump", "0", "0"] in lines
+    assert out.endswith("nothing to repair\n")
+    assert contents(data) == before
+
+
+def test_findings_are_named_by_file_and_count_and_are_no_failure(capsys, monkeypatch, data):
+    def change(content):
+        content["annotations"][0]["bbox"] = [-5, 10, 20, 30]
+        content["annotations"] += [
+            {"id": n, "image_id": 2, "category_id": 1, "bbox": [1, 1, 0, 3]} for n in (8, 9)
+        ]
+        content["images"].append({"id": 3, "file_name": "gone.png", "width": 9, "height": 9})
+
+    edit(data / "train", change)
+    sheet(data / "train/stray.png")
+    (data / "valid/c.png").write_bytes((data / "train/a.png").read_bytes())
+    code, out, err = command(capsys, monkeypatch, "check", data)
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    for kind, first in (
+        ("repaired 1 train: box partly outside the sheet: clipped", "1 a.png"),
+        ("dropped 2 train: box without area", "2 b.png"),
+        ("dropped 1 train: image named but missing", "1 gone.png"),
+        ("kept 1 train: file that the annotations don't name", "1 stray.png"),
+        ("kept 1 train: the same file is also in valid", "1 a.png"),
+        ("kept 1 valid: the same file is also in train", "1 c.png"),
+    ):
+        assert lines[lines.index(kind) + 1] == first
+
+
+def test_long_lists_of_files_are_cut(capsys, monkeypatch, data):
+    for number in range(7):
+        sheet(data / f"train/stray{number}.png")
+    out = command(capsys, monkeypatch, "check", data)[1]
+    assert "stray4.png" in out and "stray5.png" not in out and "2  in 2 more files" in out
+    assert "stray6.png" in command(capsys, monkeypatch, "check", data, "--files", 9)[1]
+
+
+def test_a_class_that_is_never_trained_is_said(capsys, monkeypatch, data):
+    edit(data / "valid", lambda content: content["annotations"][0].update(category_id=2))
+    out = command(capsys, monkeypatch, "check", data)[1]
+    assert "valid: class 'pump' has boxes here and none in train" in out
+
+
+def damage_middle(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+UNUSABLE = {  # what is done to the folder -> the line
+    "train/a.png: image damaged: replace it, or delete it": lambda d: damage_middle(d / "train/a.png"),
+    "id 2 is 'pump' in train but 'fan' in valid; give each class one id": lambda d: edit(
+        d / "valid", lambda c: c["categories"][1].update(name="fan")
+    ),
+    "no usable box on any usable sheet": lambda d: edit(d / "valid", lambda c: c["annotations"].clear()),
+    "_annotations.coco.json: not valid JSON": lambda d: (d / "train/_annotations.coco.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("line", UNUSABLE)
+def test_unusable_data_ends_with_1_and_the_cure(capsys, monkeypatch, data, line):
+    UNUSABLE[line](data)
+    before = contents(data)
+    code, _, err = command(capsys, monkeypatch, "check", data)
+    assert code == 1 and line in err and err.startswith("error: ") and err.count("\n") == 1
+    assert contents(data) == before
+
+
+def test_a_folder_without_annotations(capsys, monkeypatch, data):
+    (data / "valid/_annotations.coco.json").unlink()
+    code, out, err = command(capsys, monkeypatch, "check", data)
+    assert (code, out) == (1, "") and "no valid/_annotations.coco.json" in err and err.count("\n") == 1
+    code, _, err = command(capsys, monkeypatch, "check", data.parent / "absent")
+    assert code == 1 and "no such folder" in err
+
+
+def test_an_unlabelled_pool(capsys, monkeypatch, tmp_path):
+    sheet(tmp_path / "sub/a.png")
+    sheet(tmp_path / "sub/copy.png")
+    cv2.imwrite(str(tmp_path / "gray.png"), np.full((50, 60), 255, np.uint8))
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    code, out, err = command(capsys, monkeypatch, "check", "--unlabeled", tmp_path)
+    assert (code, err) == (0, "")
+    assert "4 sheets, 1 unreadable, 1 byte-identical to another" in out and "cut.jpg" in out
+    assert ["3", "2", "100", "x", "80", "100", "x", "80"] in [line.split() for line in out.splitlines()]
+    for path in (tmp_path / "sub").iterdir():
+        path.write_bytes(b"")
+    (tmp_path / "gray.png").unlink()
+    code, _, err = command(capsys, monkeypatch, "check", "--unlabeled", tmp_path)
+    assert code == 1 and "none of 3 drawings can be read" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["check", "convert", "symbols"])
+def test_unknown_flags_end_with_2_and_one_line(capsys, monkeypatch, name, data):
+    code, out, err = command(capsys, monkeypatch, name, data, data / "out", "--colour", "red")
+    assert (code, out) == (2, "") and "--colour" in err and err.count("\n") == 1
+    assert not (data / "out").exists()
+
+
+def test_a_reader_that_stops_early_gets_no_traceback(data):
+    """`check DIR | head -0`, with output that can't be written from the first line on."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "schematics.check", str(data)]
+    ended = subprocess.run(
+        command, stdout=write_end, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True
+    )
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -1,0 +1,183 @@
+"""VOC and YOLO folders become COCO splits with the same boxes; nothing is written over or left half done."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from schematics.coco import read_split
+from schematics.convert import convert
+from schematics.sheets import DataError
+
+BOXES = [("valve", 10, 20, 30, 60), ("pump", 50, 5, 90, 25)]  # x0 y0 x1 y1 on a sheet of 100 x 80
+
+
+def sheet(path: Path, size: tuple[int, int] = (100, 80)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((size[1], size[0]), 255, np.uint8))
+
+
+def voc(path: Path, file_name: str, size: tuple[int, int] = (100, 80), boxes=BOXES) -> None:
+    objects = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax>"
+        f"<ymax>{y1}</ymax></bndbox></object>"
+        for name, x0, y0, x1, y1 in boxes
+    )
+    width, height = size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"<annotation><filename>{file_name}</filename><size><width>{width}</width><height>{height}</height>"
+        f"<depth>3</depth></size>{objects}</annotation>"
+    )
+
+
+def yolo(path: Path, names: list[str], boxes=BOXES, extra: str = "") -> None:
+    lines = [
+        f"{names.index(name)} {(x0 + x1) / 200} {(y0 + y1) / 160} {(x1 - x0) / 100} {(y1 - y0) / 80}"
+        for name, x0, y0, x1, y1 in boxes
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n" + extra)
+
+
+def boxes_of(folder: Path) -> dict[str, list[tuple]]:
+    split = read_split(folder)
+    return {
+        sheet.file_name: [
+            (split.categories[label - 1].name, *np.round(box, 6))
+            for label, box in zip(sheet.labels, sheet.boxes, strict=True)
+        ]
+        for sheet in split.sheets
+    }
+
+
+def test_voc_with_imagesets(tmp_path):
+    for name in ("a", "b", "c"):
+        sheet(tmp_path / f"src/JPEGImages/{name}.jpg")
+        voc(tmp_path / f"src/Annotations/{name}.xml", f"C:\\drawings\\{name}.jpg")
+    sets = tmp_path / "src/ImageSets/Main"
+    sets.mkdir(parents=True)
+    for split, names in (("train", "a"), ("val", "b"), ("test", "c 1")):
+        (sets / f"{split}.txt").write_text(names + "\n")
+    assert convert(tmp_path / "src", tmp_path / "out") == {}
+    for split, name in (("train", "a.jpg"), ("valid", "b.jpg"), ("test", "c.jpg")):
+        assert boxes_of(tmp_path / "out" / split) == {name: BOXES}
+        assert read_split(tmp_path / "out" / split).findings == []
+
+
+def test_voc_beside_the_sheets_with_flaws(tmp_path):
+    """Roboflow's VOC export: xml and sheet side by side. The file name is wrong, the sheet was shrunk."""
+    src = tmp_path / "src"
+    sheet(src / "train/a.png")
+    voc(
+        src / "train/a.xml",
+        "elsewhere.png",
+        size=(0, 0),
+        boxes=[*BOXES, ("", 1, 1, 2, 2), ("fan", "x", 1, 2, 2)],
+    )
+    sheet(src / "valid/b.png", (50, 40))
+    voc(src / "valid/b.xml", "b.png", size=(100, 80))
+    voc(src / "valid/lost.xml", "lost.png")
+    sheet(src / "valid/cut.png")
+    (src / "valid/cut.png").write_bytes((src / "valid/cut.png").read_bytes()[:-20])
+    voc(src / "valid/cut.xml", "cut.png")
+    left_out = convert(src, tmp_path / "out")
+    assert left_out == {
+        "object without a name and four numbers: a.xml": 2,
+        "image missing beside lost.xml": 1,
+        "image truncated or unreadable: cut.png": 1,
+    }
+    assert boxes_of(tmp_path / "out/train") == {"a.png": BOXES}
+    assert boxes_of(tmp_path / "out/valid") == {"b.png": [(name, *np.array(box) / 2) for name, *box in BOXES]}
+
+
+@pytest.mark.parametrize("layout", ["train/{}/a", "{}/train/a", "{}/val/a"])
+@pytest.mark.parametrize("names", ["names: [pump, valve]", "names: {0: pump, 1: valve}"])
+def test_yolo_layouts(tmp_path, layout, names):
+    src = tmp_path / "src"
+    sheet(src / (layout.format("images") + ".png"))
+    yolo(src / (layout.format("labels") + ".txt"), ["pump", "valve"])
+    sheet(src / (layout.format("images") + "_empty.png"))
+    (src / "data.yaml").write_text(f"path: /nowhere\nnc: 2\n{names}\n")
+    assert convert(src, tmp_path / "out") == {}
+    split = "valid" if "val" in layout else "train"
+    assert boxes_of(tmp_path / "out" / split) == {"a.png": BOXES, "a_empty.png": []}
+    assert [category.name for category in read_split(tmp_path / "out" / split).categories] == [
+        "pump",
+        "valve",
+    ]
+
+
+def test_yolo_side_by_side_with_outlines_scores_and_broken_lines(tmp_path):
+    src = tmp_path / "src"
+    sheet(src / "a.png")
+    extra = (
+        "0 0.1 0.1 0.3 0.1 0.2 0.5\n1 0.5 0.5 0.2 0.2 0.93\n\n7 .5 .5 .1 .1\nvalve .5 .5 .1 .1\n0 .5 .5 .1\n"
+    )
+    yolo(src / "a.txt", ["valve", "pump"], extra=extra)
+    (src / "classes.txt").write_text("valve\npump\n")
+    assert convert(src, tmp_path / "out") == {"line without a known class and a box: a.txt": 3}
+    want = [*BOXES, ("valve", 10, 8, 30, 40), ("pump", 40, 32, 60, 48)]
+    assert boxes_of(tmp_path / "out/train") == {"a.png": want}
+
+
+def test_shares_draw_the_same_splits_each_time(tmp_path):
+    src = tmp_path / "src"
+    for number in range(10):
+        sheet(src / f"images/{number}.png")
+        yolo(src / f"labels/{number}.txt", ["valve", "pump"])
+    (src / "classes.txt").write_text("valve\npump\n")
+    drawn = []
+    for out, seed in (("one", 3), ("two", 3), ("three", 4)):
+        convert(src, tmp_path / out, valid=0.2, test=0.3, seed=seed)
+        drawn.append({split: set(boxes_of(tmp_path / out / split)) for split in ("train", "valid", "test")})
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert [len(members) for members in drawn[0].values()] == [5, 2, 3]
+    assert set.union(*drawn[0].values()) == {f"{number}.png" for number in range(10)}
+    with pytest.raises(DataError, match="shares"):
+        convert(src, tmp_path / "four", valid=0.6, test=0.4)
+    (src / "val").mkdir()
+    with pytest.raises(DataError, match="splits of its own"):
+        for folder in ("images", "labels"):
+            (src / folder).rename(src / "val" / folder)
+        convert(src, tmp_path / "four", valid=0.5)
+
+
+def test_sheets_of_one_name_in_two_folders_both_arrive(tmp_path):
+    src = tmp_path / "src"
+    for folder in ("plant", "hall"):
+        sheet(src / folder / "a.png")
+        voc(src / folder / "a.xml", "a.png")
+    convert(src, tmp_path / "out")
+    assert list(boxes_of(tmp_path / "out/train").values()) == [BOXES, BOXES]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "word"),
+    [
+        (lambda src: None, "neither VOC"),
+        (lambda src: (src / "data.yaml").write_text("names: 3"), "data.yaml: no class names"),
+        (lambda src: (src / "data.yaml").write_text("[:"), "data.yaml: no class names"),
+        (lambda src: (src / "data.yaml").write_text("names: [valve]"), "no sheet with a labelled box"),
+        (lambda src: (src / "a.xml").write_text("<annotation><object>"), "a.xml: not valid XML"),
+    ],
+)
+def test_a_source_that_cannot_be_converted_leaves_nothing(tmp_path, prepare, word):
+    sheet(tmp_path / "src/a.png")
+    prepare(tmp_path / "src")
+    with pytest.raises(DataError, match=word) as caught:
+        convert(tmp_path / "src", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_nothing_is_written_over(tmp_path):
+    sheet(tmp_path / "src/a.png")
+    voc(tmp_path / "src/a.xml", "a.png")
+    convert(tmp_path / "src", tmp_path / "out")
+    before = json.loads((tmp_path / "out/train/_annotations.coco.json").read_text())
+    with pytest.raises(DataError, match="exists already"):
+        convert(tmp_path / "src", tmp_path / "out")
+    assert json.loads((tmp_path / "out/train/_annotations.coco.json").read_text()) == before
