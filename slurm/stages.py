@@ -78,7 +78,9 @@ def split(text: str, flag: str) -> list[str]:
 def command(stage: Stage, run_dir: Path, code: Path, after: str | None) -> list[str]:
     """The sbatch call of a stage. after: the job whose success it waits for."""
     log = str(run_dir / "logs" / stage.name).replace("%", "%%")
-    waits = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    waits = [f"--dependency=afterok:{after}"] if after else []
+    if after and not any(word.startswith("--kill-on-invalid-dep") for word in stage.sbatch):
+        waits.append("--kill-on-invalid-dep=yes")  # a "no" that followed would not undo it
     return ["sbatch", "--parsable", f"--job-name=linework-{stage.name}", f"--chdir={code}",
             f"--output={log}-%j.log", *waits, *stage.sbatch,
             str(code / "slurm" / f"{stage.name}.slurm"), *stage.arguments]  # fmt: skip

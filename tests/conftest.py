@@ -12,7 +12,8 @@ from slurm_cluster import Cluster, clean_environment
 def site() -> Iterator[Cluster]:
     """The running cluster; without Slurm on this machine its tests are skipped, unless that is forbidden."""
     path = clean_environment()["PATH"]
-    missing = [name for name in ("munged", "slurmctld", "slurmd", "srun") if not shutil.which(name, path=path)]
+    daemons = ("munged", "slurmctld", "slurmd")
+    missing = [name for name in daemons if not shutil.which(name, path=path)]
     if missing:
         reason = f"no {', '.join(missing)} here: apt-get install -y slurm-wlm munge iproute2"
         if os.environ.get("LINEWORK_REQUIRE_SLURM") == "1":

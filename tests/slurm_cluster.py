@@ -18,6 +18,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,30 +205,40 @@ class Cluster:
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def wait(self, job: str, *wanted: str, timeout: float = 120) -> str:
-        """Waits until the job is in a wanted state, by default any final one. (`sbatch --wait` polls at
-        2, 10, 42 s.)"""
+        """Waits until the job is in a wanted state, by default any final one."""
         seen: list[str] = []
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
+
+        def there() -> bool:
             state = self.state(job)
-            seen += [state] if seen[-1:] != [state] else []
-            if state in (wanted or FINAL_STATES):
-                return state
-            assert state not in FINAL_STATES, f"job {job}: {seen}, wanted {wanted}"
-            time.sleep(0.1)
-        raise AssertionError(f"job {job}: {seen} in {timeout} s, wanted {wanted}: {self.show(job)}")
+            seen.extend([state] if seen[-1:] != [state] else [])
+            assert state in wanted or state not in FINAL_STATES or not wanted, (
+                f"job {job}: {seen}, wanted {wanted}"
+            )
+            return state in (wanted or FINAL_STATES)
+
+        self.wait_for(there, timeout, lambda: f"job {job}: {seen}, wanted {wanted}: {self.show(job)}")
+        return seen[-1]
 
     def settle(self, timeout: float = 60) -> None:
         """Cancels every job and waits until both nodes are idle."""
-        end = time.monotonic() + timeout
         jobs = self.call("squeue", "-h", "-o", "%A").stdout.split()
         if jobs:
             self.call("scancel", *jobs)
-        while True:
-            nodes = self.call("sinfo", "-hNp", "main", "-o", "%T").stdout.split()
-            if nodes == ["idle"] * len(NODES) and not self.run("squeue", "-h"):
-                return
-            assert time.monotonic() < end, f"not idle: {nodes}\n{self.run('squeue')}{self.run('sinfo', '-R')}"
+        self.wait_for(self.idle, timeout, lambda: self.run("squeue") + self.run("sinfo", "-NR"))
+
+    def idle(self) -> bool:
+        """No job, and no node at work or out of order."""
+        nodes = self.call("sinfo", "-hNp", "main", "-o", "%T").stdout.split()
+        return nodes == ["idle"] * len(NODES) and not self.run("squeue", "-h")
+
+    @staticmethod
+    def wait_for(
+        there: Callable[[], bool], timeout: float = 60, what: Callable[[], str] = lambda: ""
+    ) -> None:
+        """Polls until `there`; says `what` is wrong when it does not come about."""
+        end = time.monotonic() + timeout
+        while not there():
+            assert time.monotonic() < end, f"not in {timeout} s: {what()}"
             time.sleep(0.05)
 
     # -- nodes

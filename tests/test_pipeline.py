@@ -1,0 +1,283 @@
+"""slurm/pipeline.py: what is submitted, from which code, what status says, how a chain goes on.
+
+On the real Slurm, with a small program in the place of Python (see test_slurm_scripts.py) that does what the
+stages leave behind. test_slurm_chain.py runs the stages themselves.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, clean_environment
+from test_slurm_scripts import program
+
+ROOT = Path(__file__).parent.parent
+STAGE = """\
+import json, os, pathlib, sys
+import cluster
+from cluster import checkpoint
+def value(flag):
+    return pathlib.Path(sys.argv[sys.argv.index(flag) + 1])
+name = "evaluate" if sys.argv[1] != "-m" else "finetune" if "finetune" in sys.argv[2] else "pretrain"
+out = value("--out" if name == "evaluate" else "--exp-dir")
+if "--fail" in sys.argv and not pathlib.Path("../mended").exists():
+    sys.exit("error: the pool is empty: give --data-dir a folder with drawings")
+print(name, getattr(cluster, "EDITED", "as submitted"), os.environ.get("SLURM_NTASKS_PER_NODE"), flush=True)
+out.mkdir(parents=True, exist_ok=True)
+if name == "evaluate":
+    (out / "metrics.json").write_text(json.dumps({"AP": 0.5, "AP50": 0.75}))
+else:
+    product = {"pretrain": "backbone.safetensors", "finetune": "model.pt"}[name]
+    assert name == "pretrain" or value("--backbone").exists()
+    (out / product).write_text("weights")
+    lines = ['{"step": 0, "loss": 2.5, "AP": 0.1}', '{"step": 9, "loss": 1.5}', '{"st']
+    (out / "metrics.jsonl").write_text("\\n".join(lines))
+    checkpoint.sign_final(out, 10, [product])
+"""
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    """A folder with a pool, labelled sheets and the program that takes Python's place."""
+    for name in ("pool", "sheets"):
+        (tmp_path / name).mkdir()
+    program(tmp_path, STAGE)
+    return tmp_path
+
+
+def pipeline(
+    work: Path, *arguments: object, slurm: Cluster | None = None, home: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Runs `pipeline.py` on the run-dir work/run, on Slurm's login node or on a machine without Slurm."""
+    action, *rest = arguments
+    data = ["--unlabeled", work / "pool", "--data-dir", work / "sheets"] if action == "submit" else []
+    command = [
+        sys.executable,
+        home / "slurm" / "pipeline.py",
+        action,
+        "--run-dir",
+        work / "run",
+        *data,
+        *rest,
+    ]
+    environment = {"LINEWORK_PYTHON": str(work / "program")}
+    if slurm:
+        return slurm.call(*command, env=environment)
+    elsewhere = clean_environment() | environment | {"PATH": str(no_slurm(work))}
+    return subprocess.run([str(word) for word in command], env=elsewhere, capture_output=True, text=True)
+
+
+def no_slurm(work: Path) -> Path:
+    """A folder of programs without Slurm's."""
+    folder = work / "bin"
+    if not folder.exists():
+        folder.mkdir()
+        for name in ("bash", "env", "dirname", "sed", "git"):
+            (folder / name).symlink_to(str(shutil.which(name)))
+    return folder
+
+
+def jobs(work: Path) -> dict[str, str]:
+    return json.loads((work / "run" / "pipeline.json").read_text())["jobs"]
+
+
+def told(work: Path, slurm: Cluster | None = None) -> dict[str, dict]:
+    """`status --json`, by stage."""
+    done = pipeline(work, "status", "--json", slurm=slurm)
+    assert done.returncode == 0, done.stderr
+    return {line["stage"]: line for line in json.loads(done.stdout)["stages"]}
+
+
+def one_line_of_error(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "code", "expected"), [
+    (["submit", "--steps", "3"], 2, "--steps"),
+    (["submit", "--method", "byol"], 2, "'byol'"),
+    (["submit", "--unlabeled", "/nowhere"], 1, "--unlabeled /nowhere: no such folder"),
+    (["submit", "--local", "--pretrain", "--note 'a"], 1, "No closing quotation"),
+    (["submit"], 1, "--local runs the chain here"),
+    (["status"], 1, "no chain was submitted"),
+    (["cancel"], 1, "no chain was submitted"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(arguments, code, expected, work):
+    if arguments[1:2] == ["--unlabeled"]:
+        arguments = [*arguments, "--local"]
+    assert expected in one_line_of_error(pipeline(work, *arguments), code)
+    assert not (work / "run").exists()
+
+
+def test_dry_run_is_what_submit_submits(slurm, work):
+    """The printed script, run by bash, leaves the same jobs as `submit` does."""
+    flags = ["--pretrain=--steps 3 --note 'it is * 100 %'", "--sbatch", "--hold", "--sbatch-finetune", "-N2"]
+    printed = pipeline(work, "submit", *flags, "--dry-run", slurm=slurm)
+    assert printed.returncode == 0, printed.stderr
+    assert not (work / "run").exists()
+
+    def queue() -> list[str]:
+        """Command, folder, name, nodes and dependency of each job, without its id."""
+        lines = slurm.run("squeue", "-hSi", "-o", "%i|%o|%Z|%j|%D|%E").splitlines()
+        ids = [line.split("|")[0] for line in lines]
+        parts = [line.split("|", 1)[1] for line in lines]
+        return [part.replace(f"afterok:{ids[n - 1]}", "afterok:BEFORE") for n, part in enumerate(parts)]
+
+    assert pipeline(work, "submit", *flags, slurm=slurm).returncode == 0
+    submitted = queue()
+    slurm.settle()
+    slurm.run("bash", "-c", printed.stdout)
+    assert queue() == submitted
+    assert len(submitted) == 3 and "afterok:BEFORE" in submitted[2]
+
+
+def test_local_chain_stops_at_the_first_failure_and_goes_on_there(work):
+    flags = ["--local", "--finetune", "--fail"]
+    stopped = pipeline(work, "submit", *flags)
+    assert "error: finetune ended with exit code 1" in stopped.stderr
+    assert [(line["finished"], line["state"]) for line in told(work).values()] == [
+        (True, ""), (False, "unknown"), (False, "unknown"),
+    ]  # fmt: skip
+    (work / "run" / "mended").touch()
+    assert pipeline(work, "submit", *flags).returncode == 0
+    assert all(line["finished"] for line in told(work).values())
+    again = pipeline(work, "submit", *flags)
+    assert (again.returncode, again.stdout) == (
+        0,
+        "pretrain: finished\nfinetune: finished\nevaluate: finished\n",
+    )
+
+
+def test_chain_waits_in_order_and_status_shows_its_figures(slurm, work):
+    done = pipeline(work, "submit", "--method", "simclr", slurm=slurm)
+    assert done.returncode == 0, done.stderr
+    assert slurm.wait(jobs(work)["evaluate"]) == "COMPLETED"
+    lines = told(work, slurm)
+    assert [line["state"] for line in lines.values()] == ["COMPLETED"] * 3
+    assert all(line["finished"] for line in lines.values())
+    assert (lines["pretrain"]["step"], lines["pretrain"]["figures"]) == (10, {"loss": 1.5, "AP": 0.1})
+    assert lines["evaluate"]["figures"] == {"AP": 0.5, "AP50": 0.75}
+    without_slurm = told(work)
+    assert [line["finished"] for line in without_slurm.values()] == [True] * 3
+    record = json.loads((work / "run" / "pipeline.json").read_text())
+    assert (record["method"], len(record["commit"].removesuffix("+changes"))) == ("simclr", 40)
+
+
+def test_damaged_result_of_a_finished_stage_is_told(work):
+    assert pipeline(work, "submit", "--local").returncode == 0
+    (work / "run" / "pretrain" / "backbone.safetensors").write_text("other weights")
+    assert "changed since" in one_line_of_error(pipeline(work, "submit", "--local"))
+    assert "changed since" in told(work)["pretrain"]["error"]
+
+
+def test_failed_parent_is_explained_with_commands_that_clear_it(slurm, work):
+    """Without --kill-on-invalid-dep the children wait for ever; `status` says so, and the way out."""
+    submit = ["--pretrain", "--fail", "--sbatch", "--kill-on-invalid-dep=no"]
+    assert pipeline(work, "submit", *submit, slurm=slurm).returncode == 0
+    assert slurm.wait(jobs(work)["pretrain"]) == "FAILED"
+    slurm.wait_for(lambda: slurm.show(jobs(work)["finetune"])["Reason"] == "DependencyNeverSatisfied")
+    said = pipeline(work, "status", slurm=slurm).stdout
+    assert f"pretrain: job {jobs(work)['pretrain']} FAILED; error: the pool is empty: give --data-dir" in said
+    assert f"finetune: job {jobs(work)['finetune']} waits for ever, as pretrain did not succeed" in said
+    refusal = one_line_of_error(pipeline(work, "submit", *submit, slurm=slurm))
+    assert f"finetune (job {jobs(work)['finetune']} PENDING)" in refusal
+
+    commands = dict(line.split(" with:  ") for line in said.splitlines() if " with:  " in line)
+    clear, go_on = (commands[name].replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+                    for name in ("clear it", "go on"))  # fmt: skip
+    slurm.run("bash", "-c", clear)
+    assert slurm.wait(jobs(work)["evaluate"]) == "CANCELLED"
+    (work / "run" / "mended").touch()
+    slurm.run("bash", "-c", go_on, env={"LINEWORK_PYTHON": str(work / "program")})
+    assert slurm.wait(jobs(work)["evaluate"]) == "COMPLETED"
+    assert "go on" not in pipeline(work, "status", slurm=slurm).stdout
+
+
+def test_children_of_a_failed_parent_are_cancelled(slurm, work):
+    assert pipeline(work, "submit", "--pretrain", "--fail", slurm=slurm).returncode == 0
+    assert slurm.wait(jobs(work)["evaluate"]) == "CANCELLED"
+    said = pipeline(work, "status", slurm=slurm).stdout
+    assert f"finetune: job {jobs(work)['finetune']} was cancelled, as pretrain did not succeed" in said
+    assert "clear it" not in said
+
+
+def test_refused_job_takes_the_chain_back(slurm, work):
+    done = pipeline(work, "submit", "--sbatch-evaluate", "--partition nowhere", slurm=slurm)
+    assert "sbatch refused evaluate" in done.stderr and "nvalid partition" in done.stderr
+    assert done.stderr.count("\n") == 1 and done.returncode == 1
+    assert slurm.run("squeue", "-h") == ""
+
+
+def test_cancel_ends_the_chain_and_no_stranger(slurm, work):
+    stranger = slurm.sbatch("--hold", "--wrap", "true")
+    assert pipeline(work, "submit", "--sbatch", "--hold", slurm=slurm).returncode == 0
+    record = json.loads((work / "run" / "pipeline.json").read_text())
+    recorded = record["jobs"] | {"pretrain": stranger}  # its number was given to another job since
+    (work / "run" / "pipeline.json").write_text(json.dumps(record | {"jobs": recorded}))
+    assert pipeline(work, "cancel", slurm=slurm).returncode == 0
+    assert {slurm.state(recorded[name]) for name in ("finetune", "evaluate")} == {"CANCELLED"}
+    assert slurm.state(stranger) == "PENDING"
+
+
+def test_source_edited_while_queued_does_not_reach_the_job(slurm, work):
+    home = work / "home"
+    for name in (
+        "schematics",
+        "cluster",
+        "pretraining",
+        "simclr",
+        "vicreg",
+        "detection",
+        "evaluate",
+        "slurm",
+    ):
+        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    done = pipeline(work, "submit", "--sbatch", "--hold", slurm=slurm, home=home)
+    assert done.returncode == 0, done.stderr
+    (home / "cluster" / "__init__.py").write_text("EDITED = 'edited while queued'\n")
+    (home / "slurm" / "launch.sh").write_text("exit 1\n")
+    slurm.run("scontrol", "release", *jobs(work).values())
+    assert slurm.wait(jobs(work)["evaluate"]) == "COMPLETED"
+    log = work / "run" / "logs" / f"finetune-{jobs(work)['finetune']}.log"
+    assert log.read_text().startswith("finetune as submitted")
+
+
+def test_submission_from_inside_a_job_inherits_nothing_of_it(slurm, work):
+    command = [sys.executable, ROOT / "slurm" / "pipeline.py", "submit", "--run-dir", work / "run",
+               "--unlabeled", work / "pool", "--data-dir", work / "sheets"]  # fmt: skip
+    script = work / "outer"
+    script.write_text(f"#!/bin/bash\nsrun --ntasks=1 --nodes=1 {shlex.join(map(str, command))}\n")
+    outer = slurm.sbatch("-N2", "--ntasks-per-node=2", "--cpus-per-task=2", "-o", work / "outer.log", script,
+                         env={"LINEWORK_PYTHON": str(work / "program")})  # fmt: skip
+    assert slurm.wait(outer) == "COMPLETED", (work / "outer.log").read_text()
+    assert slurm.wait(jobs(work)["evaluate"]) == "COMPLETED"
+    log = work / "run" / "logs" / f"finetune-{jobs(work)['finetune']}.log"
+    assert log.read_text() == "finetune as submitted None\n"
+
+
+def test_doctor_names_unfit_nodes_for_exclude(slurm, tmp_path):
+    slurm.run("scontrol", "update", "nodename=node2", "state=drain", "reason=fan")
+    try:
+        command = [
+            sys.executable,
+            ROOT / "slurm" / "pipeline.py",
+            "doctor",
+            "--nodes",
+            "all",
+            "--run-dir",
+            tmp_path,
+        ]
+        done = slurm.call(*command, env={"LINEWORK_PYTHON": sys.executable})
+    finally:
+        slurm.run("scontrol", "update", "nodename=node2", "state=resume")
+    assert done.returncode == 1
+    assert done.stderr == "error: 1 of 2 nodes unfit; give sbatch --exclude=node2\n"
+    assert "node1: " in done.stdout and "MB/s" in done.stdout
+    assert "problem: Slurm says drained (fan)" in done.stdout
+    assert os.listdir(tmp_path) == []
