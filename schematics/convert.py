@@ -82,9 +82,8 @@ def _write(out: Path, sheets: Sequence[Labelled], names: Sequence[str]) -> None:
             shutil.copyfile(sheet.path, out / split / name)
             width, height = sheet.size
             images.append({"id": number, "file_name": name, "width": width, "height": height})
-            annotations += [
-                {"image_id": number, "category_id": ids[name], "bbox": bbox} for name, *bbox in sheet.boxes
-            ]
+            for category, *bbox in sheet.boxes:
+                annotations.append({"image_id": number, "category_id": ids[category], "bbox": bbox})
         write_split(out / split, images, [Category(ids[name], name) for name in names], annotations)
 
 
