@@ -1,0 +1,229 @@
+"""Draw circuits whose symbols are known: for the demo, for tests and for trying things out.
+
+    python -m schematics.synthetic --out DIR --sheets N --seed S [--size W H] [--noise X] [--unlabeled M]
+
+writes DIR/train (N sheets), DIR/valid and DIR/test (N/5 each, at least 4) with _annotations.coco.json, and
+DIR/unlabeled (M sheets, 2N unless given).
+
+A sheet is a function of (seed, index), and the splits number theirs from ranges that can't meet: asking for
+more sheets leaves those of a smaller set as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from schematics.circuit import CLASSES, Drawing, draw_circuit
+from schematics.coco import Category, write_split
+from schematics.command import Parser, run
+from schematics.sheets import DataError
+from schematics.strokes import FINER, Canvas, line, text_width
+
+SPLITS = ("train", "valid", "test", "unlabeled")
+SPLIT_STRIDE = 1_000_000  # the first index of a split is this times its place in SPLITS
+MARKER = ".synthetic"  # what a finished folder was drawn with
+
+SMALLEST_SHEET = 256  # px
+LETTER = 7.0  # px, height of capitals
+PREFIX = {"resistor": "R", "capacitor": "C", "inductor": "L", "diode": "D", "transistor": "Q", "op-amp": "U"}
+PREFIX |= {"switch": "S", "lamp": "H", "motor": "M", "fuse": "F", "battery": "B"}
+VALUES = {
+    "resistor": ("10k", "470", "4k7", "1M", "220", "33k"),
+    "capacitor": ("100n", "10u", "22p", "1u", "470u"),
+    "inductor": ("10mH", "4u7", "33uH"),
+    "diode": ("1N4148", "1N4007", "BAT54"),
+    "transistor": ("BC547", "2N3904", "BC337"),
+    "op-amp": ("LM358", "TL072", "741"),
+    "lamp": ("12V", "24V"),
+    "fuse": ("2A", "500mA", "T1A"),
+    "battery": ("9V", "12V", "3V"),
+}
+TITLES = ("DRIVER BOARD", "POWER SUPPLY", "LAMP CONTROL", "PUMP STATION", "AUDIO STAGE", "RELAY PANEL")
+
+
+def draw_sheet(
+    seed: int, index: int, width: int = 512, height: int = 512, noise: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sheet number `index`: image uint8 [H, W], boxes float64 [N, 4] xyxy px, labels int64 [N] from 1.
+
+    noise: 0 is a clean print, 1 a bad scan (skew, uneven paper, specks, blur, JPEG). Boxes follow the skew;
+    they hold the ink of their symbol, wires excluded, and never overlap.
+    """
+    rng = np.random.default_rng([seed, index])
+    angle = np.radians(0.5 * noise * rng.uniform(-1, 1))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    middle = np.array([width / 2, height / 2])
+    canvas = Canvas(
+        ink=np.zeros((FINER * height, FINER * width), np.uint8),
+        skew=np.column_stack([turn, middle - turn @ middle]),
+        pen=float(rng.choice([1.0, 1.5, 2.0, 2.5], p=[0.15, 0.4, 0.3, 0.15])),
+    )
+    drawing = Drawing(canvas, rng, unit=rng.uniform(38, 54))
+    draw_circuit(drawing, width, height)
+    _draw_frame(drawing, width, height)
+    _letter(drawing)
+    ink = cv2.resize(canvas.ink, (width, height), interpolation=cv2.INTER_AREA)
+    image = cv2.addWeighted(ink, -rng.uniform(0.8, 1.0), ink, 0.0, 255)
+    if noise > 0:
+        image = _scan(image, noise, rng)
+    return image, np.array(drawing.boxes).reshape(-1, 4), np.array(drawing.labels, dtype=np.int64)
+
+
+def _draw_frame(drawing: Drawing, width: int, height: int) -> None:
+    """Border with zone marks, title block at the lower right, notes at the lower left."""
+    canvas, rng = drawing.canvas, drawing.rng
+    for edge in (6, 18):
+        x1, y1 = width - edge, height - edge
+        canvas.draw([line((edge, edge), (x1, edge), (x1, y1), (edge, y1), (edge, edge))], pen=1.0)
+    for length, across, names in ((width, False, "12345678"), (height, True, "ABCDEFGH")):
+        zones = min(len(names), max(2, length // 160))
+        for k in range(zones):
+            middle, border = 6 + (length - 12) * (k + 0.5) / zones, 6 + (length - 12) * k / zones
+            canvas.write(names[k], *((9.5, middle + 3) if across else (middle - 3, 15.0)), 6)
+            if k > 0:
+                ends = ((6, border), (18, border)) if across else ((border, 6), (border, 18))
+                canvas.draw([line(*ends)], pen=1.0)
+    w, h = min(176, width // 2), 40
+    x, y = width - 18 - w, height - 18 - h
+    canvas.draw([line((x, y + h), (x, y), (x + w, y)), line((x, y + 22), (x + w, y + 22))], pen=1.0)
+    canvas.draw([line((x + w * k / 3, y + 22), (x + w * k / 3, y + h)) for k in (1, 2)], pen=1.0)
+    canvas.write(str(rng.choice(TITLES)), x + 8, y + 15, 9)
+    year, month, sheet = rng.integers(1998, 2026), rng.integers(1, 13), rng.integers(1, 13)
+    for k, text in enumerate((f"{year}-{month:02}", f"SHEET {sheet}", f"REV {rng.choice(list('ABCD'))}")):
+        canvas.write(text, x + w * k / 3 + 4, y + 34, 5.5)
+    for k, text in enumerate(("ALL RESISTORS 0.25 W", "DO NOT SCALE")[: 2 * int(w == 176)]):
+        canvas.write(text, 26, y + 16 + 14 * k, 6)
+
+
+def _letter(drawing: Drawing) -> None:
+    """Name and value beside each symbol, on the first side that is blank paper; else the name, else none."""
+    canvas, rng = drawing.canvas, drawing.rng
+    counts: dict[str, int] = {}
+    for box, label in zip(drawing.boxes, drawing.labels, strict=True):
+        name = CLASSES[label - 1]
+        if name not in PREFIX:
+            continue
+        counts[name] = counts.get(name, 0) + 1
+        rows = [f"{PREFIX[name]}{counts[name]}"]
+        if name in VALUES:
+            rows.append(str(rng.choice(VALUES[name])))
+        for text in (rows, rows[:1]):
+            if place := _blank_place(canvas, box, text):
+                for k, row in enumerate(text):
+                    canvas.write(row, place[0], place[1] + LETTER + k * (LETTER + 4), LETTER)
+                break
+
+
+def _blank_place(canvas: Canvas, box: np.ndarray, rows: list[str]) -> tuple[float, float] | None:
+    """Upper left corner of a blank rectangle for the rows above, below, right or left of the box."""
+    w, h = max(text_width(row, LETTER) for row in rows), len(rows) * (LETTER + 4) - 4
+    x, y = (box[:2] + box[2:]) / 2 - [w / 2, h / 2]
+    above_below = [(x, box[1] - h - 5), (x, box[3] + 5)]
+    beside = [(box[2] + 5, y), (box[0] - w - 5, y)]
+    flat = box[2] - box[0] >= box[3] - box[1]
+    for left, top in above_below + beside if flat else beside + above_below:
+        if canvas.is_free(left - 3, top - 3, w + 6, h + 6):
+            return left, top
+    return None
+
+
+def _scan(image: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Gray and uneven paper, blur, grain, specks and JPEG, as much as `noise` says."""
+    height, width = image.shape
+    shade = cv2.resize(rng.uniform(0, 24, (3, 3)).astype(np.float32), (width, height))
+    grain = 5 * rng.standard_normal(image.shape, dtype=np.float32)
+    page = cv2.GaussianBlur(image, (0, 0), 0.15 + 0.6 * noise * rng.random()).astype(np.float32)
+    page += noise * (grain - shade * (page / 255))
+    for _ in range(rng.poisson(noise * 60 * width * height / 512**2)):
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        cv2.circle(page, (x, y), int(rng.integers(2)), float(rng.uniform(40, 160)), -1)
+    page8 = np.clip(page, 0, 255).astype(np.uint8)
+    quality = int(95 - 40 * noise * rng.random())
+    data = cv2.imencode(".jpg", page8, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_GRAYSCALE))
+
+
+def write_sheets(
+    out: Path,
+    sheets: int,
+    seed: int,
+    size: tuple[int, int] = (512, 512),
+    noise: float = 0.0,
+    unlabeled: int = 0,
+) -> dict[str, int]:
+    """Draw all splits into `out`, whole or not at all; returns the number of sheets in each.
+
+    A folder drawn before with the same arguments is left as it is. Raises DataError if `out` holds anything
+    else, or for arguments out of range.
+    """
+    in_range = {
+        "--sheets": sheets > 0,
+        "--unlabeled": unlabeled >= 0,
+        "--seed": seed >= 0,
+        "--noise": 0 <= noise <= 1,
+        "--size": min(size) >= SMALLEST_SHEET,
+    }
+    for flag in [flag for flag, fine in in_range.items() if not fine]:
+        raise DataError(f"{flag} is out of range: noise goes from 0 to 1, a side from {SMALLEST_SHEET} px up")
+    out = Path(out).absolute()
+    counts = dict(zip(SPLITS, (sheets, max(4, sheets // 5), max(4, sheets // 5), unlabeled), strict=True))
+    made_with = {"seed": seed, "size": list(size), "noise": noise, "sheets": counts}
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        if (out / MARKER).is_file() and json.loads((out / MARKER).read_text()) == made_with:
+            return counts
+        raise DataError(f"{out}: holds something else already; choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp makes it private
+        for k, (split, count) in enumerate(counts.items()):
+            _write_split(folder / split, range(k * SPLIT_STRIDE, k * SPLIT_STRIDE + count), seed, size, noise)
+        (folder / MARKER).write_text(json.dumps(made_with))
+        os.rename(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return counts
+
+
+def _write_split(folder: Path, indices: range, seed: int, size: tuple[int, int], noise: float) -> None:
+    folder.mkdir()
+    images, annotations = [], []
+    for image_id, index in enumerate(indices, 1):
+        image, boxes, labels = draw_sheet(seed, index, *size, noise)
+        name = f"{folder.name}_{image_id:05}.png"
+        (folder / name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
+        images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
+        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            box = [x0, y0, x1 - x0, y1 - y0]
+            annotations.append({"image_id": image_id, "category_id": label, "bbox": box})
+    if folder.name != "unlabeled":
+        write_split(folder, images, [Category(k, name) for k, name in enumerate(CLASSES, 1)], annotations)
+
+
+def main(args: argparse.Namespace) -> None:
+    unlabeled = 2 * args.sheets if args.unlabeled is None else args.unlabeled
+    counts = write_sheets(args.out, args.sheets, args.seed, tuple(args.size), args.noise, unlabeled)
+    print(f"{args.out}: " + ", ".join(f"{count} {split}" for split, count in counts.items()) + " sheets")
+
+
+if __name__ == "__main__":
+    parser = Parser(prog="python -m schematics.synthetic", description="Draw circuits with known symbols.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write; new, or drawn with the same flags"
+    )
+    parser.add_argument("--sheets", type=int, default=80, help="labelled sheets for training (default 80)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(512, 512), metavar=("W", "H"), help="px (512 512)"
+    )
+    parser.add_argument("--noise", type=float, default=0.0, help="0 clean print .. 1 bad scan (default 0)")
+    parser.add_argument("--unlabeled", type=int, help="sheets without labels (default: twice --sheets)")
+    run(main, parser)
