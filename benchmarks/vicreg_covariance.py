@@ -32,7 +32,9 @@ def seconds(term: Callable[[Tensor], Tensor], z: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=256, help="global batch")
     parser.add_argument("--d", type=int, default=8192, help="width of the expander")
     parser.add_argument("--rounds", type=int, default=5)

@@ -43,7 +43,8 @@ def main(config: KnnConfig) -> None:
         config.image_size, config.device, config.workers,
     )  # fmt: skip
     top1, mean = accuracy(knn_predict(*train, test[0], len(classes), config.k), test[1])
-    print(f"kNN top-1 {top1:.4f}  mean over classes {mean:.4f}  ({len(test[1])} crops, {len(classes)} classes, k {config.k})")
+    counts = f"{len(test[1])} crops, {len(classes)} classes, k {config.k}"
+    print(f"kNN top-1 {top1:.4f}  mean over classes {mean:.4f}  ({counts})")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m schematics.symbols DATA crops
     python evaluate/linear.py --checkpoint RUN/backbone.safetensors --data-dir crops
 
-Standardises the features, fits a multinomial logistic regression on the train split for each weight decay of a
-grid, takes the one that is best on the valid split and prints top-1 accuracy on the test split.
+Standardises the features, fits a multinomial logistic regression on the train split for each weight decay of
+a grid, takes the one that is best on the valid split and prints top-1 accuracy on the test split.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ def main(config: LinearConfig) -> None:
         config.image_size, config.device, config.workers,
     )  # fmt: skip
     mean, std = train[0].mean(dim=0), train[0].std(dim=0).clamp_min(1e-6)
-    (x, y), (x_valid, y_valid), (x_test, y_test) = (((f - mean) / std, labels) for f, labels in (train, valid, test))
+    standard = [((features - mean) / std, labels) for features, labels in (train, valid, test)]
+    (x, y), (x_valid, y_valid), (x_test, y_test) = standard
     fits = [(fit_linear(x, y, len(classes), decay), decay) for decay in config.weight_decays]
     linear, decay = max(fits, key=lambda fit: accuracy(fit[0](x_valid).argmax(dim=1), y_valid)[0])
     top1, per_class = accuracy(linear(x_test).argmax(dim=1), y_test)

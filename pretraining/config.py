@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,45 +27,50 @@ class PretrainConfig:
     # Learning rate per 256 samples; default: the method's published one.
     base_lr: float | None = None
     # How the batch scales the learning rate: linear (base * B / 256) or sqrt (base * sqrt(B) / 4).
-    lr_scaling: str = "linear"
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
     # Linear warm-up in epochs; at most a tenth of the run.
     warmup_epochs: float = 10.0
     # Where the cosine ends, as a share of the peak.
     min_lr_ratio: float = 0.0
     # lars, sgd or adamw.
-    optimizer: str = "lars"
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    # Of lars and sgd.
     momentum: float = 0.9
+    # Not applied to biases and norm layers.
     weight_decay: float = 1e-6
     # Largest norm of the gradient; default: not clipped.
     clip_grad: float | None = None
 
     # How a window becomes two views: drawing (line art), or simclr and vicreg (the published photo recipes).
-    recipe: str = "drawing"
+    recipe: Literal["drawing", "simclr", "vicreg"] = "drawing"
     # Side of a view in pixels.
     image_size: int = 224
     # Side of a window in pixels of the sheet.
     window: int = 512
     # Step between windows in pixels; default: half a window.
     stride: int | None = None
-    # Strength of the colour jitter (simclr and vicreg recipes) or of the distortions (drawing).
+    # Multiplies the ranges of the colour jitter.
     strength: float = 1.0
-    # Let views be flipped and turned; it erases classes told apart by their orientation. Default: as the recipe has it.
-    orientation: bool | None = None
+    # Mirror and turn views in the drawing recipe too: it erases classes told apart by their orientation.
+    orientation: bool = False
     # gray, rgb, or auto: gray if every drawing of the pool is.
-    color_mode: str = "auto"
+    color_mode: Literal["auto", "gray", "rgb"] = "auto"
     # Resolution at which PDF pages are drawn.
     dpi: int = 200
 
     # Processes that make views, per rank.
     workers: int = 2
+    # Of the weights at the start, the order of windows and the views.
     seed: int = 0
     # auto, cpu or cuda.
     device: str = "auto"
     # auto (bf16 on a GPU), fp32 or bf16. The loss is computed in float32 whatever this says.
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     # Seconds between checkpoints.
     checkpoint_every: float = 600.0
+    # Epochs between checkpoints besides; 0: none.
+    checkpoint_epochs: int = 10
     # Checkpoints kept.
     keep: int = 3
     # Seconds a step may take before the run is ended as hung.

@@ -26,7 +26,7 @@ def batch_keys(
     for position in range(first, last):
         if position // per_epoch != epoch:
             epoch = position // per_epoch
-            order = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch)))).permutation(samples)
+            order = np.random.Generator(np.random.Philox(key=(seed, epoch))).permutation(samples)
         start = position % per_epoch * batch_size + rank * share
         yield [(epoch, int(sample)) for sample in order[start : start + share]]
 
@@ -34,7 +34,9 @@ def batch_keys(
 class Pairs(Dataset):
     """Item (epoch, sample) -> two views uint8 [3, S, S] and the sample's number."""
 
-    def __init__(self, store: WindowStore, recipe: str, size: int, seed: int, strength: float, orientation: bool):
+    def __init__(
+        self, store: WindowStore, recipe: str, size: int, seed: int, strength: float, orientation: bool
+    ) -> None:
         self.store, self.recipe, self.size, self.seed = store, recipe, size, seed
         self.strength, self.orientation = strength, orientation
 
@@ -53,5 +55,4 @@ class Pairs(Dataset):
 
 def load(pairs: Pairs, keys: Iterator[list[Key]], workers: int, pin_memory: bool) -> DataLoader:
     """A loader over the batches named by `keys`, in their order whatever the number of workers."""
-    # A list, for DataLoader asks a batch sampler for its length.
-    return DataLoader(pairs, batch_sampler=list(keys), num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(pairs, batch_sampler=keys, num_workers=workers, pin_memory=pin_memory)

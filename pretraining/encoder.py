@@ -1,6 +1,7 @@
 """The network that is pretrained: a timm backbone and the projector the loss is computed behind."""
 
 import difflib
+from itertools import pairwise
 
 import timm
 import torch
@@ -17,7 +18,7 @@ def build_backbone(arch: str) -> nn.Module:
     """
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        raise ValueError(f"--arch {arch}: timm has no such model" + (f"; near: {', '.join(near)}" if near else ""))
+        raise ValueError(f"--arch {arch}: timm has no such model; near: {', '.join(near) or 'none'}")
     return timm.create_model(arch, pretrained=False, num_classes=0)
 
 
@@ -25,10 +26,11 @@ def build_projector(widths: list[int], last_norm: bool) -> nn.Sequential:
     """A perceptron over `widths` (input first), BatchNorm and ReLU after each layer but the last.
 
     The last layer has no bias; `last_norm` puts a BatchNorm behind it (SimCLR's projector; VICReg's expander
-    has none). widths [2048, 8192, 8192, 8192] is VICReg's (arXiv 2105.04906, 4.2), [2048, 2048, 128] SimCLR's.
+    has none). Widths [2048, 8192, 8192, 8192] are VICReg's (arXiv 2105.04906, 4.2), [2048, 2048, 128]
+    SimCLR's.
     """
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths[:-2], widths[1:-1], strict=True):
+    for n_in, n_out in pairwise(widths[:-1]):
         layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True)]
     layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
     if last_norm:
@@ -40,8 +42,8 @@ class Encoder(nn.Module):
     """Backbone and projector over both views in one forward, so that DDP sees one forward a step.
 
     Args:
-        joint: True puts both views through as one batch of 2N, as SimCLR does; False makes two passes, so that
-            BatchNorm's statistics belong to one view, as VICReg does.
+        joint: True puts both views through as one batch of 2N, as SimCLR does; False makes two passes, so
+            that BatchNorm's statistics belong to one view, as VICReg does.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, joint: bool):

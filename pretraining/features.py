@@ -25,14 +25,14 @@ def load_backbone(path: Path) -> tuple[nn.Module, dict]:
     """The backbone of a backbone.safetensors, in eval mode, and the meta it travels with.
 
     Raises:
-        UserError: the file is not one of ours, is damaged, or its tensors are not all those of its architecture.
+        UserError: the file is not one of ours, is damaged, or lacks tensors of its architecture.
     """
     tensors, meta = read_backbone(path)
     backbone = build_backbone(meta["arch"])
     missing, unexpected = backbone.load_state_dict(tensors, strict=False)
     if missing or unexpected:
         raise UserError(
-            f"{path}: {len(missing)} tensors of {meta['arch']} are missing and {len(unexpected)} are not its own; "
+            f"{path}: {len(missing)} tensors of {meta['arch']} are missing, {len(unexpected)} are foreign; "
             "export the backbone again"
         )
     return backbone.eval(), meta
@@ -80,7 +80,8 @@ def square(image: np.ndarray, size: int) -> Tensor:
     h, w = image.shape[:2]
     side = max(h, w)
     top, left = (side - h) // 2, (side - w) // 2
-    image = cv2.copyMakeBorder(image, top, side - h - top, left, side - w - left, cv2.BORDER_CONSTANT, value=paper)
+    borders = (top, side - h - top, left, side - w - left)
+    image = cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=paper)
     image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if size < side else cv2.INTER_CUBIC)
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+@torch.no_grad()
 def embedding_std(z: Tensor) -> Tensor:
     """Mean over the dimensions of the std of the normalised embeddings, times sqrt(D): z [N, D] -> [].
 
@@ -14,6 +15,7 @@ def embedding_std(z: Tensor) -> Tensor:
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
 
 
+@torch.no_grad()
 def rank_me(z: Tensor, eps: float = 1e-7) -> Tensor:
     """Effective rank of embeddings, exp of the entropy of the normalised singular values: z [N, D] -> [].
 
@@ -48,10 +50,12 @@ def knn_predict(
     return torch.cat(votes)
 
 
-def fit_linear(train: Tensor, labels: Tensor, classes: int, weight_decay: float, iterations: int = 200) -> nn.Linear:
-    """Multinomial logistic regression on frozen features by L-BFGS, full batch: features [N, D] -> nn.Linear(D, classes).
+def fit_linear(
+    train: Tensor, labels: Tensor, classes: int, weight_decay: float, iterations: int = 200
+) -> nn.Linear:
+    """Multinomial logistic regression by full-batch L-BFGS: frozen features [N, D] -> nn.Linear(D, classes).
 
-    The features should be standardised. `weight_decay` weighs the squared norm of the weights, without the bias.
+    The features should be standardised. `weight_decay` weighs the squared norm of the weights, not the bias.
     """
     linear = nn.Linear(train.shape[1], classes, device=train.device)
     nn.init.zeros_(linear.weight)
@@ -69,7 +73,7 @@ def fit_linear(train: Tensor, labels: Tensor, classes: int, weight_decay: float,
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Share of right answers, and its mean over the classes that occur: int64 [N] each -> two numbers in 0..1."""
+    """Share of right answers, and its mean over the classes that occur: int64 [N] twice -> two in 0..1."""
     right = (predicted == labels).float()
     per_class = [right[labels == k].mean() for k in labels.unique()]
     return right.mean().item(), torch.stack(per_class).mean().item()

@@ -26,8 +26,8 @@ def base_lr(method: str, batch_size: int, epochs: float) -> float:
 def peak_lr(base: float, batch_size: int, scaling: str) -> float:
     """lr at the end of the warm-up: `linear` base * B / 256, or `sqrt` base * sqrt(B) / 4.
 
-    With SimCLR's base of 0.3 they are its section 2.2 and its appendix B.1 (0.075 sqrt(B), for small batches);
-    the two are equal at B = 4096.
+    With SimCLR's base of 0.3 they are its section 2.2 and its appendix B.1 (0.075 sqrt(B), for small
+    batches); the two are equal at B = 4096.
 
     Raises:
         ValueError: another scaling.
@@ -50,7 +50,9 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> floa
     return floor + (peak - floor) * (1 + math.cos(turn)) / 2
 
 
-def build_optimizer(model: nn.Module, name: str, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, name: str, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """`lars`, `sgd` or `adamw` over two groups; the learning rate is set at every step from lr_at.
 
     Biases and the weights of norm layers are excluded from the decay, and with LARS from the adaptation: they

@@ -40,7 +40,8 @@ def gradients(method: str, world: distributed.World) -> torch.Tensor:
 
 def rank_main(rank: int, size: int, port: int, results) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = distributed.start("cpu")
     results.put((rank, {method: gradients(method, world).tolist() for method in LOSSES}))

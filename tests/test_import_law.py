@@ -45,7 +45,9 @@ def test_folder_imports_only_what_the_house_allows(folder):
 def test_hugging_face_evaluate_is_not_shadowed():
     """Neither evaluate/ nor slurm/ is importable from an installed Linework."""
     code = "import importlib.util as u; print([n for n in ('evaluate', 'slurm') if u.find_spec(n)])"
-    found = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
+    ).stdout
     assert found.strip() == "[]"
 
 

@@ -7,7 +7,7 @@ from vicreg.loss import covariance, variance, vicreg_loss
 
 
 def transcription(z1, z2, lam, mu, nu):
-    """Equations (1) to (6) of arXiv 2105.04906 scaled as its Algorithm 1, element by element in plain floats."""
+    """Equations (1) to (6) of arXiv 2105.04906 scaled as its Algorithm 1, in plain floats."""
     n, d = z1.shape
 
     def mean(z, j):

@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def variance(z: Tensor, eps: float = 1e-4) -> Tensor:
-    """Hinge that keeps the standard deviation of every dimension at 1 or above, equation (1): z [N, D] -> []."""
+    """Hinge that keeps the std of every dimension at 1 or above, equation (1): z [N, D] -> []."""
     return F.relu(1 - torch.sqrt(z.var(dim=0) + eps)).mean()
 
 
 def covariance(z: Tensor) -> Tensor:
     """Sum of the squared off-diagonal covariances over D, equations (3) and (4): z [N, D] -> [].
 
-    With fewer samples than dimensions the Gram matrix answers for the covariance matrix: ||Z'Z||_F = ||ZZ'||_F,
-    so the D x D product (8192 x 8192 by default) is never made and the work falls from N D^2 to N^2 D.
+    With fewer samples than dimensions the Gram matrix answers for the covariance: ||Z'Z||_F = ||ZZ'||_F, so
+    the D x D product (8192 x 8192 by default) is never made and the work falls from N D^2 to N^2 D.
     """
     n, d = z.shape
     z = z - z.mean(dim=0)
@@ -26,10 +26,10 @@ def covariance(z: Tensor) -> Tensor:
 def vicreg_loss(
     z1: Tensor, z2: Tensor, sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """lambda * invariance + mu * variance + nu * covariance, equation (6) with the weights of section 4.2.
+    """lambda * invariance + mu * variance + nu * covariance, equation (6), weights of section 4.2.
 
-    As in Algorithm 1 and the authors' runs the invariance is a mean over N and D (equation 5 sums over D), the
-    variance is averaged over the two views and the covariance is summed over them.
+    As in Algorithm 1 and the authors' runs the invariance is a mean over N and D (equation 5 sums over D),
+    the variance is averaged over the two views and the covariance is summed over them.
     The batch is the global one: gather over ranks first.
 
     Args:

@@ -1,0 +1,200 @@
+"""A pretraining run: resumed equals uninterrupted, workers change nothing, bad input is one line."""
+
+import dataclasses
+import json
+import os
+import signal
+from itertools import chain
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cluster.config import UserError
+from pretraining.config import PretrainConfig
+from pretraining.data import batch_keys
+from pretraining.features import load_backbone
+from pretraining.stage import pretrain
+from schematics.sheets import DataError
+from simclr.loss import nt_xent
+from vicreg.loss import vicreg_loss
+
+STEPS = 6
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        sheet = np.full((160, 200), 255, np.uint8)
+        for x, y, length in rng.integers([0, 0, 20], [180, 150, 60], (12, 3)).tolist():
+            cv2.line(sheet, (x, y), (x + length, y), 0, 2)
+            cv2.line(sheet, (x, y), (x, y + length), 0, 2)
+        cv2.imwrite(str(folder / f"{number}.png"), sheet)
+    return folder
+
+
+@pytest.fixture
+def config(pool, tmp_path):
+    return PretrainConfig(
+        data_dir=pool, exp_dir=tmp_path / "run", arch="resnet18", projector=(16, 16), batch_size=4,
+        steps=STEPS, image_size=32, window=96, workers=0, log_every=1, device="cpu",
+    )  # fmt: skip
+
+
+def run(config, method="vicreg", loss=None):
+    loss = loss or {"simclr": nt_xent, "vicreg": vicreg_loss}[method]
+    pretrain(config, method, loss, joint=method == "simclr", last_norm=method == "simclr")
+    return journal(config), load_file(config.exp_dir / "backbone.safetensors")
+
+
+def journal(config):
+    return [json.loads(line) for line in (config.exp_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def at(step, action, loss=vicreg_loss, last=None):
+    """`loss`, with `action` done to its value in its calls `step` to `last`, counted from 0."""
+    calls = iter(range(1000))
+
+    def changed(z1, z2):
+        value, terms = loss(z1, z2)
+        return (action(value) if step <= next(calls) <= (last or step) else value), terms
+
+    return changed
+
+
+def interrupt(number):
+    def action(value):
+        os.kill(os.getpid(), number)
+        return value
+
+    return action
+
+
+@pytest.mark.parametrize("method", ["simclr", "vicreg"])
+def test_a_run_stopped_by_a_signal_and_resumed_equals_an_uninterrupted_one(config, method, capfd):
+    whole, weights = run(config, method)
+    assert [line["step"] for line in whole] == list(range(STEPS))
+    assert {"loss", "embedding_std", "rank_me", "lr", "grad_norm"} < set(whole[0])
+
+    parts = dataclasses.replace(config, exp_dir=config.exp_dir.with_name("parts"))
+    loss = {"simclr": nt_xent, "vicreg": vicreg_loss}[method]
+    with pytest.raises(SystemExit) as stopped:
+        run(parts, method, at(2, interrupt(signal.SIGUSR2), loss))
+    assert stopped.value.code == 75
+    # The flag is raised by another thread: the agreed stop is at this boundary or the next.
+    assert 3 <= len(journal(parts)) <= 4
+    resumed, resumed_weights = run(parts, method)
+    assert [{k: float(v).hex() for k, v in line.items()} for line in resumed] == [
+        {k: float(v).hex() for k, v in line.items()} for line in whole
+    ]
+    assert weights.keys() == resumed_weights.keys()
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+    capfd.readouterr()
+    run(parts, method)
+    assert f"finished at step {STEPS}, nothing to do" in capfd.readouterr().out
+
+
+def test_workers_change_nothing(config):
+    alone, _ = run(dataclasses.replace(config, steps=3))
+    two, _ = run(dataclasses.replace(config, steps=3, workers=2, exp_dir=config.exp_dir.with_name("two")))
+    assert alone == two
+
+
+def test_the_backbone_carries_what_the_next_stage_needs_and_the_embedding_is_drawn(config, pool):
+    _, tensors = run(config)
+    assert len(tensors) == 120
+    backbone, meta = load_backbone(config.exp_dir / "backbone.safetensors")
+    assert meta["arch"] == "resnet18" and meta["method"] == "vicreg" and meta["color_mode"] == "gray"
+    assert meta["step"] == STEPS and meta["image_size"] == 32
+    sheets = np.stack([cv2.imread(str(file), 0) for file in sorted(pool.iterdir())]) / 255
+    assert np.allclose(meta["mean"], sheets.mean(), atol=0.05) and np.allclose(
+        meta["std"], sheets.std(), atol=0.05
+    )
+    board = config.exp_dir / "tensorboard"
+    assert list(board.rglob("tensors.tsv")) and list(board.rglob("sprite.png"))
+    events = EventAccumulator(str(board))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(STEPS))
+    assert isinstance(backbone, torch.nn.Module) and not backbone.training
+
+
+def test_a_step_that_is_not_finite_is_skipped_without_a_trace(config):
+    """Its weights, momentum and running statistics are those of a run in which that step never was."""
+    skipping, _ = run(config, loss=at(2, lambda value: value * torch.nan))
+    assert np.isnan(float(skipping[2]["grad_norm"]))
+    assert all(np.isfinite(float(line["loss"])) for line in skipping[3:])
+    state = torch.load(config.exp_dir / "checkpoints" / f"step_{STEPS:08d}.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["encoder"].values())
+    # Five steps were taken: BatchNorm counts batches in an integer, which is not restored.
+    assert state["guard"] == {"skipped": 0, "rollbacks": 0, "offset": 0}
+
+
+def test_three_in_a_row_go_back_and_pass_that_data_over(config, capfd):
+    config = dataclasses.replace(config, checkpoint_every=0)
+    lines, _ = run(config, loss=at(2, lambda value: value * torch.nan, last=4))
+    assert "step 4: not finite three times in a row" in capfd.readouterr().out
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert [np.isfinite(float(line["loss"])) for line in lines] == [True, True, False, False, True, True]
+
+
+def test_a_loss_that_stays_not_finite_ends_the_run_naming_step_files_and_checkpoint(config):
+    with pytest.raises(
+        UserError, match=r"step \d+: .*\.png @\d+,\d+.*last good checkpoint.*step_0000000\d\.pt"
+    ):
+        run(config, loss=at(1, lambda value: value * torch.nan, last=999))
+    assert not (config.exp_dir / "final.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"batch_size": 4096}, "--batch-size 4096: the pool has"),
+        ({"arch": "resnet5O"}, "--arch resnet5O: .*near: .*resnet50"),
+        ({"steps": 0}, "--steps 0"),
+    ],
+)
+def test_flags_that_cannot_work_are_one_line(config, change, words):
+    with pytest.raises(UserError, match=words):
+        run(dataclasses.replace(config, **change))
+    assert not (config.exp_dir / "backbone.safetensors").exists()
+
+
+def test_a_pool_without_drawings_is_one_line(config, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match=str(empty)):
+        run(dataclasses.replace(config, data_dir=empty))
+    (empty / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    with pytest.raises(DataError, match=r"none of 1 sheets can be read.*torn\.png"):
+        run(dataclasses.replace(config, data_dir=empty))
+
+
+def test_another_architecture_on_the_same_exp_dir_is_refused_and_changes_nothing(config):
+    run(dataclasses.replace(config, steps=1))
+    before = {file: file.stat().st_mtime_ns for file in (config.exp_dir / "checkpoints").iterdir()}
+    with pytest.raises(UserError, match=r"--arch resnet34: the run in .* has resnet18"):
+        run(dataclasses.replace(config, arch="resnet34"))
+    assert before == {file: file.stat().st_mtime_ns for file in (config.exp_dir / "checkpoints").iterdir()}
+
+
+def test_the_global_batch_is_the_same_for_every_number_of_ranks():
+    def batches(world):
+        shares = [
+            batch_keys(3, samples=50, batch_size=8, first=4, last=9, rank=r, world=world)
+            for r in range(world)
+        ]
+        return [list(chain(*parts)) for parts in zip(*shares, strict=True)]
+
+    assert batches(1) == batches(2) == batches(4)
+    # Six batches an epoch, each sample at most once in it; position 6 begins epoch 1.
+    assert [batch[0][0] for batch in batches(1)] == [0, 0, 1, 1, 1]
+    epoch = [key for batch in batch_keys(3, 50, 8, 0, 6) for key in batch]
+    assert len(set(epoch)) == 48
+    assert list(chain(*batch_keys(3, 50, 8, 4, 6))) == epoch[32:]
