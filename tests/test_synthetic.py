@@ -73,7 +73,7 @@ def test_all_classes_occur_about_equally_often_in_many_sizes_and_four_orientatio
     counts = np.bincount(np.concatenate(labels), minlength=len(CLASSES) + 1)[1:]
     assert len(CLASSES) == 12 and counts.min() > 20 and counts.max() < 3 * counts.min()
     sides = np.concatenate(boxes)[:, 2:] - np.concatenate(boxes)[:, :2]
-    assert sides.max(axis=1).min() < 28 and sides.max(axis=1).max() > 55
+    assert sides.max(axis=1).min() < 32 and sides.max(axis=1).max() > 55
     resistors = sides[np.concatenate(labels) == CLASSES.index("resistor") + 1]
     assert 0.25 < (resistors[:, 0] > resistors[:, 1]).mean() < 0.75
 
