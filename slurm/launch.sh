@@ -63,14 +63,11 @@ run_ranks() {
       "${rank[@]}" 2>&1 >&3 | first_failure
     code_srun=${PIPESTATUS[0]} code_first=${PIPESTATUS[1]}
     [ "$code_srun" -ne 0 ] || return 0
+    case $code_first in 1 | 2 | 75 | 143) return "$code_first" ;; esac
+    job_runs || return "$code_srun"
     after=$(newest_checkpoint "$@")
     fruitless=$((fruitless + 1))
     [ "$after" = "$before" ] || fruitless=0
-    case $code_first in
-      1) [ "$fruitless" -eq 0 ] || return 1 ;; # the user's to mend, unless training was under way
-      2 | 75 | 143) return "$code_first" ;;
-    esac
-    job_runs || return "$code_srun"
     if [ "$fruitless" -eq 2 ]; then
       say "crashed twice without a new checkpoint (exit code $code_srun): giving up"
       return "$code_srun"

@@ -16,7 +16,7 @@ from cluster.atomic import UserError
 
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY",
          "BOOT_FAIL", "DEADLINE"}  # fmt: skip
-FIGURES = ("loss", "AP", "AP50")  # shown when a stage wrote them
+FIGURES = ("loss", "valid_AP", "valid_AP50", "AP", "AP50")  # shown when a stage wrote them
 TAIL = 1 << 18  # bytes of metrics.jsonl that are read
 
 

@@ -1,8 +1,11 @@
-"""What several test files share: the two-node Slurm of the session."""
+"""What several test files share: the two-node Slurm of the session, eight sheets."""
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, clean_environment
@@ -29,3 +32,12 @@ def slurm(site: Cluster) -> Iterator[Cluster]:
     """The cluster, idle before and after the test."""
     yield site
     site.settle()
+
+
+@pytest.fixture(scope="session")
+def sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn sheets of 256 px: eight in train/, four each in valid/ and test/, eight in unlabeled/."""
+    folder = tmp_path_factory.mktemp("sheets") / "drawn"
+    flags = ["--out", str(folder), "--sheets", "8", "--unlabeled", "8", "--size", "256", "256"]
+    subprocess.run([sys.executable, "-m", "schematics.synthetic", *flags], check=True, capture_output=True)
+    return folder

@@ -261,6 +261,17 @@ def test_submission_from_inside_a_job_inherits_nothing_of_it(slurm, work):
     assert log.read_text() == "finetune as submitted None\n"
 
 
+def test_doctor_checks_nodes_alone_and_together(slurm, tmp_path):
+    command = [sys.executable, ROOT / "slurm" / "pipeline.py", "doctor", "--nodes", "node[1-2]", "--json"]
+    out = slurm.run(*command, "--run-dir", tmp_path, env={"LINEWORK_PYTHON": sys.executable})
+    reports = [json.loads(line) for line in out.splitlines()]
+    assert [report["node"] for report in reports] == ["node1", "node2"]
+    assert all("over 2 ranks on cpu" in report["all_reduce"] and not report["problems"] for report in reports)
+    assert all(
+        report["write_mb_s"] > 0 and {"torch", "torchvision"} <= set(report["versions"]) for report in reports
+    )
+
+
 def test_doctor_names_unfit_nodes_for_exclude(slurm, tmp_path):
     slurm.run("scontrol", "update", "nodename=node2", "state=drain", "reason=fan")
     try:
