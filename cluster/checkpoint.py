@@ -13,6 +13,7 @@ import json
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,7 +182,9 @@ def _load(path: Path) -> State:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the dialect of a foreign pickle, which is refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         what = re.search(r"(?:GLOBAL|global|function|class) [`']?([\w.]+)", str(error))
         raise UserError(
@@ -189,10 +192,14 @@ def _load(path: Path) -> State:
             "not only tensors; nothing in it was run"
         ) from None
     except Exception as error:  # truncated zip, foreign format: torch raises many kinds
-        raise UserError(f"{path}: not a checkpoint ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: not a checkpoint ({_brief(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint of Linework, it holds a {type(content).__name__}")
     return content
+
+
+def _brief(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
 def export_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, str | float | list]) -> str:
@@ -215,7 +222,7 @@ def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a backbone of Linework ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: not a backbone of Linework ({_brief(error)})") from None
 
 
 def sign_final(exp_dir: Path, step: int, files: list[str]) -> None:

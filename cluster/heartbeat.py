@@ -117,8 +117,8 @@ class Heartbeat:
                 continue
             blame = "; ".join(self.silent()) or "every rank lives, compare where each one is"
             print(
-                f"error: rank {self.rank} on {socket.gethostname()}: no end of step {self.step} for {waited:.0f} s: "
-                f"{blame}; this rank is at {_where_main_thread_is()}",
+                f"error: rank {self.rank} on {socket.gethostname()}: no end of step {self.step} for "
+                f"{waited:.0f} s: {blame}; this rank is at {_where_main_thread_is()}",
                 file=sys.stderr,
                 flush=True,
             )

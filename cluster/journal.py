@@ -46,6 +46,7 @@ class Journal:
         path = self.folder / "metrics.jsonl"
         truncate(path, start_step)
         self._lines = open(path, "a", buffering=1)  # noqa: SIM115 closed by close()
+        _number_lives(self.folder / "tensorboard")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -56,7 +57,7 @@ class Journal:
         """Whether the figures of step `step` are wanted: every `every` steps, and of the last."""
         return step % self.every == 0 or step + 1 == self.total_steps
 
-    def log(self, step: int, **scalars: float) -> None:
+    def log(self, step: int, **scalars: float | Tensor) -> None:
         """Record the figures of step `step` (0-based: the first step of a run is 0)."""
         if not self.main:
             return
@@ -129,6 +130,14 @@ def truncate(path: Path, start_step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     atomic.write_text(path, "".join(kept))
+
+
+def _number_lives(folder: Path) -> None:
+    """Number the event files there are. TensorBoard reads them by name and drops what a later one tells anew;
+    names start with the time by a node's clock, so that of the last life might seem to come after this one's.
+    """
+    for life, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
+        path.rename(folder / f"events.out.tfevents.{life:010}.life")
 
 
 def _json_float(value: float) -> float | str:

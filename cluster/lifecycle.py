@@ -9,8 +9,8 @@
             run.after_step(step + 1, lambda: {"model": model.state_dict(), ...})
         run.finish(total_steps, lambda: {...}, files=["backbone.safetensors"])
 
-Exit status: 0 finished; 1 an error to mend; 70 a crash, a hung step or a lost rank; 75 saved and not requeued,
-so run it again; 143 saved after TERM; 130 saved after Ctrl-C.
+Exit status: 0 finished; 1 an error to mend; 70 a crash, a hung step or a lost rank; 75 saved and not
+requeued, so run it again; 143 saved after TERM; 130 saved after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Run:
     """This process's part in a run. Create it right after distributed.start, before a DataLoader has workers.
 
     checkpoint_every: seconds between periodic checkpoints. keep: how many of them to keep. step_timeout:
-    seconds without a step boundary after which a rank ends itself. block_for: seconds to wait for Slurm's kill
-    after the save for a signal. Raises UserError when another run owns exp_dir.
+    seconds without a step boundary after which a rank ends itself. block_for: seconds to wait for Slurm's
+    kill after the save for a signal. Raises UserError when another run owns exp_dir.
 
     guard: judges gradients; its counters travel in the checkpoints.
     """
@@ -171,7 +171,7 @@ class Run:
             distributed.on_main(sign)
 
     def patience(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """`with run.patience(1800):`, on every rank, around what takes long: validation, compilation, a probe."""
+        """`with run.patience(1800):`, on every rank, around what takes long: validation, a probe."""
         return self.heart.patience(seconds)
 
     def _claim(self) -> None:
@@ -243,7 +243,7 @@ class Run:
             print(f"step {step}: saved after {self.signals.name or 'a signal to another rank'}", flush=True)
         with self.patience(SAVING + self.block_for):
             if self.world.launcher == "slurm" and (not again or distributed.on_main(requeue)):
-                # Slurm's own kill tells what this was; to leave earlier would make the job COMPLETED or FAILED.
+                # Slurm's kill tells what this was; to leave earlier would make the job COMPLETED or FAILED.
                 time.sleep(self.block_for)
         if again:
             raise SystemExit(AGAIN)

@@ -144,15 +144,19 @@ def _join(note: Path, me: Place, timeout: float) -> TCPStore:
 
 def _wait_for_all(store: Store, me: Place, timeout: float) -> None:
     """First meeting: long, since importing torch from a cold disk takes a node 20 s and more."""
-    from torch.distributed import DistStoreError
+    from torch.distributed import DistNetworkError, DistStoreError
 
     store.set(f"here-{me.rank}", socket.gethostname())
     missing = list(range(me.size))
     deadline = time.monotonic() + timeout
     while missing and (left := deadline - time.monotonic()) > 0:
-        with contextlib.suppress(DistStoreError):  # the time-out of one wait
+        try:
             store.wait([f"here-{missing[0]}"], timedelta(seconds=max(0.1, min(5.0, left))))
             missing.pop(0)
+        except DistNetworkError:
+            raise UserError(f"rank {me.rank}: rank 0 left before all {me.size} ranks had come") from None
+        except DistStoreError:
+            continue  # the time-out of one wait
     if missing:
         gone = [rank for rank in missing if not store.check([f"here-{rank}"])]
         raise UserError(f"rank {', '.join(map(str, gone))} of {me.size} did not come within {timeout:.0f} s")

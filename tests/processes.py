@@ -1,0 +1,104 @@
+"""Real processes for the tests of cluster/: ranks of one launch, with a log, ended by pid."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+# One process imports what is slow, once; ranks are forked from it.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "torch.utils.tensorboard", "tyro", "pretraining.encoder", "cluster.lifecycle"]
+)
+
+
+class Ranks:
+    """`size` processes that each call work(*args), under the environment that torchrun gives."""
+
+    def __init__(
+        self, work: Callable, *args: object, size: int = 1, logs: Path, env: dict[str, str] | None = None
+    ) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"rank_{rank}.log" for rank in range(size)]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        self.processes: list[BaseProcess] = []
+        for rank in range(size):
+            launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+            launch |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            target = (str(self.logs[rank]), (launch if size > 1 else {}) | (env or {}), work, args)
+            self.processes.append(CONTEXT.Process(target=_child, args=target))
+            self.processes[-1].start()
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        for rank in ranks or range(len(self.processes)):
+            os.kill(self.processes[rank].pid or 0, number)
+
+    def statuses(self, seconds: float = 60.0) -> list[int | None]:
+        """Exit statuses, once all have ended."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def log(self, rank: int = 0) -> str:
+        return self.logs[rank].read_text() if self.logs[rank].exists() else ""
+
+    def errors(self) -> list[str]:
+        """The lines of all ranks that start with "error:"; there must be no traceback."""
+        text = "".join(self.log(rank) for rank in range(len(self.logs)))
+        assert "Traceback" not in text, text
+        return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+def _child(log: str, env: dict[str, str], work: Callable, args: tuple) -> None:
+    for name in [*filter(lambda name: name.startswith(("SLURM_", "LINEWORK_")), os.environ)]:
+        del os.environ[name]
+    os.environ |= env
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    import torch
+
+    torch.set_num_threads(1)
+    work(*args)
+
+
+def until(condition: Callable[[], object], seconds: float = 30.0, what: str = "condition") -> None:
+    """Poll; fail when it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is `pid`."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(status.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Running, that is neither gone nor a zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

@@ -1,0 +1,185 @@
+"""Ranks find each other, divide the batch, agree, and give the gradient of one process (laws 2 and 3)."""
+
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster import distributed, rendezvous
+from cluster.atomic import UserError
+from cluster.distributed import World
+from cluster.rendezvous import Place, place
+
+BATCH, DIM = 8, 5
+STEP = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_NTASKS": "5",
+}
+
+
+def test_place_by_launcher():
+    assert place({}) == Place()
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert place(torchrun | STEP) == Place(3, 4, 1, 2, "torchrun")
+    assert place(STEP) == Place(3, 5, 1, 2, "slurm")
+    assert place(STEP | {"SLURM_NODEID": "2", "SLURM_PROCID": "4", "SLURM_LOCALID": "0"}).local_size == 1
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"},  # the batch script
+        STEP | {"SLURM_STEP_ID": str(0xFFFFFFFB)},  # the batch step
+        STEP | {"SLURM_STEP_ID": str(0xFFFFFFFA)},  # salloc's interactive step
+        STEP | {"SLURM_PTY_PORT": "4711"},  # srun --pty bash
+    ],
+)
+def test_plain_python_inside_a_job_is_alone(env):
+    assert place(env) == Place()
+
+
+def device(name: str, visible: int, me: Place, **env: str) -> str:
+    return str(distributed.pick_device(name, me, visible, env))
+
+
+def test_device_of_a_rank():
+    two = Place(1, 4, 1, 2, "slurm")
+    assert device("auto", 0, Place()) == "cpu"
+    assert device("cpu", 2, two, SLURM_GPUS_ON_NODE="4") == "cpu"
+    assert device("auto", 2, two, SLURM_GPUS_ON_NODE="2") == "cuda:1"
+    assert device("cuda", 1, two, SLURM_GPUS_ON_NODE="2") == "cuda:0"  # --gpus-per-task: each sees its own
+    assert device("cuda:2", 4, Place()) == "cuda:2"
+    assert device("auto", 4, Place()) == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    ("visible", "env", "words"),
+    [
+        (4, {"SLURM_GPUS_ON_NODE": "4"}, "2 tasks but 4 GPUs"),
+        (0, {"SLURM_GPUS_ON_NODE": "1"}, "2 tasks but 1 GPUs"),
+        (0, {"SLURM_GPUS_ON_NODE": "2"}, "sees none"),
+        (3, {}, "2 ranks but 3 GPUs"),
+    ],
+)
+def test_tasks_that_do_not_match_the_gpus_are_one_line(visible, env, words):
+    with pytest.raises(UserError, match=words) as error:
+        device("auto", visible, Place(1, 4, 1, 2, "slurm"), **env)
+    assert len(str(error.value).splitlines()) == 1
+    assert "--device cpu" in str(error.value)
+
+
+def test_global_batch_divides():
+    world = World(size=4)
+    assert distributed.per_rank(64, world) == 16
+    with pytest.raises(UserError, match="--batch-size 66 is not divisible by 4 ranks; give 64 or 68"):
+        distributed.per_rank(66, world)
+    with pytest.raises(UserError, match="--bs 2 is not divisible by 4 ranks; give 4"):
+        distributed.per_rank(2, world, "--bs")
+    with pytest.raises(UserError):
+        distributed.per_rank(0, World())
+
+
+def test_alone_every_collective_is_the_identity():
+    world = distributed.start("cpu")
+    assert (world.rank, world.size, world.launcher, world.main) == (0, 1, "alone", True)
+    z = torch.ones(2, 3, requires_grad=True)
+    assert distributed.all_gather(z) is z
+    assert distributed.agree(0, 3) == (0, 3)
+    assert distributed.gather_objects("x") == ["x"]
+    assert distributed.on_main(lambda: 4) == 4
+    distributed.barrier()
+    distributed.stop()
+
+
+def gradient(world: World) -> list[float]:
+    """Of a loss that couples all rows, over this rank's share of the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM)).double()
+    wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    share = distributed.per_rank(BATCH, world)
+    x = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(1)).double()
+    z = distributed.all_gather(wrapped(x[world.rank * share :][:share]))
+    (z @ z.T).softmax(dim=1).diagonal().log().mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).tolist()
+
+
+def slurm_rank(folder: Path, results: Path) -> None:
+    """One rank under the environment that srun gives, which meets the others through a file."""
+    os.environ |= {name: value for name, value in STEP.items() if name not in os.environ}
+    os.environ["SLURM_STEP_NUM_TASKS"] = os.environ["SLURM_STEP_TASKS_PER_NODE"] = os.environ["WORLD_SIZE"]
+    os.environ["SLURM_PROCID"] = os.environ["SLURM_LOCALID"] = os.environ["RANK"]
+    os.environ["SLURM_NODEID"] = "0"
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    world = distributed.start("cpu", folder, timeout=60)
+    assert world.launcher == "slurm"
+    found = {
+        "gradient": gradient(world),
+        "agree": distributed.agree(world.rank, -world.rank, 7),
+        "objects": distributed.gather_objects(list(range(world.rank))),
+        "main": distributed.on_main(lambda: f"from {world.rank}"),
+    }
+    (results / f"{world.rank}.json").write_text(json.dumps(found))
+    distributed.barrier()
+    distributed.on_main(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_meet_agree_and_give_the_gradient_of_one_process(size, tmp_path):
+    meeting = tmp_path / "a run"
+    meeting.mkdir()
+    # Left by a launch that died: one with another key, one with the same, whose port nobody serves.
+    stale = json.dumps({"hosts": ["127.0.0.1"], "port": 9, "token": "x"})
+    for name in ("12-0-1-0", "12-0-0-0"):
+        (meeting / f".rendezvous-{name}").write_text(stale)
+    with Ranks(slurm_rank, meeting, tmp_path, size=size, logs=tmp_path / "logs") as ranks:
+        # on_main: rank 0 fails and tells, the others leave quietly
+        assert ranks.statuses() == [1] + [0] * (size - 1)
+        assert "ZeroDivisionError" in ranks.log(0)
+        assert all("Error" not in ranks.log(rank) for rank in range(1, size))
+    expected = torch.tensor(gradient(World()))
+    for rank in range(size):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        ratio = torch.tensor(found["gradient"]).norm() / expected.norm()
+        assert f"{ratio:.4f}" == "1.0000"
+        torch.testing.assert_close(torch.tensor(found["gradient"]), expected, rtol=1e-6, atol=1e-9)
+        assert found["agree"] == [size - 1, 0, 7]
+        assert found["objects"] == [list(range(other)) for other in range(size)]
+        assert found["main"] == "from 0"
+    assert [path.name for path in meeting.iterdir()] == [".rendezvous-12-0-1-0"]
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    me = Place(0, 4, 0, 4, "slurm")
+    failures: list[str] = []
+    other = threading.Thread(target=lambda: failures.append(_meets(replace(me, rank=2), tmp_path, 30.0)))
+    other.start()
+    assert _meets(me, tmp_path, 1.0) == "rank 1, 3 of 4 did not come within 1 s"
+    other.join()
+    assert failures == ["rank 2: rank 0 left before all 4 ranks had come"]
+    assert "met nobody" in _meets(replace(me, rank=1), tmp_path, 0.3)
+    with pytest.raises(UserError, match="--exp-dir"):
+        rendezvous.meet(me, None, 1.0)
+
+
+def _meets(me: Place, folder: Path, timeout: float) -> str:
+    try:
+        rendezvous.meet(me, folder, timeout)
+    except UserError as error:
+        return str(error)
+    return ""

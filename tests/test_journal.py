@@ -1,0 +1,148 @@
+"""metrics.jsonl and TensorBoard tell each step once, whatever lives the run had."""
+
+import fcntl
+import json
+import math
+import os
+import pty
+import signal
+import struct
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Ranks, until
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cluster import journal
+from cluster.distributed import World
+from cluster.journal import Journal
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def board(folder: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def life(folder: Path, start: int, value: float) -> None:
+    """Log without end; it is killed."""
+    record = Journal(folder, World(), 10**9, start, every=1)
+    step = start
+    while True:
+        record.log(step, loss=value)
+        record._board.flush()
+        step += 1
+
+
+def test_killed_lives_leave_one_line_and_one_point_a_step(tmp_path):
+    folder = tmp_path / "run"
+    starts = [0, 7, 7, 20]
+    for value, start in enumerate(starts):
+        with Ranks(life, folder, start, float(value), logs=tmp_path / str(value)) as ranks:
+            until(lambda start=start, value=value: f"step {start + 30}/" in ranks.log(), what="30 steps")
+            ranks.signal(signal.SIGKILL)
+            ranks.statuses()
+    last = Journal(folder, World(), 31, 30)
+    last.log(30, loss=4.0)
+    last.close()
+    lived = [0.0] * 7 + [2.0] * 13 + [3.0] * 10 + [4.0]
+    assert [(line["step"], line["loss"]) for line in lines(folder)] == list(enumerate(lived))
+    assert board(folder, "loss") == list(enumerate(lived))
+
+
+def test_rewind_forgets_what_is_logged_again(tmp_path):
+    record = Journal(tmp_path, World(), 6)
+    for step in range(4):
+        record.log(step, loss=1.0)
+    record.rewind(2)
+    for step in range(2, 6):
+        record.log(step, loss=2.0)
+    record.close()
+    assert [line["loss"] for line in lines(tmp_path)] == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    assert [value for _, value in board(tmp_path, "loss")] == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_half_a_line_and_lines_that_are_no_json_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 0, "loss": 1.5}\nnoise\n{"no": "step"}\n{"step": 3}\n'
+        '{"step": 1, "loss": 0.25}\n{"step": 2, "lo'
+    )
+    held = path.open("a")  # by a lost rank of an earlier life
+    journal.truncate(path, 3)
+    held.write("late\n")
+    held.close()
+    assert path.read_text() == '{"step": 0, "loss": 1.5}\n{"step": 1, "loss": 0.25}\n'
+
+
+def test_every_float_survives_the_file(tmp_path):
+    values = {"a": 0.1, "b": 1e-300, "c": math.nan, "d": math.inf, "e": -math.inf, "f": torch.tensor(1 / 3)}
+    record = Journal(tmp_path, World(), 1)
+    record.log(0, **values)
+    record.close()
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=no_constant)
+    for name, value in values.items():
+        assert float(line[name]).hex() == float(value).hex()
+
+
+def test_only_rank_0_writes(tmp_path):
+    record = Journal(tmp_path / "run", World(rank=1, size=2), 3)
+    record.log(0, loss=1.0)
+    record.message("x")
+    record.rewind(0)
+    record.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_gets_a_line_every_few_steps_with_rate_and_time_left(tmp_path, capsys):
+    record = Journal(tmp_path, World(), 25, every=10)
+    for step in range(25):
+        record.log(step, loss=1.0)
+    record.message("done")
+    record.close()
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in told[:-1]] == ["1/25", "11/25", "21/25", "25/25"]
+    assert "loss 1" in told[0] and "ms/step" in told[0] and "ETA 0:00:0" in told[0]
+    assert told[-1] == "done"
+    assert [step for step in range(25) if record.due(step)] == [0, 10, 20, 24]
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    pid, screen = pty.fork()
+    if pid == 0:
+        try:
+            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
+            record = Journal(tmp_path, World(), 3)
+            for step in range(3):
+                record.log(step, loss=0.5)
+            record.message("a word")
+            record.close()
+        finally:
+            os._exit(0)
+    shown = b""
+    with pytest.raises(OSError):  # the terminal is closed
+        while True:
+            shown += os.read(screen, 1 << 16)
+    os.waitpid(pid, 0)
+    assert b"3/3" in shown and b"loss=0.5" in shown and b"a word\r\n" in shown
+    assert b"ETA" not in shown
+
+
+def test_embeddings_for_the_projector(tmp_path):
+    record = Journal(tmp_path, World(), 1)
+    record.embeddings(0, torch.randn(4, 3), torch.rand(4, 3, 8, 8))
+    record.close()
+    assert list((tmp_path / "tensorboard").rglob("tensors.tsv"))
+    assert list((tmp_path / "tensorboard").rglob("sprite.png"))
