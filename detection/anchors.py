@@ -28,9 +28,9 @@ TORCHVISION = Anchors(((32,), (64,), (128,), (256,), (512,)), (0.5, 1.0, 2.0))
 def fit_anchors(boxes: np.ndarray, max_ratios: int = 3) -> Anchors:
     """Fit to boxes [N, 4] (xyxy, pixels of the windows the network sees).
 
-    A level of stride s answers for sides of 4s to 8s pixels (the lowest also for smaller ones, the highest for
-    larger); its two sizes are the quartiles of log side among its boxes, or the geometric default where it has
-    fewer than ten. Ratios are the middle quantiles of log(height / width), near-equal ones merged.
+    A level of stride s answers for sides of 4s to 8s pixels (the lowest also for smaller ones, the highest
+    for larger); its two sizes are the quartiles of log side among its boxes, or the geometric default where
+    it has fewer than ten. Ratios are the middle quantiles of log(height / width), near-equal ones merged.
     """
     width, height = _sides(boxes)
     log_side = 0.5 * np.log2(width * height)
@@ -57,7 +57,7 @@ def fit_anchors(boxes: np.ndarray, max_ratios: int = 3) -> Anchors:
 
 
 def best_iou(anchors: Anchors, boxes: np.ndarray) -> np.ndarray:
-    """IoU [N] of each box [N, 4] with the best anchor on the pyramid's grid (centres at multiples of the stride)."""
+    """IoU [N] of each box [N, 4] with its best anchor; their centres lie at multiples of the stride."""
     width, height = _sides(boxes)
     centre_x, centre_y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
     best = np.zeros(len(boxes))

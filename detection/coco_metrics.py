@@ -4,13 +4,14 @@ pycocotools stays the engine, so on a clean set the 12 figures are its own to th
 before it sees the data: annotation ids (it never matches id 0 and confuses doubled ids), missing `area`,
 `iscrowd` and `info`, empty predictions, the order of tied scores. What is added: the figures at a limit of
 detections that fits the data (a sheet may hold 250 symbols of one class; COCO counts 100), size bins that fit
-the data, figures per class, and the false positives of classes without ground truth, which COCO counts as free.
+the data, figures per class, and the false positives of classes without ground truth, which COCO lets go free.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,9 +38,9 @@ class ClassFigures:
     name: str
     boxes: int
     detections: int
-    AP: float
-    AP50: float
-    AP75: float
+    ap: float
+    ap50: float
+    ap75: float
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class SizeFigures:
     low: float
     high: float
     boxes: int
-    AP: float
-    AP50: float
-    AR: float
+    ap: float
+    ap50: float
+    ar: float
 
 
 @dataclass(frozen=True)
 class Figures:
-    """`coco`: the 12 figures in pycocotools' order (-1: nothing to measure); `fitted`: at `max_detections`."""
+    """coco: the 12 figures in pycocotools' order, -1 for nothing to measure; fitted: at `max_detections`."""
 
     coco: tuple[float, ...]
     max_detections: int
@@ -69,11 +70,11 @@ class Figures:
     detections: int
 
     @property
-    def AP(self) -> float:
+    def ap(self) -> float:
         return self.coco[0]
 
     @property
-    def AP50(self) -> float:
+    def ap50(self) -> float:
         return self.coco[1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,8 +84,7 @@ class Figures:
     def table(self) -> str:
         """The 12 lines as pycocotools prints them."""
         rows = [
-            (name, "0.50" if name == "AP50" else "0.75" if name == "AP75" else "0.50:0.95")
-            for name in NAMES
+            (name, "0.50" if name == "AP50" else "0.75" if name == "AP75" else "0.50:0.95") for name in NAMES
         ]
         lines = []
         for (name, iou), value in zip(rows, self.coco, strict=True):
@@ -102,7 +102,7 @@ class Figures:
         for size in self.sizes:
             lines.append(
                 f"boxes of {size.low:.0f} to {size.high:.0f} px: {size.boxes} boxes, "
-                f"AP {size.AP:.3f}, AP50 {size.AP50:.3f}, AR {size.AR:.3f}"
+                f"AP {size.ap:.3f}, AP50 {size.ap50:.3f}, AR {size.ar:.3f}"
             )
         stray = self.false_positives_without_truth
         if stray:
@@ -112,7 +112,7 @@ class Figures:
         for row in self.classes:
             lines.append(
                 f"{row.name[:32]:<32} {row.boxes:>6} {row.detections:>6} "
-                f"{row.AP:>6.3f} {row.AP50:>6.3f} {row.AP75:>6.3f}"
+                f"{row.ap:>6.3f} {row.ap50:>6.3f} {row.ap75:>6.3f}"
             )
         return "\n".join(lines)
 
@@ -126,8 +126,8 @@ def evaluate(
 
     ground_truth: a COCO object dict (images, annotations, categories); it is not changed.
     detections: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels, score.
-    max_detections: the fitted limit of detections per class and sheet, 100 or more; None fits it to the data.
-    Raises DataError for an image or class the ground truth does not know, and for numbers that are not finite.
+    max_detections: a limit per class and sheet, 100 or more, beside COCO's 100; None fits it to the data.
+    Raises DataError for an image or class the ground truth does not know, and for a number that isn't finite.
     """
     truth = _repair(ground_truth)
     found = _prepare(truth, detections)
@@ -146,9 +146,14 @@ def evaluate(
         figures = _mean_figures(evaluator, slice(k, k + 1), 0, last)
         rows.append(
             ClassFigures(
-                int(category_id), by_id[category_id], boxes_of[category_id], found_of[category_id],
-                figures["AP"], figures["AP50"], figures["AP75"],
-            )  # fmt: skip
+                category_id=int(category_id),
+                name=by_id[category_id],
+                boxes=boxes_of[category_id],
+                detections=found_of[category_id],
+                ap=figures["AP"],
+                ap50=figures["AP50"],
+                ap75=figures["AP75"],
+            )
         )
     return Figures(
         coco=coco,
@@ -243,7 +248,7 @@ def _run(truth: dict[str, Any], found: list[dict[str, Any]], limit: int, edges: 
         dt.createIndex()
         evaluator = COCOeval(gt, dt, "bbox")
         evaluator.params.maxDets = sorted({1, 10, 100, limit})
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in itertools.pairwise(edges):
             evaluator.params.areaRng.append([low**2, float(np.nextafter(high**2, 0))])
             evaluator.params.areaRngLbl.append(f"{low:g}-{high:g}")
         evaluator.evaluate()
@@ -265,7 +270,7 @@ def _size_figures(
 ) -> list[SizeFigures]:
     sides = np.sqrt([a["area"] for a in annotations if not a["iscrowd"]])
     rows = []
-    for n, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+    for n, (low, high) in enumerate(itertools.pairwise(edges)):
         figures = _mean_figures(evaluator, slice(None), 4 + n, limit)
         boxes = int(((sides >= low) & (sides < high)).sum())
         rows.append(SizeFigures(low, high, boxes, figures["AP"], figures["AP50"], figures["AR"]))

@@ -1,7 +1,7 @@
 """Faster R-CNN on a timm backbone, for windows of drawings at their native resolution.
 
-torchvision's detector with four things changed: the backbone is built as pretraining builds it, so its tensors
-load one to one; every norm layer is batch-synced or grouped, also in the FPN; nothing resizes or pads inside;
+torchvision's detector with four things changed: the backbone is built as pretraining builds it, so its
+tensors load one to one; every norm layer is synced or grouped, also in the FPN; nothing resizes or pads;
 anchors and sampling come from the data. Suffixes: B windows, H, W pixels, C channels.
 """
 
@@ -25,8 +25,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from cluster.config import UserError
 from detection.anchors import STRIDES, Anchors
-
-RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,9 @@ class Spec:
 
 
 class Pyramid(nn.Module):
-    """Backbone and FPN: [B, 3, H, W] -> maps of `out_channels` at strides 4 to 64, keys "0".."3" and "pool"."""
+    """Backbone and FPN: [B, 3, H, W] -> maps of `out_channels` at strides 4 to 64, keys "0".."3", "pool"."""
+
+    body: Any  # timm's models have what nn.Module does not promise: forward_intermediates, feature_info
 
     def __init__(self, arch: str, norm: str, channels: int):
         super().__init__()
@@ -117,6 +117,9 @@ class Pyramid(nn.Module):
 class Windows(nn.Module):
     """Stands where torchvision resizes and pads: uint8 windows of one size in, a normalised batch out."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -135,7 +138,7 @@ class Windows(nn.Module):
 
 
 class ProposalHead(RPNHead):
-    """Outputs in float32: under bf16 autocast torchvision would decode boxes in bf16, 4 px apart at x = 1000."""
+    """Outputs in float32: under bf16 autocast torchvision decodes boxes in bf16, 4 px apart at x = 1000."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
@@ -163,7 +166,7 @@ class SeededSampler:
         self.seeds: list[int] = []
 
     def __call__(self, matched: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """matched: per window [n], >= 1 positive, 0 negative, -1 ignored -> masks of the chosen, per window."""
+        """matched: per window [n], >= 1 positive, 0 negative, -1 ignored -> masks of the chosen."""
         chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
         for seed, labels in zip(self.seeds, matched, strict=True):
             generator = torch.Generator().manual_seed(seed ^ self.salt)
@@ -214,7 +217,7 @@ class Detector(FasterRCNN):
     ) -> Any:
         """images: uint8 [B, 3, H, W], H and W multiples of 64.
 
-        targets: per window `boxes` float32 [N, 4] xyxy in window pixels (N may be 0), `labels` int64 [N], 1..K.
+        targets: per window `boxes` float32 [N, 4] xyxy in its pixels (N may be 0), `labels` int64 [N], 1..K.
         seeds: one int per window, for the choice of anchors and proposals; training needs them.
         Returns four losses in training; else per window `boxes`, `labels`, `scores`, best first.
         """
@@ -225,39 +228,7 @@ class Detector(FasterRCNN):
         return super().forward(images, targets)
 
 
-def load_backbone(detector: Detector, tensors: dict[str, Tensor], source: str) -> str:
-    """Put `tensors` (bare torchvision/timm keys) into the backbone; returns the audit line (law 7).
-
-    A classifier (`fc.*`, `head.fc.*`, `classifier.*`) is ignored, and under --norm group BatchNorm's running
-    statistics are set aside: both are counted in the line. Raises UserError, with nothing loaded, unless every
-    tensor of the backbone finds its own and nothing else is left over.
-    """
-    body = detector.backbone.body
-    wanted = body.state_dict()
-    fitting = {k for k, v in wanted.items() if k in tensors and tensors[k].shape == v.shape}
-    left = set(tensors) - set(wanted)
-    classifier = {k for k in left if k.startswith(("fc.", "head.fc.", "classifier."))}
-    set_aside = {k for k in left if k.endswith(RUNNING) and detector.spec.norm == "group"}
-    stray = left - classifier - set_aside
-    audit = f"backbone: {len(fitting)} of {len(wanted)} tensors matched"
-    if len(fitting) < len(wanted) or stray:
-        problem = sorted(set(wanted) - fitting or stray)[0]
-        why = "has another shape" if problem in tensors else "is missing"
-        if problem in stray:
-            why = "has no place"
-        raise UserError(
-            f"{source}: {audit} for {detector.spec.arch} ({problem} {why}, {len(stray)} left over); "
-            "give the --arch the file was trained with, and bare keys such as conv1.weight"
-        )
-    body.load_state_dict({k: tensors[k] for k in wanted})
-    if set_aside:
-        audit += f"; {len(set_aside)} running statistics set aside (--norm group keeps none)"
-    if classifier:
-        audit += f"; {len(classifier)} tensors of its classifier ignored"
-    return audit
-
-
-def _build_body(arch: str) -> nn.Module:
+def _build_body(arch: str) -> Any:
     """The backbone exactly as pretraining builds it: same keys, same shapes."""
     if not timm.is_model(arch):
         raise UserError(f"--arch {arch}: timm has no such model; `python -m timm.list_models` names them")
@@ -267,7 +238,7 @@ def _build_body(arch: str) -> nn.Module:
     return body
 
 
-def _probe_stages(body: nn.Module, arch: str) -> list[int]:
+def _probe_stages(body: Any, arch: str) -> list[int]:
     """Channels of the last four maps; parameters that no map depends on are frozen, as DDP asks.
 
     Raises UserError unless the maps have strides 4, 8, 16, 32.
@@ -279,7 +250,7 @@ def _probe_stages(body: nn.Module, arch: str) -> list[int]:
     except (AssertionError, RuntimeError, TypeError, ValueError):
         strides = []
     if strides != list(STRIDES[:4]):
-        raise UserError(f"--arch {arch}: no pyramid of strides 4 to 32 for any size; take a ResNet or a ConvNeXt")
+        raise UserError(f"--arch {arch}: no pyramid of strides 4 to 32; take a ResNet or a ConvNeXt")
     sum(m.sum() for m in maps).backward()
     for parameter in body.parameters():
         parameter.requires_grad_(parameter.grad is not None)

@@ -86,7 +86,14 @@ def grid_set(count, side=20, pitch=25, first_id=1):
         "images": [{"id": 1, "width": 700, "height": 700}],
         "categories": [{"id": 1, "name": "relay"}],
         "annotations": [
-            {"id": first_id + n, "image_id": 1, "category_id": 1, "bbox": box, "area": side * side, "iscrowd": 0}
+            {
+                "id": first_id + n,
+                "image_id": 1,
+                "category_id": 1,
+                "bbox": box,
+                "area": side * side,
+                "iscrowd": 0,
+            }
             for n, box in enumerate(boxes)
         ],
     }
@@ -108,10 +115,10 @@ def test_trap_1_annotation_id_zero_is_matched():
     truth = grid_set(20, first_id=0)
     wrong, _ = plain_pycocotools(truth, perfect(truth))
     assert wrong[0] < 0.9
-    assert evaluate(truth, perfect(truth)).AP == one
+    assert evaluate(truth, perfect(truth)).ap == one
     single = grid_set(1, first_id=0)
     assert plain_pycocotools(single, perfect(single))[0][0] == 0.0
-    assert evaluate(single, perfect(single)).AP == one
+    assert evaluate(single, perfect(single)).ap == one
 
 
 def test_trap_2_doubled_annotation_ids():
@@ -119,14 +126,14 @@ def test_trap_2_doubled_annotation_ids():
     for annotation in truth["annotations"]:
         annotation["id"] = 1 + annotation["id"] % 2
     assert plain_pycocotools(truth, perfect(truth))[0][0] < 0.2
-    assert evaluate(truth, perfect(truth)).AP == one
+    assert evaluate(truth, perfect(truth)).ap == one
 
 
 def test_trap_3_more_than_a_hundred_symbols_of_one_class_on_a_sheet():
     truth = grid_set(250)
     figures = evaluate(truth, perfect(truth))
     assert figures.coco == plain_pycocotools(truth, perfect(truth))[0]
-    assert figures.AP == pytest.approx(0.406, abs=1e-3)
+    assert figures.ap == pytest.approx(0.406, abs=1e-3)
     assert figures.max_detections == 500
     assert figures.fitted == {"AP": one, "AP50": one, "AP75": one, "AR": one}
     assert "500 detections" in figures.details()
@@ -137,7 +144,7 @@ def test_trap_4_false_positives_of_a_class_without_truth_are_reported():
     truth["categories"].append({"id": 0, "name": "symbols"})
     strays = [{"image_id": 1, "category_id": 0, "bbox": [0, 0, 9, 9], "score": 0.99}] * 3
     figures = evaluate(truth, perfect(truth) + strays)
-    assert figures.AP == one
+    assert figures.ap == one
     assert figures.false_positives_without_truth == {"symbols": 3}
     assert "symbols 3" in figures.details()
 
@@ -155,7 +162,7 @@ def test_trap_5_no_predictions_and_missing_fields():
         plain_pycocotools(bare, perfect(bare))
     assert evaluate(bare, perfect(bare)).coco == evaluate(truth, perfect(truth)).coco
     nothing = {**truth, "annotations": []}
-    assert evaluate(nothing, perfect(truth)).AP == -1.0
+    assert evaluate(nothing, perfect(truth)).ap == -1.0
 
 
 def test_trap_6_size_bins_fit_the_boxes():
@@ -168,8 +175,8 @@ def test_trap_6_size_bins_fit_the_boxes():
     figures = evaluate(truth, detections)
     assert figures.coco[4] == figures.coco[5] == -1.0
     assert [(s.low, s.high, s.boxes) for s in figures.sizes] == [(20, 21, 30), (21, 23, 60)]
-    assert figures.sizes[0].AP == one
-    assert figures.sizes[-1].AP < 0.6
+    assert figures.sizes[0].ap == one
+    assert figures.sizes[-1].ap < 0.6
 
 
 def test_trap_7_ids_of_another_data_set_are_refused():
@@ -201,10 +208,10 @@ def test_trap_9_a_pixel_of_shift_is_seen_as_such():
     truth = grid_set(20)
     shifted = [{**d, "bbox": [d["bbox"][0] + 1, d["bbox"][1] + 1, 20, 20]} for d in perfect(truth)]
     figures = evaluate(truth, shifted)
-    assert figures.AP == pytest.approx(0.7, abs=0.01)
+    assert figures.ap == pytest.approx(0.7, abs=0.01)
     row = figures.classes[0]
-    assert (row.name, row.boxes, row.AP50, row.AP75) == ("relay", 20, one, one)
-    assert row.AP == figures.AP
+    assert (row.name, row.boxes, row.ap50, row.ap75) == ("relay", 20, one, one)
+    assert row.ap == figures.ap
 
 
 def test_trap_10_boxes_keep_double_precision():
@@ -214,7 +221,7 @@ def test_trap_10_boxes_keep_double_precision():
     detection = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9}]
     stored = [{**detection[0], "bbox": np.array(box, np.float32).tolist()}]
     truth["annotations"][0]["area"] = 1.9 * 1.9
-    assert evaluate(truth, detection).AP != evaluate(truth, stored).AP
+    assert evaluate(truth, detection).ap != evaluate(truth, stored).ap
     assert evaluate(truth, detection).coco == plain_pycocotools(truth, detection)[0]
 
 

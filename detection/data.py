@@ -1,0 +1,246 @@
+"""Windows of labelled sheets for training: native resolution, the same tiles as inference, law 1 throughout.
+
+A sample is a tile of a sheet, moved and changed by a draw from (seed, epoch, sample). Which samples a step
+sees is a function of (seed, step), so neither the sampler nor a worker holds state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from schematics.coco import Split
+from schematics.sheets import DataError, read_sheet, to_color
+from schematics.windows import Colour, cut, paper_color, tile_sheet
+
+MULTIPLE = 64  # of a window's side: the stride of the pyramid's last level
+KEEP = 0.6  # share of a symbol that makes it a target where a window's edge cuts it
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What a training window may undergo; all zero or False: nothing but its place on the sheet."""
+
+    shift: bool = False  # move the tile by up to half its free way
+    scale: float = 0.0  # log-uniform in [1 / (1 + scale), 1 + scale]
+    photometric: float = 0.0  # strength of brightness, contrast, blur and noise, 0 to 1
+    flip: bool = False  # left-right and up-down
+    rot90: bool = False  # quarter turns
+
+
+class SheetReader:
+    """Sheets of a split as uint8 [H, W] or [H, W, 3], decoded once while they fit into `cache_bytes`."""
+
+    def __init__(self, split: Split, color_mode: str, cache_bytes: int = 2 << 30):
+        self.split = split
+        self.color_mode = color_mode
+        self.free = cache_bytes
+        self.cache: dict[int, tuple[np.ndarray, Colour]] = {}
+
+    def __len__(self) -> int:
+        return len(self.split.sheets)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Colour]:
+        """Image and paper colour. Raises DataError for a file that is unreadable or of another size."""
+        if index in self.cache:
+            return self.cache[index]
+        sheet = self.split.sheets[index]
+        image = to_color(read_sheet(sheet.path), self.color_mode)
+        if image.shape[:2] != (sheet.height, sheet.width):
+            raise DataError(
+                f"{sheet.path}: {image.shape[1]} x {image.shape[0]} px, its header says {sheet.width} x "
+                f"{sheet.height}; export it again"
+            )
+        sheet_and_paper = image, paper_color(image)
+        if image.nbytes <= self.free:
+            self.free -= image.nbytes
+            self.cache[index] = sheet_and_paper
+        return sheet_and_paper
+
+
+class TrainingWindows(Dataset):
+    """Item (epoch, sample) -> (window uint8 [3, side, side], target, seed for the detector's own draws).
+
+    A symbol cut by the window's edge stays a target, cut likewise, where at least KEEP of its area is left;
+    with less it is background, as at inference another window sees it whole. Crowd boxes are no targets.
+    Windows without symbols are negatives: at most `negatives` times as many as windows with symbols an epoch.
+    repeat: threshold t of repeat-factor sampling (arXiv 1908.03195, 3): a window is seen
+    max(1, sqrt(t / f)) times an epoch, f the share of windows with its rarest class; 0 for off.
+    """
+
+    def __init__(
+        self,
+        reader: SheetReader,
+        side: int,
+        overlap: int,
+        seed: int,
+        augment: Augment,
+        negatives: float = 0.5,
+        repeat: float = 0.0,
+    ):
+        self.reader, self.side, self.seed, self.augment = reader, side, seed, augment
+        tiles: list[tuple[int, int, int]] = []
+        tile_labels: list[np.ndarray] = []
+        for n, sheet in enumerate(reader.split.sheets):
+            for x, y, _, _ in tile_sheet(sheet.width, sheet.height, side, overlap).tolist():
+                known = ~sheet.crowd
+                _, labels = crop_boxes(sheet.boxes[known], sheet.labels[known], x, y, side, KEEP)
+                tiles.append((n, x, y))
+                tile_labels.append(labels)
+        self.tiles = np.array(tiles, np.int64).reshape(-1, 3)  # sheet, x, y
+        self.stride = side - overlap
+        self.weights = _weights(tile_labels, negatives, repeat)
+
+    def __len__(self) -> int:
+        """Samples an epoch."""
+        return max(1, round(float(self.weights.sum())))
+
+    def order(self, epoch: int, at_least: int = 1) -> np.ndarray:
+        """Tiles of one epoch, shuffled: each as often as its weight, fractions by one systematic draw."""
+        rng = np.random.default_rng((self.seed, epoch))
+        count = max(len(self), at_least)
+        ends = np.cumsum(self.weights) * (count / self.weights.sum())
+        picked = np.searchsorted(ends, np.arange(count) + rng.random(), side="right")
+        return rng.permutation(np.minimum(picked, len(ends) - 1))
+
+    def files(self, keys: Sequence[tuple[int, int, int]]) -> list[str]:
+        """The sheets behind a batch, for the reader of an error."""
+        sheets = self.reader.split.sheets
+        return sorted({sheets[self.tiles[tile][0]].file_name for _, _, tile in keys})
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, dict[str, Tensor], int]:
+        epoch, position, tile = key
+        rng = np.random.default_rng((self.seed, epoch, position, tile))
+        sheet_index, x, y = self.tiles[tile].tolist()
+        sheet = self.reader.split.sheets[sheet_index]
+        image, paper = self.reader[sheet_index]
+
+        scale = float(np.exp(rng.uniform(-1, 1) * np.log1p(self.augment.scale)))
+        reach = round(self.side / scale)  # pixels of the sheet that the window shows
+        if self.augment.shift:
+            x = _shift(rng, x, self.side, reach, self.stride, sheet.width)
+            y = _shift(rng, y, self.side, reach, self.stride, sheet.height)
+        known = ~sheet.crowd
+        window = cut(image, x, y, reach, paper)
+        boxes, labels = crop_boxes(sheet.boxes[known], sheet.labels[known], x, y, reach, KEEP)
+        window, boxes = resize(window, boxes, self.side)
+        window, boxes = turn(window, boxes, rng, self.augment.flip, self.augment.rot90)
+        window = photometric(window, rng, self.augment.photometric)
+        target = {"boxes": torch.from_numpy(boxes.astype(np.float32)), "labels": torch.from_numpy(labels)}
+        return as_tensor(window), target, int(rng.integers(2**31))
+
+
+def batches(
+    windows: TrainingWindows, batch: int, start: int, stop: int, rank: int = 0, world: int = 1
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Keys (epoch, position, tile) of this rank's share of every step in [start, stop).
+
+    batch is global and a multiple of world; rank r takes the r-th slice, so the union over ranks does not
+    depend on their number. An epoch ends with its last full batch.
+    """
+    per_epoch, share = steps_per_epoch(windows, batch), batch // world
+    epoch, order = -1, np.empty(0)
+    for step in range(start, stop):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = windows.order(epoch, at_least=batch)
+        first = (step % per_epoch) * batch + rank * share
+        yield [(epoch, position, int(order[position])) for position in range(first, first + share)]
+
+
+def steps_per_epoch(windows: TrainingWindows, batch: int) -> int:
+    return max(1, len(windows) // batch)
+
+
+def collate(items: Sequence[tuple[Tensor, dict[str, Tensor], int]]) -> tuple[Tensor, list, list[int]]:
+    images, targets, seeds = zip(*items, strict=True)
+    return torch.stack(images), list(targets), list(seeds)
+
+
+def as_tensor(window: np.ndarray) -> Tensor:
+    """uint8 [H, W] or [H, W, 3] -> uint8 [3, H, W]; gray becomes three equal channels."""
+    tensor = torch.from_numpy(np.ascontiguousarray(window))
+    return tensor.expand(3, -1, -1) if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+
+
+def crop_boxes(
+    boxes: np.ndarray, labels: np.ndarray, x: int, y: int, side: int, keep: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [N, 4] of a sheet as a window at (x, y) shows them: cut at its edges, in its coordinates.
+
+    Those with less than `keep` of their area inside, or less than a pixel in either direction, are left out.
+    """
+    inside = np.clip(boxes - (x, y, x, y), 0, side)
+    extent = inside[:, 2:] - inside[:, :2]
+    kept = (extent.prod(1) >= keep * (boxes[:, 2:] - boxes[:, :2]).prod(1)) & (extent >= 1).all(1)
+    return inside[kept], labels[kept]
+
+
+def resize(window: np.ndarray, boxes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Window and boxes at `side` pixels, antialiased: area averaging where it shrinks."""
+    reach = window.shape[0]
+    if reach == side:
+        return window, boxes
+    how = cv2.INTER_AREA if side < reach else cv2.INTER_LINEAR
+    return cv2.resize(window, (side, side), interpolation=how), boxes * (side / reach)
+
+
+def turn(
+    window: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, flip: bool, rot90: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Flips and quarter turns of a square window with its boxes; some classes differ only by them."""
+    side = window.shape[0]
+    mirror_x, mirror_y, turns = rng.random() < 0.5, rng.random() < 0.5, int(rng.integers(4))
+    if flip and mirror_x:
+        window, boxes = (
+            window[:, ::-1],
+            np.array([side, 0, side, 0]) + boxes[:, [2, 1, 0, 3]] * (-1, 1, -1, 1),
+        )
+    if flip and mirror_y:
+        window, boxes = window[::-1], np.array([0, side, 0, side]) + boxes[:, [0, 3, 2, 1]] * (1, -1, 1, -1)
+    for _ in range(turns if rot90 else 0):  # counter-clockwise: (x, y) -> (y, side - x)
+        window, boxes = (
+            np.rot90(window),
+            np.array([0, side, 0, side]) + boxes[:, [1, 2, 3, 0]] * (1, -1, 1, -1),
+        )
+    return window, boxes
+
+
+def photometric(window: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Contrast, brightness, blur and noise as scanners and screens differ; hue carries meaning and stays."""
+    contrast, brightness = 1 + strength * rng.uniform(-0.5, 0.5), strength * rng.uniform(-50, 50)
+    blur, noise = rng.random() < 0.3 * strength, rng.random() < 0.5 * strength
+    if not strength:
+        return window
+    if blur:
+        window = cv2.GaussianBlur(window, (0, 0), float(rng.uniform(0.3, 0.8)))
+    changed = (window.astype(np.float32) - 128) * contrast + 128 + brightness
+    if noise:
+        changed += rng.normal(0, 8 * strength, window.shape).astype(np.float32)
+    return np.clip(changed, 0, 255).astype(np.uint8)
+
+
+def _shift(rng: np.random.Generator, start: int, side: int, reach: int, stride: int, length: int) -> int:
+    """A window of `reach` pixels about the tile's middle, moved by up to half a stride, kept on the sheet."""
+    middle = start + side / 2 + rng.uniform(-0.5, 0.5) * stride
+    return int(np.clip(round(middle - reach / 2), 0, max(0, length - reach)))
+
+
+def _weights(tile_labels: Sequence[np.ndarray], negatives: float, repeat: float) -> np.ndarray:
+    """How often each tile is seen in an epoch."""
+    positive = np.array([len(labels) > 0 for labels in tile_labels])
+    weights = np.ones(len(tile_labels))
+    if repeat > 0 and positive.any():
+        classes = [set(labels.tolist()) for labels in tile_labels]
+        share = {k: sum(k in c for c in classes) / len(classes) for k in set().union(*classes)}
+        for n, present in enumerate(classes):
+            weights[n] = max([1.0, *((repeat / share[k]) ** 0.5 for k in present)])
+    if positive.any() and not positive.all():
+        weights[~positive] = min(1.0, negatives * weights[positive].sum() / (~positive).sum())
+    return weights

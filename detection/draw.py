@@ -1,0 +1,97 @@
+"""Pictures of a sheet with its boxes, and of truth beside prediction."""
+
+from __future__ import annotations
+
+import colorsys
+from collections import Counter
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LONGEST = (1000, 2400)  # pixels a picture's longer side is brought to, from below and from above
+NAMED = 150  # boxes up to which each one carries its name; above, the legend must do
+
+
+def colour_of(label: int) -> tuple[int, int, int]:
+    """A colour for label 1, 2, ...: hues a golden ratio apart, dark enough for white text on them."""
+    hue = (label * 0.618034) % 1.0
+    red, green, blue = colorsys.hls_to_rgb(hue, 0.36 if 0.1 < hue < 0.5 else 0.45, 0.9)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def annotate(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    scores: np.ndarray | None = None,
+    title: str = "",
+) -> np.ndarray:
+    """A picture [h, w, 3] of the sheet with boxes [N, 4], and above it `title` and a legend with counts.
+
+    names: of labels 1..K. The sheet is scaled so that its longer side suits a screen.
+    """
+    canvas, factor = _canvas(image)
+    font = ImageFont.load_default(size=12)
+    picture = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(picture)
+    for box, label in zip((boxes * factor).tolist(), labels.tolist(), strict=True):
+        pen.rectangle(box, outline=colour_of(label), width=2)
+    if len(boxes) <= NAMED:
+        for n, (x0, y0, _, y1) in enumerate((boxes * factor).tolist()):
+            text = names[labels[n] - 1] + ("" if scores is None else f" {100 * scores[n]:.0f}")
+            _tag(pen, x0, y0, y1, text, colour_of(int(labels[n])), font, picture.size)
+    return np.vstack([_legend(picture.width, labels, names, title), np.asarray(picture)])
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Two pictures next to each other on white, aligned at the bottom, where the sheets are."""
+    height = max(len(left), len(right))
+    padded = [np.pad(p, ((height - len(p), 0), (0, 0), (0, 0)), constant_values=255) for p in (left, right)]
+    return np.hstack([padded[0], np.full((height, 12, 3), 255, np.uint8), padded[1]])
+
+
+def _canvas(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """RGB copy at a size for the screen, and the factor it was scaled by."""
+    longer = max(image.shape[:2])
+    factor = min(max(longer, LONGEST[0]), LONGEST[1]) / longer
+    if factor < 1:
+        image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+    elif factor > 1:
+        image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    return (cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image), factor
+
+
+def _tag(
+    pen: ImageDraw.ImageDraw, x: float, top: float, bottom: float, text: str,
+    colour: tuple[int, int, int], font: ImageFont.ImageFont | ImageFont.FreeTypeFont, size: tuple[int, int],
+) -> None:  # fmt: skip
+    """The name on its box's upper edge; below the box where it would leave the sheet."""
+    width, height = pen.textlength(text, font=font) + 6, 15
+    x = max(0.0, min(x, size[0] - width))
+    y = top - height if top >= height else min(bottom, size[1] - height)
+    pen.rectangle((x, y, x + width, y + height), fill=colour)
+    pen.text((x + 3, y), text, fill="white", font=font)
+
+
+def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str) -> np.ndarray:
+    """A strip [h, width, 3]: the title, then each class that occurs with its count."""
+    font = ImageFont.load_default(size=14)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    places, x, y = [], 8, 32 if title else 6
+    for label, count in Counter(labels.tolist()).most_common():
+        text = f"{names[label - 1]}  {count}"
+        extent = 24 + int(measure.textlength(text, font=font)) + 16
+        if x > 8 and x + extent > width:
+            x, y = 8, y + 22
+        places.append((x, y, label, text))
+        x += extent
+    strip = Image.new("RGB", (width, y + 26), "white")
+    pen = ImageDraw.Draw(strip)
+    pen.text((8, 6), title, fill="black", font=ImageFont.load_default(size=18))
+    for x, y, label, text in places:
+        pen.rectangle((x, y + 2, x + 14, y + 16), fill=colour_of(label))
+        pen.text((x + 20, y), text, fill="black", font=font)
+    return np.asarray(strip)

@@ -1,0 +1,250 @@
+"""Finetune a Faster R-CNN on labelled sheets, on a backbone from pretraining.
+
+    python -m detection.finetune --data-dir DATA --backbone EXP/backbone.safetensors --exp-dir OUT
+
+DATA holds train/ and valid/ with COCO annotations (a raw Roboflow export will do). OUT/model.pt is the best
+epoch by validation AP, OUT/last.pt the last one. The same command again goes on where it stopped; with
+another --lr or --scheduler it begins a new phase of the learning rate there. Recipe: arXiv 1911.05722,
+appendix: all layers trained, every norm layer synced, mean and std of pretraining. docs/detection.md has
+times and results.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+
+from cluster import checkpoint, distributed
+from cluster import config as configuration
+from cluster.config import UserError
+from cluster.distributed import World
+from cluster.guard import Guard
+from cluster.journal import Journal
+from cluster.lifecycle import Run
+from detection.data import Augment, SheetReader, TrainingWindows, steps_per_epoch
+from detection.loop import Boundary, Progress, train_to, write_model
+from detection.model import Detector, Spec
+from detection.plan import describe, plan_detector
+from detection.pretrained import load_backbone, read_pretrained
+from detection.schedule import Phase, continue_phases, lr_at
+from schematics.coco import Split, find_split, read_split
+from schematics.sheets import DataError
+
+# What may differ between a run and its continuation.
+FREE = {
+    "--data-dir", "--exp-dir", "--backbone", "--epochs", "--steps", "--lr", "--scheduler", "--lr-step-size",
+    "--lr-gamma", "--clip-grad", "--patience", "--workers", "--device", "--precision", "--checkpoint-every",
+    "--step-timeout", "--log-every",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # Labelled sheets: train/ and valid/ with COCO annotations.
+    data_dir: Path
+    # backbone.safetensors of a finished pretraining, a .pth with torchvision's keys, or none (random).
+    backbone: str
+    # Folder of this run; the same command again goes on from its newest valid checkpoint.
+    exp_dir: Path
+
+    # timm name of the backbone; known from a backbone.safetensors, else resnet50.
+    arch: str | None = None
+    # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync, but group on several CPU processes.
+    norm: str = "auto"
+    # mlp: two hidden layers; conv: four convolutions with norm, one hidden layer.
+    head: str = "mlp"
+    # Channels of the feature pyramid.
+    fpn_channels: int = 256
+    # Backbone stages kept as pretrained: 1 is up to stride 4, 4 is all of it.
+    freeze_stages: int = 0
+
+    # Passes over the windows with symbols, in all.
+    epochs: int = 20
+    # Optimizer steps in all, in place of --epochs.
+    steps: int | None = None
+    # Global batch in windows, divided among the ranks.
+    batch_size: int = 8
+    lr: float = 0.005
+    # The box predictor's learning rate over that of the rest; 2 to 4 where labels are few.
+    predictor_lr: float = 1.0
+    momentum: float = 0.9
+    # Weight decay.
+    wd: float = 0.0005
+    # constant, step (times --lr-gamma every --lr-step-size epochs) or cosine (to 0).
+    scheduler: str = "step"
+    lr_step_size: int = 8
+    lr_gamma: float = 0.1
+    # Steps of linear rise; at most a tenth of the run.
+    warmup_steps: int = 100
+    # Largest norm of the gradient.
+    clip_grad: float = 10.0
+    # End when validation AP has not risen for this many epochs; 0 never does.
+    patience: int = 0
+
+    # Side of a window in sheet pixels, a multiple of 64; fitted to the sheets.
+    window: int | None = None
+    # Pixels that neighbouring windows share; fitted to the symbols.
+    overlap: int | None = None
+    # Windows are seen at 1 / (1 + s) to 1 + s of their size, antialiased.
+    scale_jitter: float = 0.1
+    # Strength of brightness, contrast, blur and noise, 0 to 1.
+    photometric: float = 0.3
+    # Mirror windows; harmful where orientation tells classes apart.
+    flip: bool = False
+    # Turn windows by quarters; likewise.
+    rot90: bool = False
+    # Windows without symbols per window with symbols, at most.
+    negatives: float = 0.5
+    # Repeat-factor sampling of rare classes: threshold t of arXiv 1908.03195; 0 is off.
+    repeat: float = 0.0
+
+    # Detections below this score are not kept: low, as AP needs the tail.
+    score_threshold: float = 0.01
+    # Detections kept of a window; fitted to the fullest.
+    detections_per_image: int | None = None
+
+    # Processes that cut windows, per rank.
+    workers: int = 2
+    seed: int = 0
+    # auto, cpu or cuda.
+    device: str = "auto"
+    # auto (bf16 on a GPU), fp32 or bf16; losses are float32.
+    precision: str = "auto"
+    # Seconds between checkpoints; there is one after each epoch besides.
+    checkpoint_every: float = 600.0
+    # Seconds a step may take before the run is ended as hung.
+    step_timeout: float = 600.0
+    # Steps between lines of metrics.jsonl.
+    log_every: int = 10
+
+
+def read_splits(data_dir: Path) -> tuple[Split, Split]:
+    """Training and validation split. Raises DataError where one is absent or their classes differ."""
+    train_split, valid_split = (read_split(find_split(data_dir, name)) for name in ("train", "valid"))
+    if train_split.categories != valid_split.categories:
+        raise DataError(
+            f"{valid_split.folder}: its classes are not those of {train_split.folder}; export them together"
+        )
+    return train_split, valid_split
+
+
+def refuse_changes(config: Config) -> None:
+    """Raise UserError where this command is another run than the one in its exp-dir."""
+    path = config.exp_dir / "config.json"
+    changes = configuration.changed(config, path) if path.exists() else {}
+    for flag, (old, new) in changes.items():
+        if flag not in FREE:
+            raise UserError(
+                f"{flag} {new}: the run in {config.exp_dir} has {old}; give that, or another --exp-dir"
+            )
+
+
+def fresh_detector(
+    split: Split, backbone: str, arch: str | None, seed: int, **choices: Any
+) -> tuple[Detector, str]:
+    """A detector planned from the sheets, on its backbone; and what there is to say about both.
+
+    choices: see plan_detector. Raises UserError for a backbone that doesn't fit.
+    """
+    tensors, meta = read_pretrained(backbone)
+    known = meta.get("arch", arch or "resnet50")
+    if arch not in (None, known):
+        raise UserError(f"--arch {arch}: {backbone} is a {known}; leave --arch away")
+    spec = plan_detector(split, meta, arch=known, **choices)
+    torch.manual_seed(seed)
+    detector = Detector(spec)
+    audit = load_backbone(detector, tensors, backbone) if tensors else "backbone: random weights"
+    return detector, f"{audit}\n{describe(spec, split.sheets)}"
+
+
+def choose_norm(norm: str, world: World) -> str:
+    """ "auto" made "sync" or "group". Raises UserError where norm layers can't be synced."""
+    on_cpus = world.size > 1 and world.device.type == "cpu"
+    if norm == "sync" and on_cpus:
+        raise UserError("--norm sync: SyncBatchNorm needs GPUs; give --norm group for several CPU processes")
+    return norm if norm != "auto" else "group" if on_cpus else "sync"
+
+
+def build_optimizer(detector: Detector, momentum: float, wd: float, predictor_lr: float) -> torch.optim.SGD:
+    """SGD over what is trained; a group's `factor` is its share of the learning rate."""
+    predictor = set(detector.roi_heads.box_predictor.parameters())
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p not in predictor], "factor": 1.0},
+        {"params": [p for p in trained if p in predictor], "factor": predictor_lr},
+    ]
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=wd)
+
+
+def main(config: Config) -> None:
+    world = distributed.start(config.device, rendezvous=config.exp_dir)
+    distributed.per_rank(config.batch_size, world)
+    refuse_changes(config)
+    splits = read_splits(config.data_dir)
+    build = functools.partial(
+        fresh_detector, splits[0], config.backbone, config.arch, config.seed,
+        norm=choose_norm(config.norm, world), head=config.head, fpn_channels=config.fpn_channels,
+        window=config.window, overlap=config.overlap, detections=config.detections_per_image,
+        score_threshold=config.score_threshold,
+    )  # fmt: skip
+    # Whatever is wrong with the input shows before the exp-dir is touched.
+    fresh = None if checkpoint.listed(config.exp_dir / "checkpoints") else build()
+    run = Run(
+        config.exp_dir, world, checkpoint_every=config.checkpoint_every, step_timeout=config.step_timeout
+    )
+    with run:
+        state = run.resume()
+        detector, story = (Detector(Spec.from_dict(state["spec"])), "") if state else fresh or build()
+        spec = detector.spec
+        if spec.categories != tuple((c.id, c.name) for c in splits[0].categories):
+            raise UserError(f"--data-dir {config.data_dir}: {config.exp_dir} was begun with other classes")
+        readers = [SheetReader(split, spec.color_mode) for split in splits]
+        augment = Augment(True, config.scale_jitter, config.photometric, config.flip, config.rot90)
+        windows = TrainingWindows(
+            readers[0], spec.window, spec.overlap, config.seed, augment, config.negatives, config.repeat
+        )
+        per_epoch = steps_per_epoch(windows, config.batch_size)
+        total = config.steps or config.epochs * per_epoch
+        if run.finished(total):
+            return
+        if world.main:
+            configuration.save(config, config.exp_dir / "config.json")
+
+        if spec.norm == "sync" and world.size > 1:
+            detector = convert_sync_batchnorm(detector)
+        detector.to(world.device).train()
+        detector.backbone.freeze(config.freeze_stages)
+        optimizer = build_optimizer(detector, config.momentum, config.wd, config.predictor_lr)
+        progress = Progress(detector, optimizer, Guard(**state["guard"]) if state else Guard())
+        if state:
+            progress.restore(state)
+        else:  # something to go back to, and a full disk shows before the first step
+            run.save(0, progress.state, wait=True)
+        wanted = Phase(
+            0, config.lr, config.scheduler, config.lr_step_size * per_epoch, config.lr_gamma, total
+        )
+        progress.phases = continue_phases(progress.phases, wanted, progress.step)
+
+        journal = Journal(config.exp_dir, world, total, progress.step, every=config.log_every)
+        journal.message(story or f"going on at step {progress.step}")
+        journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
+        train_to(
+            total, windows, config.batch_size, config.workers, progress, world,
+            Boundary(progress, run, journal, world, readers[1], per_epoch, total, config.patience),
+            lr=functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10)),
+            bf16=config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda"),
+            clip_grad=config.clip_grad,
+        )  # fmt: skip
+        write_model(config.exp_dir / "last.pt", detector, progress.step, None)
+        run.finish(total, progress.state, ["model.pt", "last.pt"])
+        journal.close()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    configuration.run(Config, main, expected=(DataError,))

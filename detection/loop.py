@@ -1,0 +1,215 @@
+"""The loop of finetuning: steps, validation after each epoch, going back where gradients are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from cluster import checkpoint, distributed
+from cluster.config import UserError
+from cluster.distributed import World
+from cluster.guard import Guard
+from cluster.journal import Journal
+from cluster.lifecycle import Run
+from detection.coco_metrics import Figures, evaluate
+from detection.data import SheetReader, TrainingWindows, batches, collate
+from detection.model import Detector
+from detection.predict import detect, to_results
+from detection.schedule import Phase
+from schematics.coco import to_coco
+
+
+def train(
+    detector: nn.Module, optimizer: torch.optim.Optimizer, lr: Callable[[int], float],
+    loader: Iterable, start: int, device: torch.device, bf16: bool, clip_grad: float,
+    guard: Guard, journal: Journal, boundary: Callable[[int], bool],
+) -> tuple[str, int] | None:  # fmt: skip
+    """One optimizer step a batch (windows uint8 [B, 3, S, S], targets, seeds), numbered from `start`.
+
+    `boundary` is called after each with the number of steps done; it validates, saves, and says whether to go on.
+    Returns None at the end; (verdict, step) where the guard no longer skips.
+    """
+    buffers = [buffer for buffer in detector.buffers() if buffer.is_floating_point()]
+    for step, (images, targets, seeds) in enumerate(loader, start):
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step) * group["factor"]
+        before = [buffer.clone() for buffer in buffers]
+        images = images.to(device, non_blocking=True)
+        targets = [
+            {name: t.to(device, non_blocking=True) for name, t in target.items()} for target in targets
+        ]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            losses = detector(images, targets, seeds)
+        loss = torch.stack([value.float() for value in losses.values()]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        # DDP has averaged the gradient: its norm, and so the verdict, is the same on every rank.
+        norm = nn.utils.clip_grad_norm_(detector.parameters(), clip_grad)
+        verdict = guard.judge(bool(torch.isfinite(norm)))
+        if verdict == "ok":
+            optimizer.step()
+        else:  # nothing of this step may stay, its share of BatchNorm's running statistics neither
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
+            if verdict != "skip":
+                return verdict, step
+        if journal.due(step):
+            terms = {name: value.detach() for name, value in losses.items()}
+            journal.log(step, loss=loss.detach(), lr=lr(step), grad_norm=norm, **terms)
+        if not boundary(step + 1):
+            break
+    return None
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds and a resumed run starts from."""
+
+    detector: Detector
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    phases: list[Phase] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=lambda: {"AP": -2.0, "step": 0})
+    step: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "spec": self.detector.spec.to_dict(),
+            "model": self.detector.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state(),
+            "phases": [asdict(phase) for phase in self.phases],
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """All but the guard, whose counters outlive going back to a checkpoint."""
+        self.detector.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.phases = [Phase(**phase) for phase in state["phases"]]
+        self.best = dict(state["best"])
+        self.step = state["step"]
+
+
+@dataclass
+class Boundary:
+    """What comes after each step: at the end of an epoch validate and keep the best; save what is due."""
+
+    progress: Progress
+    run: Run
+    journal: Journal
+    world: World
+    reader: SheetReader  # of the validation split
+    per_epoch: int
+    total: int
+    patience: int  # epochs
+
+    def __post_init__(self) -> None:
+        self.truth = to_coco(self.reader.split)
+
+    def __call__(self, step: int) -> bool:
+        """`step` steps are done. False ends the run."""
+        self.progress.step = step
+        if step % self.per_epoch == 0 or step == self.total:
+            with self.run.patience(3600):
+                self.note(step, validate(self.progress.detector, self.reader, self.truth, self.world))
+        self.run.after_step(step, self.progress.state)
+        waited = step - self.progress.best["step"]
+        return not (self.patience and waited >= self.patience * self.per_epoch)
+
+    def note(self, step: int, figures: Figures) -> None:
+        better = figures.fitted["AP"] > self.progress.best["AP"]
+        if better:
+            self.progress.best = {"AP": figures.fitted["AP"], "step": step}
+            write_model(self.run.exp_dir / "model.pt", self.progress.detector, step, figures)
+        self.journal.log(step - 1, **{f"valid_{name}": value for name, value in figures.fitted.items()})
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.fitted.items())
+        self.journal.message(f"epoch {step / self.per_epoch:g}: valid {shown}{' (best)' if better else ''}")
+
+
+def validate(detector: Detector, reader: SheetReader, truth: dict[str, Any], world: World) -> Figures:
+    """COCO figures in sheet coordinates; each rank takes a share of the sheets, all get the same figures."""
+    detector.eval()
+    sheets = reader.split.sheets
+    mine = {
+        sheets[n].image_id: detect(detector, reader[n][0]) for n in range(world.rank, len(sheets), world.size)
+    }
+    detector.train()
+    found = {image_id: d for share in distributed.gather_objects(mine) for image_id, d in share.items()}
+    ids = [category_id for category_id, _ in detector.spec.categories]
+    return distributed.on_main(lambda: evaluate(truth, to_results(found, ids)))
+
+
+def write_model(path: Path, detector: Detector, step: int, figures: Figures | None) -> None:
+    """The file that evaluate and predict take."""
+    state = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "step": step}
+    distributed.on_main(
+        lambda: checkpoint.write_file(path, {**state, "valid": figures and figures.to_dict()})
+    )
+
+
+def train_to(
+    total: int, windows: TrainingWindows, batch_size: int, workers: int, progress: Progress, world: World,
+    boundary: Boundary, **options: Any,
+) -> None:  # fmt: skip
+    """`train` until `total` steps are done, going back to the last checkpoint where the guard says so.
+
+    Raises UserError where that did not help either.
+    """
+    model, run, guard = parallel(progress.detector, world), boundary.run, progress.guard
+    while True:
+        start, offset = progress.step, guard.offset
+        keys = list(batches(windows, batch_size, start + offset, total + offset, world.rank, world.size))
+        loader = load(windows, keys, workers, world.device.type == "cuda")
+        bad = train(
+            model, progress.optimizer, loader=loader, start=start, device=world.device, guard=guard,
+            journal=boundary.journal, boundary=boundary, **options,
+        )  # fmt: skip
+        if bad is None:
+            return
+        verdict, step = bad
+        files = windows.files(keys[step - start])
+        saved = run.resume()
+        assert saved is not None, "a fresh run saves step 0"
+        if verdict == "stop":
+            last = checkpoint.step_path(run.folder, saved["step"])
+            raise UserError(guard.last_words(step, files, str(last)))
+        boundary.journal.message(
+            f"step {step}: not finite three times in a row, last on {files[0]}; going back"
+        )
+        progress.restore(saved)
+        guard.roll_back(step, progress.step)  # the data up to `step` is passed over
+        boundary.journal.rewind(progress.step)
+
+
+def parallel(detector: Detector, world: World) -> nn.Module:
+    """The detector with its gradients averaged over ranks."""
+    if world.size == 1:
+        return detector
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    # Synced statistics are equal on all ranks and GroupNorm has none: nothing to broadcast.
+    return DistributedDataParallel(detector, device_ids=ids, broadcast_buffers=False)
+
+
+def load(windows: TrainingWindows, keys: list, workers: int, pin_memory: bool) -> DataLoader:
+    """A loader over the batches named by `keys`, in their order whatever the number of workers."""
+    return DataLoader(
+        windows,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_: int) -> None:
+    cv2.setNumThreads(0)  # one core per worker

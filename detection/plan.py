@@ -1,0 +1,140 @@
+"""From labelled sheets and a backbone's meta to a detector that fits them: windows, anchors, colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster.config import UserError
+from detection.anchors import fit_anchors, recall_table
+from detection.data import KEEP, MULTIPLE, SheetReader, crop_boxes
+from detection.model import Spec
+from schematics.coco import LabelledSheet, Split
+from schematics.sheets import read_sheet
+from schematics.windows import tile_sheet
+
+LARGEST_WINDOW = 1024  # px; chosen unless symbols or flags ask for more
+SAMPLED = 64  # sheets looked at for colours
+
+
+def plan_detector(
+    split: Split, meta: Mapping[str, Any], *, arch: str, norm: str, head: str, fpn_channels: int,
+    window: int | None, overlap: int | None, detections: int | None, score_threshold: float,
+) -> Spec:  # fmt: skip
+    """The detector for the training split.
+
+    meta: color_mode, mean and std as the backbone was pretrained; what it lacks is taken from the sheets.
+    window, overlap, detections: None fits them. Raises UserError for a window the pyramid can't take.
+    """
+    sheets = split.sheets
+    window = window or fit_window(sheets)
+    if window % MULTIPLE or window < 2 * MULTIPLE:
+        raise UserError(f"--window {window}: give a multiple of {MULTIPLE}, {2 * MULTIPLE} or more")
+    overlap = fit_overlap(sheets, window) if overlap is None else overlap
+    if not 0 <= overlap < window:
+        raise UserError(f"--overlap {overlap}: give 0 to {window - 1}, less than --window")
+    color_mode = meta.get("color_mode") or fit_color_mode(sheets)
+    colors = (meta["mean"], meta["std"]) if "mean" in meta else fit_colors(split, color_mode)
+    counts = boxes_per_window(sheets, window, overlap)
+    return Spec(
+        arch=arch,
+        norm=norm,
+        head=head,
+        fpn_channels=fpn_channels,
+        categories=tuple((category.id, category.name) for category in split.categories),
+        color_mode=color_mode,
+        mean=tuple(colors[0]),
+        std=tuple(colors[1]),
+        window=window,
+        overlap=overlap,
+        anchors=fit_anchors(all_boxes(sheets)),
+        rois=fit_rois(counts),
+        proposals=fit_proposals(window),
+        detections=detections or max(100, 2 * max(counts)),
+        score_threshold=score_threshold,
+    )
+
+
+def describe(spec: Spec, sheets: Sequence[LabelledSheet]) -> str:
+    """What was chosen, in lines for a log."""
+    sizes = " ".join("/".join(f"{size:g}" for size in level) for level in spec.anchors.sizes)
+    return (
+        f"{spec.arch}, {spec.norm} norm, head {spec.head}, {spec.color_mode}, K = {len(spec.categories)}\n"
+        f"windows of {spec.window} px, {spec.overlap} px shared; in each at most {spec.proposals} proposals, "
+        f"{spec.rois} sampled in training, {spec.detections} detections\n"
+        f"anchors of {sizes} px, height/width {' '.join(f'{ratio:g}' for ratio in spec.anchors.ratios)}\n"
+        + recall_table(spec.anchors, all_boxes(sheets))
+    )
+
+
+def fit_window(sheets: Sequence[LabelledSheet]) -> int:
+    """Side in pixels: the largest sheet whole, or LARGEST_WINDOW; never under four times a large symbol."""
+    longest = max(max(sheet.width, sheet.height) for sheet in sheets)
+    wanted = max(min(longest, LARGEST_WINDOW), 4 * large_side(sheets), 2 * MULTIPLE)
+    return MULTIPLE * math.ceil(wanted / MULTIPLE)
+
+
+def fit_overlap(sheets: Sequence[LabelledSheet], window: int) -> int:
+    """Pixels shared by neighbours: a large symbol and a margin, so that each is whole in some window."""
+    return min(large_side(sheets) + 16, window // 2)
+
+
+def large_side(sheets: Sequence[LabelledSheet]) -> int:
+    """The longer side in pixels that 99 % of the boxes stay under."""
+    boxes = all_boxes(sheets)
+    return math.ceil(np.quantile((boxes[:, 2:] - boxes[:, :2]).max(1), 0.99))
+
+
+def all_boxes(sheets: Sequence[LabelledSheet]) -> np.ndarray:
+    """Boxes [N, 4] of all sheets, crowds left out."""
+    return np.concatenate([np.empty((0, 4)), *(sheet.boxes[~sheet.crowd] for sheet in sheets)])
+
+
+def boxes_per_window(sheets: Sequence[LabelledSheet], window: int, overlap: int) -> list[int]:
+    """Number of targets in each tile of the sheets."""
+    counts = []
+    for sheet in sheets:
+        for x, y, _, _ in tile_sheet(sheet.width, sheet.height, window, overlap).tolist():
+            counts.append(len(crop_boxes(sheet.boxes, sheet.labels, x, y, window, KEEP)[0]))
+    return counts
+
+
+def fit_rois(counts: Sequence[int]) -> int:
+    """Proposals sampled for the head in training: 64 to 512.
+
+    A quarter of them may be symbols: four times the targets of a full window.
+    """
+    return int(min(512, max(64, 32 * math.ceil(4 * np.quantile(counts, 0.95) / 32))))
+
+
+def fit_proposals(window: int) -> int:
+    """Proposals kept of a window: torchvision's 2000 at 1024 px and above, fewer on less area, at least 128.
+
+    On a small window 2000 proposals cost more than the backbone.
+    """
+    return int(min(2000, max(128, window * window // 512)))
+
+
+def fit_color_mode(sheets: Sequence[LabelledSheet]) -> str:
+    """ "rgb" if one of up to SAMPLED sheets has colour, else "gray"."""
+    return "rgb" if any(read_sheet(sheets[n].path).ndim == 3 for n in _sampled(len(sheets))) else "gray"
+
+
+def fit_colors(split: Split, color_mode: str) -> tuple[list[float], list[float]]:
+    """Mean and std (3 floats each, in [0, 1]) over up to SAMPLED sheets."""
+    reader = SheetReader(split, color_mode, cache_bytes=0)
+    means, squares = [], []
+    for index in _sampled(len(reader)):
+        pixels = reader[index][0].astype(np.float32) / 255
+        means.append(np.broadcast_to(pixels.mean((0, 1)), 3))
+        squares.append(np.broadcast_to((pixels**2).mean((0, 1)), 3))
+    mean = np.array(means, np.float64).mean(0)
+    variance = np.array(squares, np.float64).mean(0) - mean**2
+    return mean.tolist(), np.sqrt(np.maximum(variance, 1e-4)).tolist()
+
+
+def _sampled(count: int) -> list[int]:
+    return sorted({round(n) for n in np.linspace(0, count - 1, min(count, SAMPLED))})
