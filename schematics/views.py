@@ -216,7 +216,7 @@ def _drawing_pair(
 
 def _region(window: Image, size: int, rng: np.random.Generator) -> Region:
     """At most REACH * size a side, around ink: two crops of it overlap, and neither shrinks a line away."""
-    paper = paper_color(window[::2, ::2])
+    paper = paper_color(window)
     height, width = window.shape[:2]
     w, h = min(width, REACH * size), min(height, REACH * size)
     mask = ink_mask(window, paper)

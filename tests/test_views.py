@@ -1,0 +1,285 @@
+"""Two views: law 1, the published operations and probabilities, and what `drawing` promises for lines."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
+
+from schematics import views
+from schematics.synthetic import draw_sheet
+from schematics.views import RECIPES, generator, two_views
+
+SHEET = draw_sheet(0, 0)[0]
+PHOTO_RGB = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8), (7, 7), 2)
+PHOTO_RGB = cv2.normalize(PHOTO_RGB, None, 0, 255, cv2.NORM_MINMAX)
+
+
+def lines(side, spacing=61, width=2, paper=255, ink=0, vertical=True):
+    window = np.full((side, side), paper, np.uint8)
+    for at in range(20, side - width, spacing):
+        window[:, at : at + width] = ink
+    return window if vertical else window.T.copy()
+
+
+def pairs(window, recipe, count, size=64, **options):
+    return [two_views(window, recipe, size, 0, 0, i, **options) for i in range(count)]
+
+
+# --- law 1 -----------------------------------------------------------------------------------------------
+
+
+def test_no_two_of_the_four_numbers_share_a_stream():
+    quadruples = [(a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3)]
+    quadruples += [
+        (0, 0, 2**32, 0),
+        (0, 2**32, 0, 0),
+        (2**32, 0, 0, 0),
+        (0, 0, 0, 2**32),
+        (0, 0, 123456789, 1),
+    ]
+    first = {generator(*q).integers(2**63) for q in quadruples}
+    assert len(first) == len(quadruples)
+    # Nor does one stream run into the next: the draws of one are not found shifted in another.
+    draws = [generator(0, 0, 0, view).integers(2**63, size=2000) for view in range(3)]
+    assert len(np.unique(draws)) == 6000
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_number_changes_the_views_and_nothing_else_does(recipe):
+    def digest(*numbers):
+        return np.concatenate(two_views(SHEET, recipe, 48, *numbers)).tobytes()
+
+    reference = digest(1, 2, 3)
+    np.random.seed(5)  # the global generators must not matter
+    cv2.setRNGSeed(9)
+    digest(8, 8, 8)
+    assert digest(1, 2, 3) == reference
+    assert len({reference, digest(2, 2, 3), digest(1, 3, 3), digest(1, 2, 4)}) == 4
+    first, second = two_views(SHEET, recipe, 48, 1, 2, 3)
+    assert not np.array_equal(first, second)
+
+
+def views_of(sample):
+    return np.stack(two_views(SHEET, RECIPES[sample % 3], 40, 7, 1, sample)).tobytes()
+
+
+def test_workers_and_order_change_nothing():
+    alone = [views_of(i) for i in range(12)]
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as workers:
+        backwards = list(workers.map(views_of, reversed(range(12))))
+    assert backwards[::-1] == alone
+
+
+# --- the published operations ----------------------------------------------------------------------------
+
+
+def tensor(image):
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
+
+
+OPERATIONS = [
+    (views.adjust_brightness, F.adjust_brightness, (0.2, 0.6, 1.4, 1.8), 1),
+    (views.adjust_contrast, F.adjust_contrast, (0.2, 0.6, 1.4, 1.8), 2),
+    (views.adjust_saturation, F.adjust_saturation, (0.2, 0.8, 1.2, 1.8), 2),
+    (views.adjust_hue, F.adjust_hue, (-0.2, -0.1, 0.05, 0.2), 8),
+]
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, factors, tolerance", OPERATIONS, ids=lambda x: getattr(x, "__name__", "")
+)
+def test_colour_operations_equal_torchvisions(ours, theirs, factors, tolerance):
+    for factor in factors:
+        got = ours(PHOTO_RGB, factor).astype(int)
+        want = theirs(tensor(PHOTO_RGB), factor).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(got - want).max() <= tolerance  # hue: 256 steps of it, as in Pillow
+        assert np.abs(got - want).mean() < 1.2
+
+
+def test_gray_and_solarize_equal_torchvisions():
+    gray = F.rgb_to_grayscale(tensor(PHOTO_RGB))[0].numpy().astype(int)
+    assert np.abs(views.to_gray(PHOTO_RGB).astype(int) - gray).max() <= 1
+    solarized = F.solarize(tensor(PHOTO_RGB), 128).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(views.solarize(PHOTO_RGB), solarized)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur_equals_torchvisions_with_the_published_kernel(sigma):
+    image = cv2.resize(SHEET, (224, 224), interpolation=cv2.INTER_AREA)
+    want = F.gaussian_blur(torch.from_numpy(image)[None], [23, 23], [sigma, sigma])[0].numpy().astype(int)
+    assert np.abs(views.blur(image, sigma).astype(int) - want).max() <= 2
+
+
+def test_gray_windows_give_what_their_three_equal_channels_give():
+    for recipe in ("simclr", "vicreg"):
+        for gray, colour in zip(
+            pairs(SHEET, recipe, 12), pairs(cv2.cvtColor(SHEET, cv2.COLOR_GRAY2RGB), recipe, 12), strict=True
+        ):
+            assert np.abs(np.array(gray).astype(int) - np.array(colour)).max() <= 2
+
+
+def test_crops_are_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    theirs = [
+        RandomResizedCrop.get_params(torch.zeros(3, 300, 400), [0.08, 1], [3 / 4, 4 / 3]) for _ in range(3000)
+    ]
+    ours = [views.random_resized_crop(400, 300, generator(0, 0, i, 0)) for i in range(3000)]
+    theirs = np.array(theirs)[:, [1, 0, 3, 2]]  # (y, x, h, w) -> (x, y, w, h)
+    assert (np.array(ours) >= 0).all() and (np.array(ours)[:, 2] <= 400).all()
+    for q in (10, 25, 50, 75, 90):
+        np.testing.assert_allclose(np.percentile(ours, q, axis=0), np.percentile(theirs, q, axis=0), atol=12)
+
+
+def test_resizing_is_close_to_antialiased_bicubic_and_loses_no_line():
+    window = np.full((500, 500), 255, np.uint8)
+    window[:, 7::40] = 0  # one pixel wide
+    for side in (190, 224, 300, 400, 448, 500):
+        crop = window[:side, :side]
+        got = views.resize(crop, 224).astype(int)
+        want = np.asarray(Image.fromarray(crop).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+        assert got.shape == (224, 224) and np.abs(got - want).mean() < 3
+        at = np.arange(7, side - 3, 40) * 224 / side
+        assert all(got[0, int(x) - 1 : int(x) + 3].min() < 200 for x in at)
+
+
+# --- the published probabilities -------------------------------------------------------------------------
+
+
+def share(flags):
+    return np.array(flags).mean(axis=0)
+
+
+def test_share_of_solarized_and_mirrored_views():
+    bright = np.full((64, 64), 220, np.uint8)  # jitter of .4 leaves it above 128
+    dark = share([[view.mean() < 128 for view in pair] for pair in pairs(bright, "vicreg", 600, size=32)])
+    assert dark[0] == 0 and 0.15 < dark[1] < 0.25
+    ramp = np.tile(np.linspace(100, 140, 64).astype(np.uint8), (64, 1))
+    for recipe in ("simclr", "vicreg"):
+        falling = share(
+            [[v[:, :8].mean() > v[:, -8:].mean() for v in pair] for pair in pairs(ramp, recipe, 400, size=32)]
+        )
+        assert 0.4 < falling[0] < 0.6
+
+
+def test_share_of_gray_and_of_jittered_views():
+    coloured = np.full((64, 64, 3), (180, 90, 60), np.uint8)
+    for recipe in ("simclr", "vicreg"):
+        made = pairs(coloured, recipe, 500, size=32)
+        gray = share([[np.ptp(view[16, 16]) == 0 for view in pair] for pair in made])
+        assert (np.abs(gray - 0.2) < 0.06).all()
+        asis = [[(np.abs(v[16, 16].astype(int) - (180, 90, 60)) <= 1).all() for v in pair] for pair in made]
+        assert 0.1 < share(asis)[0] < 0.24  # .2 without jitter times .8 in colour
+    still = pairs(coloured, "simclr", 60, size=32, strength=0.0)
+    assert all(
+        (np.ptp(v[16, 16]) == 0) or np.abs(v[16, 16].astype(int) - (180, 90, 60)).max() <= 3 for v, _ in still
+    )
+
+
+def test_share_of_blurred_views():
+    noise = np.random.default_rng(0).integers(60, 200, (400, 400), np.uint8)
+
+    def is_smooth(view):  # neighbours of white noise correlate by .25 after a blur of sigma .5
+        rows = view[..., 0].astype(float)
+        return np.corrcoef(rows[:, :-1].ravel(), rows[:, 1:].ravel())[0, 1] > 0.25
+
+    seen = (2.0 - 0.5) / (2.0 - 0.1)  # of the sigmas drawn
+    for recipe, published in (("simclr", [0.5, 0.5]), ("vicreg", [1.0, 0.1])):
+        smooth = share([[is_smooth(view) for view in pair] for pair in pairs(noise, recipe, 400, size=60)])
+        np.testing.assert_allclose(smooth, seen * np.array(published), atol=0.07)
+
+
+# --- what `drawing` promises -----------------------------------------------------------------------------
+
+
+def contrast(view):
+    """Of the strongest ink against the paper, gray levels: works inverted too."""
+    gray = views.to_gray(view).astype(int)
+    paper = np.bincount(gray.ravel() // 8).argmax() * 8 + 4
+    return np.abs(gray - paper).max()
+
+
+@pytest.mark.parametrize("side", [512, 2000])
+def test_a_two_pixel_line_stays_in_every_drawing_view_and_not_in_photo_views(side):
+    # One 2-px line on the whole window: crops look for ink, and shrink it by no more than half.
+    window = lines(side, spacing=side)
+    kept = [contrast(view) for pair in pairs(window, "drawing", 100, size=224) for view in pair]
+    assert min(kept) > 70 and np.median(kept) > 170
+    for recipe in ("simclr", "vicreg"):
+        lost = [contrast(view) < 70 for pair in pairs(window, recipe, 40, size=224) for view in pair]
+        assert np.mean(lost) > 0.3
+
+
+def test_scale_is_that_of_the_sheet_however_large_the_window():
+    for side in (448, 512, 2000):
+        window = lines(side, spacing=60)
+        for view in (view for pair in pairs(window, "drawing", 25, size=224) for view in pair):
+            row = views.to_gray(view)[112].astype(int)
+            is_ink = np.abs(row - np.median(row)) > 45
+            marks = np.flatnonzero(is_ink[1:] & ~is_ink[:-1])
+            gaps = np.diff(marks)
+            assert len(gaps) and 25 < np.median(gaps) < 100  # 60 px of the sheet, halved at most
+
+
+def test_both_views_of_a_pair_look_at_one_region():
+    window = np.full((2000, 2000), 255, np.uint8)
+    for k, (x, y) in enumerate([(200, 200), (1700, 300), (300, 1700), (1600, 1600)]):
+        cv2.circle(window, (x, y), 20 + 10 * k, 60 * k, -1)  # four islands of ink, each of its own shade
+    for first, second in pairs(window, "drawing", 30, size=96):
+        assert contrast(first) > 20 and contrast(second) > 20
+
+
+def test_drawing_leaves_orientation_alone_unless_asked():
+    window = np.full((512, 512), 255, np.uint8)
+    for offset in range(-512, 512, 64):
+        cv2.line(window, (offset, 0), (offset + 512, 512), 0, 4, cv2.LINE_AA)
+
+    def handedness(view):
+        gray = views.to_gray(view)
+        return np.sign((cv2.Sobel(gray, cv2.CV_32F, 1, 0) * cv2.Sobel(gray, cv2.CV_32F, 0, 1)).sum())
+
+    asis = [handedness(view) for pair in pairs(window, "drawing", 40) for view in pair]
+    turned = [handedness(view) for pair in pairs(window, "drawing", 40, orientation=True) for view in pair]
+    assert len(set(asis)) == 1
+    assert 0.3 < np.mean(np.array(turned) == asis[0]) < 0.7
+
+
+def test_colour_that_carries_meaning_stays_in_drawing():
+    window = np.full((512, 512, 3), (20, 25, 30), np.uint8)
+    window[100:400:40, 60:460] = (220, 40, 40)
+    for view in (view for pair in pairs(window, "drawing", 60, size=128) for view in pair):
+        hue = cv2.cvtColor(view, cv2.COLOR_RGB2HSV)[..., 0].astype(int)
+        chroma = np.ptp(view, axis=2)
+        strong = chroma > 0.6 * chroma.max()
+        away = np.minimum(hue[strong], 180 - hue[strong])  # in steps of 2 degrees, red is 0
+        assert np.median(away) < 12
+
+
+def test_inverting_keeps_the_hue_and_undoes_itself():
+    inverted = views._invert(PHOTO_RGB)
+    np.testing.assert_array_equal(views._invert(inverted), PHOTO_RGB)
+    before, after = (
+        cv2.cvtColor(np.float32(i) / 255, cv2.COLOR_RGB2HSV)[..., 0] for i in (PHOTO_RGB, inverted)
+    )
+    colourful = np.ptp(PHOTO_RGB, axis=2) > 8
+    assert np.abs((before - after + 180) % 360 - 180)[colourful].max() < 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(512, 512), (512, 512, 3), (40, 40), (300, 90, 3)])
+def test_any_window_gives_two_rgb_views(recipe, shape):
+    for window in (np.full(shape, 255, np.uint8), np.random.default_rng(0).integers(0, 256, shape, np.uint8)):
+        before = window.copy()
+        for view in (view for pair in pairs(window, recipe, 8, size=96) for view in pair):
+            assert view.shape == (96, 96, 3) and view.dtype == np.uint8 and view.flags.c_contiguous
+        np.testing.assert_array_equal(window, before)
+
+
+def test_unknown_recipe_is_refused_by_name():
+    with pytest.raises(ValueError, match="'photo' is none of drawing, simclr, vicreg"):
+        two_views(SHEET, "photo", 64, 0, 0, 0)
