@@ -14,6 +14,7 @@ The same `submit` again goes on where a chain stopped. Any Python from 3.10 runs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -75,19 +76,21 @@ def submit_chain(
 ) -> None:
     """One sbatch a stage, each waiting for the one before. Leaves no job behind when one is refused."""
     (run_dir / "logs").mkdir(exist_ok=True)
-    jobs: dict[str, str] = {}
+    known = (run_dir / "pipeline.json").exists()
+    jobs = stages.read_record(run_dir)["jobs"] if known else {}  # of stages that are finished, for their logs
+    new: list[str] = []
     for stage in chain:
-        after = list(jobs.values())[-1] if jobs else None
-        argv = stages.command(stage, run_dir, code, after)
+        argv = stages.command(stage, run_dir, code, after=new[-1] if new else None)
         answer = subprocess.run(argv, env=environment, capture_output=True, text=True)
         if answer.returncode:
-            if jobs:
-                subprocess.run(["scancel", *jobs.values()])
+            if new:
+                subprocess.run(["scancel", *new])
             reason = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
             raise UserError(f"sbatch refused {stage.name} ({reason}); no job is left of it: check --sbatch")
-        jobs[stage.name] = answer.stdout.strip().split(";")[0]
+        new.append(answer.stdout.strip().split(";")[0])
+        jobs[stage.name] = new[-1]
         stages.write_record(run_dir, method, again(), jobs)
-        print(f"{stage.name}: job {jobs[stage.name]}" + (f", after {after}" if after else ""))
+        print(f"{stage.name}: job {new[-1]}" + (f", after {new[-2]}" if len(new) > 1 else ""))
     print(f"see:  {again('status', '--run-dir', str(run_dir))}")
 
 
@@ -98,11 +101,16 @@ def run_here(
     stages.write_record(run_dir, method, again(), {})
     for stage in chain:
         print(f"{stage.name}: {shlex.join(stages.local_command(stage, code))}", flush=True)
-        done = subprocess.run(stages.local_command(stage, code), cwd=code, env=environment)
-        if done.returncode:
-            raise UserError(
-                f"{stage.name} ended with exit code {done.returncode}; the same command goes on there"
-            )
+        ended = wait(subprocess.Popen(stages.local_command(stage, code), cwd=code, env=environment))
+        if ended:
+            raise UserError(f"{stage.name} ended with exit code {ended}; the same command goes on there")
+
+
+def wait(process: subprocess.Popen) -> int:
+    """Its exit code. It gets a Ctrl-C as well, and is given the time to save."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return process.wait()
 
 
 def dry_run(chain: list[stages.Stage], run_dir: Path, local: bool) -> None:

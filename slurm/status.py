@@ -15,22 +15,22 @@ from stages import Stage, last_line_of_error
 from cluster.atomic import UserError
 
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY",
-         "BOOT_FAIL", "DEADLINE"}  # fmt: skip
+         "BOOT_FAIL", "DEADLINE", "FORGOTTEN"}  # fmt: skip
 FIGURES = ("loss", "valid_AP", "valid_AP50", "AP", "AP50")  # shown when a stage wrote them
 TAIL = 1 << 18  # bytes of metrics.jsonl that are read
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job by Slurm's word. state "" : Slurm has forgotten it, or can't be asked."""
+    """A job by Slurm's word: one of its states, FORGOTTEN by it, or UNKNOWN as it can't be asked."""
 
     id: str
-    state: str = ""
+    state: str = "UNKNOWN"
     reason: str = ""
 
     @property
     def alive(self) -> bool:
-        return self.state not in ENDED and self.state != ""
+        return self.state not in {*ENDED, "UNKNOWN"}
 
 
 @dataclass
@@ -72,7 +72,7 @@ def jobs_of(record: Mapping, code: Path) -> dict[str, Job]:
             number, state, folder = line.split("|", 2)
             if Path(folder) == code and number not in known:
                 known[number] = Job(number, state.split()[0])  # "CANCELLED by 0"
-    return {name: known.get(number, Job(number)) for name, number in ids.items()}
+    return {name: known.get(number, Job(number, "FORGOTTEN")) for name, number in ids.items()}
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
@@ -94,7 +94,7 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
             Line(
                 stage=stage.name,
                 job=job.id,
-                state=job.state or ("" if finished else "unknown"),
+                state=job.state,
                 reason=job.reason,
                 step=step,
                 figures=figures,
@@ -146,14 +146,14 @@ def read_json(path: Path) -> dict:
 
 def explain(lines: list[Line], cancel: str, resubmit: str) -> list[str]:
     """Why the chain does not go on, and the commands that clear it and go on; empty while it does."""
-    stuck = [line for line in lines if not line.finished and line.state in {*ENDED, ""}]
+    stuck = [line for line in lines if not line.finished and line.state in ENDED]
     stuck += [line for line in lines if line.reason == "DependencyNeverSatisfied" and line not in stuck]
     if not stuck:
         return []
     first = stuck[0]
-    said = f"{first.stage}: job {first.job} {first.state}" if first.job else f"{first.stage}: not finished"
+    said = f"{first.stage}: job {first.job} {first.state}"
     if first.state == "COMPLETED":
-        said += ", but its end was not signed"
+        said += ", but the stage is not finished"
     told = [said + (f"; {first.error}" if first.error else "") + (f"; log: {first.log}" if first.log else "")]
     for line in stuck[1:]:
         verb = "waits for ever" if line.state == "PENDING" else "was cancelled"

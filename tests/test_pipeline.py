@@ -142,7 +142,7 @@ def test_local_chain_stops_at_the_first_failure_and_goes_on_there(work):
     stopped = pipeline(work, "submit", *flags)
     assert "error: finetune ended with exit code 1" in stopped.stderr
     assert [(line["finished"], line["state"]) for line in told(work).values()] == [
-        (True, ""), (False, "unknown"), (False, "unknown"),
+        (True, "UNKNOWN"), (False, "UNKNOWN"), (False, "UNKNOWN"),
     ]  # fmt: skip
     (work / "run" / "mended").touch()
     assert pipeline(work, "submit", *flags).returncode == 0
@@ -220,6 +220,7 @@ def test_cancel_ends_the_chain_and_no_stranger(slurm, work):
     record = json.loads((work / "run" / "pipeline.json").read_text())
     recorded = record["jobs"] | {"pretrain": stranger}  # its number was given to another job since
     (work / "run" / "pipeline.json").write_text(json.dumps(record | {"jobs": recorded}))
+    assert told(work, slurm)["pretrain"]["state"] == "FORGOTTEN"
     assert pipeline(work, "cancel", slurm=slurm).returncode == 0
     assert {slurm.state(recorded[name]) for name in ("finetune", "evaluate")} == {"CANCELLED"}
     assert slurm.state(stranger) == "PENDING"
