@@ -322,6 +322,8 @@ def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
 
 
 def _jpeg(image: Image, quality: int) -> Image:
-    """Through JPEG and back. RGB goes as if it were BGR, there and back: the layout is kept."""
-    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    """Through JPEG and back, chroma at full resolution: at half of it a thin line loses its colour."""
+    full = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
+    flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, full]
+    data = cv2.imencode(".jpg", image, flags)[1]  # RGB goes as if it were BGR, there and back
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
