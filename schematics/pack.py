@@ -57,14 +57,13 @@ class WindowStore:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.index = _read_index(self.folder)
+        self.index, self.windows = _read(self.folder)
         self.color_mode: str = self.index["color_mode"]
         self.mean: list[float] = self.index["mean"]
         self.std: list[float] = self.index["std"]
         self.skipped: list[str] = self.index["skipped"]
         self.sheet_names: list[str] = [entry["name"] for entry in self.index["sheets"]]
         self.side: int = self.index["parameters"]["side"]
-        self.windows = np.load(self.folder / "windows.npy")  # int64 [N, 3]: sheet, x, y
         self._pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -81,7 +80,10 @@ class WindowStore:
     def sheet(self, number: int) -> Image:
         """Sheet `number` as decoded, a read-only view of the file."""
         if self._pixels is None:
-            self._pixels = np.memmap(_pixel_file(self.folder, self.index["key"]), np.uint8, mode="r")
+            try:
+                self._pixels = np.memmap(_pixel_file(self.folder, self.index["key"]), np.uint8, mode="r")
+            except OSError:
+                raise DataError(f"{self.folder}: was removed or rebuilt while in use; start again") from None
         return _sheet_of(self._pixels, self.index["sheets"][number])
 
     def source(self, i: int) -> str:
@@ -151,22 +153,21 @@ def _pixel_file(folder: Path, key: str) -> Path:
     return folder / f"sheets-{key[:16]}.bin"
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """The index and the windows, int64 [N, 3] (sheet, x, y), of a whole store. Raises DataError."""
     try:
         index = json.loads((folder / "index.json").read_text())
-        whole = _pixel_file(folder, index["key"]).stat().st_size == index["bytes"]
+        windows = np.load(folder / "windows.npy")
+        if _pixel_file(folder, index["key"]).stat().st_size == index["bytes"]:
+            return index, windows
     except (OSError, ValueError, KeyError):
-        whole = False
-    if not whole:
-        raise DataError(
-            f"{folder}: no whole window store; build one: python -m schematics.pack DATA {folder}"
-        )
-    return index
+        pass
+    raise DataError(f"{folder}: no whole window store; build one: python -m schematics.pack DATA {folder}")
 
 
 def _matches(out: Path, key: str) -> bool:
     try:
-        return _read_index(out)["key"] == key
+        return _read(out)[0]["key"] == key
     except DataError:
         return False
 

@@ -15,6 +15,7 @@ from schematics import views
 from schematics.synthetic import draw_sheet
 from schematics.views import RECIPES, generator, two_views
 
+torch.set_num_threads(1)
 SHEET = draw_sheet(0, 0)[0]
 PHOTO_RGB = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8), (7, 7), 2)
 PHOTO_RGB = cv2.normalize(PHOTO_RGB, None, 0, 255, cv2.NORM_MINMAX)
@@ -126,14 +127,13 @@ def test_gray_windows_give_what_their_three_equal_channels_give():
 
 def test_crops_are_distributed_as_torchvisions():
     torch.manual_seed(0)
-    theirs = [
-        RandomResizedCrop.get_params(torch.zeros(3, 300, 400), [0.08, 1], [3 / 4, 4 / 3]) for _ in range(3000)
-    ]
-    ours = [views.random_resized_crop(400, 300, generator(0, 0, i, 0)) for i in range(3000)]
-    theirs = np.array(theirs)[:, [1, 0, 3, 2]]  # (y, x, h, w) -> (x, y, w, h)
-    assert (np.array(ours) >= 0).all() and (np.array(ours)[:, 2] <= 400).all()
+    image = torch.zeros(1, 300, 400)
+    drawn = [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(1500)]
+    theirs = np.array(drawn)[:, [1, 0, 3, 2]]  # (y, x, h, w) -> (x, y, w, h)
+    ours = np.array([views.random_resized_crop(400, 300, generator(0, 0, i, 0)) for i in range(1500)])
+    assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= [400, 300]).all()
     for q in (10, 25, 50, 75, 90):
-        np.testing.assert_allclose(np.percentile(ours, q, axis=0), np.percentile(theirs, q, axis=0), atol=12)
+        np.testing.assert_allclose(np.percentile(ours, q, axis=0), np.percentile(theirs, q, axis=0), atol=15)
 
 
 def test_resizing_is_close_to_antialiased_bicubic_and_loses_no_line():

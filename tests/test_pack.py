@@ -1,0 +1,195 @@
+"""The store: same pixels as the sheets, built whole or not at all, reused when nothing changed."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+
+import cv2
+import numpy as np
+import pytest
+
+from schematics import pack
+from schematics.pack import WindowStore, build_store
+from schematics.sheets import DataError
+from schematics.synthetic import draw_sheet
+from schematics.windows import cut, ink_windows
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Four sheets: gray, dark in colour, small, and blank."""
+    folder = tmp_path / "pool with ünïcode"
+    folder.mkdir()
+    gray = draw_sheet(0, 0, 700, 400)[0]
+    colour = np.full((300, 500, 3), (50, 30, 20), np.uint8)
+    colour[100:103, 20:480] = (60, 60, 220)
+    small = np.full((90, 120), 250, np.uint8)
+    small[40:44, 10:110] = 0
+    for name, image in [("a", gray), ("b", colour), ("c", small), ("d", np.full((600, 600), 255, np.uint8))]:
+        (folder / f"{name}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    return folder
+
+
+def test_windows_are_those_of_the_decoded_sheets(pool, tmp_path):
+    store = build_store(pool, tmp_path / "store", side=128)
+    gray, colour = draw_sheet(0, 0, 700, 400)[0], cv2.imread(str(pool / "b.png"))[..., ::-1]
+    want = [cut(gray, x, y, 128) for x, y in ink_windows(gray, 128, 64, 0.002)]
+    want += [
+        cut(np.ascontiguousarray(colour), x, y, 128) for x, y in ink_windows(colour.copy(), 128, 64, 0.002)
+    ]
+    assert len(store) == len(want) + 1 and not store.skipped
+    for i, window in enumerate(want):
+        np.testing.assert_array_equal(store.window(i), window)
+    last = store.window(len(store) - 1)  # the small sheet, padded with its own paper
+    assert last.shape == (128, 128) and (last[90:] == 250).all() and (last[40:44, 10:110] == 0).all()
+    assert store.source(len(store) - 1).endswith("c.png @0,0")
+    assert len(store.sheet_names) == 4 and store.color_mode == "rgb"
+    last[:] = 0  # a copy: the store is not touched
+    assert store.window(len(store) - 1).max() == 250
+
+
+def test_mean_and_std_are_those_of_the_windows(pool, tmp_path):
+    store = build_store(pool, tmp_path / "rgb", side=128)
+    stack = np.stack(
+        [w if w.ndim == 3 else np.stack([w] * 3, 2) for w in map(store.window, range(len(store)))]
+    )
+    np.testing.assert_allclose(store.mean, stack.mean(axis=(0, 1, 2)) / 255, atol=1e-6)
+    np.testing.assert_allclose(store.std, stack.std(axis=(0, 1, 2)) / 255, atol=1e-6)
+    gray = build_store(pool, tmp_path / "gray", side=128, color_mode="gray")
+    assert gray.color_mode == "gray" and len(set(gray.mean)) == len(set(gray.std)) == 1
+    assert all(gray.window(i).ndim == 2 for i in range(len(gray)))
+
+
+def test_a_pool_without_colour_is_gray(pool, tmp_path):
+    (pool / "b.png").unlink()
+    assert build_store(pool, tmp_path / "store", side=128).color_mode == "gray"
+
+
+def inode(store):
+    return os.stat(store.folder / "index.json").st_ino
+
+
+def test_a_matching_store_is_reused_and_any_change_builds_anew(pool, tmp_path):
+    out = tmp_path / "store"
+    first = build_store(pool, out, side=128)
+    before = inode(first)
+    assert inode(build_store(str(pool), out, side=128)) == before
+    assert inode(build_store(pool, out, side=128, min_ink=0.01)) != before
+    assert inode(build_store(pool, out, side=128, stride=32)) != before
+    second = build_store(pool, out, side=128)
+    os.utime(pool / "a.png", ns=(0, 0))
+    third = build_store(pool, out, side=128)
+    assert inode(third) != inode(second) or third.index["key"] != second.index["key"]
+    (pool / "a.png").unlink()
+    assert len(build_store(pool, out, side=128).sheet_names) == 3
+    assert [path.name for path in tmp_path.iterdir() if path != pool] == ["store"]  # nothing left behind
+
+
+def test_a_store_replaced_under_a_reader_is_an_error_not_other_pixels(pool, tmp_path):
+    old = build_store(pool, tmp_path / "store", side=128)
+    build_store(pool, tmp_path / "store", side=64)
+    with pytest.raises(DataError, match="rebuilt"):
+        old.window(0)
+
+
+def test_a_store_travels_to_workers_without_its_map(pool, tmp_path):
+    store = build_store(pool, tmp_path / "store", side=128)
+    expected = store.window(3)
+    packed = pickle.dumps(store)
+    assert len(packed) < 100_000
+    with get_context("fork").Pool(2) as workers:
+        for window in workers.map(pickle.loads(packed).window, [3] * 4):
+            np.testing.assert_array_equal(window, expected)
+
+
+def test_two_builders_at_once_leave_one_whole_store(pool, tmp_path):
+    out = tmp_path / "store"
+    build_store(pool, out, side=64)  # a stale one, to be replaced by both
+    context = get_context("fork")
+    workers = [context.Process(target=build_store, args=(pool, out, 128)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert build_store(pool, out, side=128).window(0).shape == (128, 128)
+    assert [path.name for path in tmp_path.iterdir() if path != pool] == ["store"]
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_a_store(pool, tmp_path):
+    for i in range(60):
+        (pool / f"copy{i}.png").write_bytes((pool / "d.png").read_bytes())
+    out = tmp_path / "store"
+    build = subprocess.Popen([sys.executable, "-m", "schematics.pack", str(pool), str(out), "--side", "128"])
+    while not list(tmp_path.glob(".store.*.tmp/sheets-*.bin")) and build.poll() is None:
+        time.sleep(0.001)  # until it writes
+    build.send_signal(signal.SIGKILL)
+    build.wait()
+    (partial,) = tmp_path.glob(".store.*.tmp")
+    with pytest.raises(DataError, match="no whole window store"):
+        WindowStore(out)
+    with pytest.raises(DataError, match="no whole window store"):
+        WindowStore(partial)
+    # The next build works beside what is left, and clears it away once it's a day old.
+    assert len(build_store(pool, out, side=128)) > 0 and partial.exists()
+    for path in [*partial.iterdir(), partial]:
+        os.utime(path, (0, 0))
+    build_store(pool, out, side=64)
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("damage", ["sheets", "index.json", "windows.npy"])
+def test_a_damaged_store_is_built_anew(pool, tmp_path, damage):
+    store = build_store(pool, tmp_path / "store", side=128)
+    (file,) = (path for path in store.folder.iterdir() if path.name.startswith(damage))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match="no whole window store"):
+        WindowStore(store.folder)
+    assert build_store(pool, tmp_path / "store", side=128).window(0).shape == (128, 128)
+
+
+def test_unreadable_sheets_are_listed_and_skipped(pool, tmp_path):
+    whole = (pool / "a.png").read_bytes()
+    (pool / "broken.png").write_bytes(whole[: len(whole) // 2])
+    store = build_store(pool, tmp_path / "store", side=128)
+    assert len(store.sheet_names) == 4
+    (line,) = store.skipped
+    assert "broken.png" in line and "\n" not in line
+
+
+def test_bad_pools_end_in_one_line_and_write_nothing(pool, tmp_path, monkeypatch):
+    out = tmp_path / "store"
+
+    def refused(match, folder=pool, **options):
+        with pytest.raises(DataError, match=match) as error:
+            build_store(folder, out, **options)
+        assert "\n" not in str(error.value)
+        assert [path.name for path in tmp_path.iterdir()] == [pool.name]
+
+    refused("--min-ink", min_ink=0.9)
+    refused("--color-mode", color_mode="cmyk")
+    refused("at least 1", side=0)
+    monkeypatch.setattr(pack, "MARGIN", 1 << 60)
+    refused("GB are free")
+    monkeypatch.undo()
+    for path in pool.iterdir():
+        path.write_bytes(b"not a picture")
+    refused("none of 4 sheets can be read")
+
+
+def test_a_folder_of_someone_elses_is_never_replaced(pool, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="no window store"):
+        build_store(pool, tmp_path / "mine", side=128)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_command_prints_a_summary(pool, tmp_path):
+    command = [sys.executable, "-m", "schematics.pack", str(pool), str(tmp_path / "s"), "--side", "128"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "4 sheets" in done.stdout and "rgb windows of 128 px" in done.stdout and "MB" in done.stdout
