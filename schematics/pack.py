@@ -191,9 +191,10 @@ def _check_room(sheets: Sequence[Sheet], parameters: Parameters, folder: Path) -
 
 def _remove_stale(out: Path) -> None:
     for folder in out.parent.glob(f".{out.name}.*.tmp"):
-        newest = max((path.stat().st_mtime for path in [folder, *folder.glob("*")]), default=0.0)
-        if time.time() - newest > STALE:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its builder has just finished
+            newest = max(path.stat().st_mtime for path in [folder, *folder.glob("*")])
+            if time.time() - newest > STALE:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Path) -> None:
