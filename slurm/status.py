@@ -109,8 +109,8 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
 def progress(stage: Stage) -> tuple[int | None, dict[str, float]]:
     """(steps done, newest of each figure worth a look), from metrics.jsonl or, of evaluate, metrics.json."""
     if stage.name == "evaluate":
-        metrics = read_json(stage.folder / "metrics.json")
-        return None, {name: metrics[name] for name in FIGURES if isinstance(metrics.get(name), float)}
+        coco = read_json(stage.folder / "metrics.json").get("coco", {})
+        return None, {name: coco[name] for name in FIGURES if name in coco}
     step: int | None = None
     figures: dict[str, float] = {}
     for entry in newest_first(stage.folder / "metrics.jsonl"):

@@ -30,12 +30,12 @@ if "--fail" in sys.argv and not pathlib.Path("../mended").exists():
 print(name, getattr(cluster, "EDITED", "as submitted"), os.environ.get("SLURM_NTASKS_PER_NODE"), flush=True)
 out.mkdir(parents=True, exist_ok=True)
 if name == "evaluate":
-    (out / "metrics.json").write_text(json.dumps({"AP": 0.5, "AP50": 0.75}))
+    (out / "metrics.json").write_text(json.dumps({"coco": {"AP": 0.5, "AP50": 0.75}}))
 else:
     product = {"pretrain": "backbone.safetensors", "finetune": "model.pt"}[name]
     assert name == "pretrain" or value("--backbone").exists()
     (out / product).write_text("weights")
-    lines = ['{"step": 0, "loss": 2.5, "AP": 0.1}', '{"step": 9, "loss": 1.5}', '{"st']
+    lines = ['{"step": 0, "loss": 2.5, "valid_AP": 0.1}', '{"step": 9, "loss": 1.5}', '{"st']
     (out / "metrics.jsonl").write_text("\\n".join(lines))
     checkpoint.sign_final(out, 10, [product])
 """
@@ -161,7 +161,7 @@ def test_chain_waits_in_order_and_status_shows_its_figures(slurm, work):
     lines = told(work, slurm)
     assert [line["state"] for line in lines.values()] == ["COMPLETED"] * 3
     assert all(line["finished"] for line in lines.values())
-    assert (lines["pretrain"]["step"], lines["pretrain"]["figures"]) == (10, {"loss": 1.5, "AP": 0.1})
+    assert (lines["pretrain"]["step"], lines["pretrain"]["figures"]) == (10, {"loss": 1.5, "valid_AP": 0.1})
     assert lines["evaluate"]["figures"] == {"AP": 0.5, "AP50": 0.75}
     without_slurm = told(work)
     assert [line["finished"] for line in without_slurm.values()] == [True] * 3

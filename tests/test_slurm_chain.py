@@ -50,8 +50,8 @@ def check_results(run_dir: Path) -> None:
     assert steps(run_dir / "finetune") == [0, 1]
     for stage, product in (("pretrain", "backbone.safetensors"), ("finetune", "model.pt")):
         assert product in json.loads((run_dir / stage / "final.json").read_text())["files"]
-    metrics = json.loads((run_dir / "evaluate" / "metrics.json").read_text())
-    assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1
+    coco = json.loads((run_dir / "evaluate" / "metrics.json").read_text())["coco"]
+    assert 0 <= coco["AP"] <= coco["AP50"] <= 1
 
 
 @pytest.fixture(scope="module")
