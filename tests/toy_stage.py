@@ -123,7 +123,8 @@ def train(toy, model, optimizer, run: Run, journal: Journal, start: int, state) 
 
 
 def _batches(data: Line, workers: int) -> Iterator[Tensor]:
-    loader = DataLoader(data, batch_size=None, num_workers=workers)
+    context = "fork" if workers else None
+    loader = DataLoader(data, batch_size=None, num_workers=workers, multiprocessing_context=context)
     for x in loader:
         yield x.expand(2, 8) * torch.tensor([[1.0], [2.0]])
 
