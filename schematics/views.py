@@ -1,19 +1,24 @@
 """Two views of a window: the published photo recipes of SimCLR and VICReg, and `drawing`, for line art.
 
 All on uint8 with OpenCV, numbers only from `generator`: a view is a function of (seed, epoch, sample, view)
-and of nothing else. What each recipe does to a drawing, and why, is in docs/views.md.
+and of nothing else. What each recipe does to a drawing, and why, is in docs/views.md. To see it on yours:
+
+    python -m schematics.views SHEETS OUT.png [--side 512] [--size 224] [--pairs 4] [--seed 0]
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from schematics.windows import Colour, Image, ink_mask, paper_color
+from schematics.command import Parser, run
+from schematics.sheets import DataError, find_sheets, read_sheet
+from schematics.windows import Colour, Image, cut, ink_mask, ink_windows, paper_color
 
 RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
 
@@ -64,11 +69,11 @@ def resize(image: Image, size: int) -> Image:
     """[h, w] or [h, w, 3] -> [size, size(, 3)], bicubic, antialiased where it shrinks.
 
     Shrinking goes over a bicubic copy at 2, 4, ... times the size, averaged down: the weights of
-    INTER_AREA with a smoother edge, at half its time or less (powers of two have a fast path).
+    INTER_AREA with a smoother edge, at half its time or less (powers of two have a fast path). Up to a
+    factor of 1.25 bicubic alone still gives every source pixel its weight.
     """
-    factor = max(image.shape[:2]) / size
-    finer = 1 if factor <= 1 else 2
-    while factor > 1.25 * finer:  # bicubic still reads every source pixel at 1.25
+    finer = 1
+    while max(image.shape[:2]) > 1.25 * finer * size:
         finer *= 2
     image = cv2.resize(image, (finer * size, finer * size), interpolation=cv2.INTER_CUBIC)
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) if finer > 1 else image
@@ -190,87 +195,75 @@ def solarize(image: Image) -> Image:
 # --- the recipe for drawings -----------------------------------------------------------------------------
 
 REACH = 2  # a crop is at most this many times the view's side: a 2-px line stays a pixel wide
+TRIES = 512  # pixels looked at for ink before looking at all
 PAIR = 2  # the stream of what both views share, beside those of view 0 and 1
 # Gray level of scan noise in units of its standard deviation, for each value of a random byte.
 NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
 
 
-@dataclass(frozen=True)
-class Region:
-    """The part of a window that both views of a pair look at."""
-
-    image: Image
-    paper: Colour
-    ink: NDArray[np.int64]  # [N] flat indices of the pixels with ink
-
-
 def _drawing_pair(
     window: Image, size: int, seed: int, epoch: int, sample: int, strength: float, orientation: bool
 ) -> list[Image]:
-    region = _region(window, size, generator(seed, epoch, sample, PAIR))
+    """Both views look at one region of at most REACH * size a side, around ink: two crops of it overlap."""
+    paper = paper_color(window)
+    width, height = min(window.shape[1], REACH * size), min(window.shape[0], REACH * size)
+    x, y = _around_ink(window, paper, width, height, generator(seed, epoch, sample, PAIR))
+    region = window[y : y + height, x : x + width]
     return [
-        _drawing_view(region, size, generator(seed, epoch, sample, view), strength, orientation)
+        _drawing_view(region, paper, size, generator(seed, epoch, sample, view), strength, orientation)
         for view in (0, 1)
     ]
 
 
-def _region(window: Image, size: int, rng: np.random.Generator) -> Region:
-    """At most REACH * size a side, around ink: two crops of it overlap, and neither shrinks a line away."""
-    paper = paper_color(window)
-    height, width = window.shape[:2]
-    w, h = min(width, REACH * size), min(height, REACH * size)
-    mask = ink_mask(window, paper)
-    if (w, h) != (width, height):
-        x, y = _around_ink(np.flatnonzero(mask), width, height, w, h, rng)
-        window, mask = window[y : y + h, x : x + w], mask[y : y + h, x : x + w]
-    return Region(window, paper, np.flatnonzero(mask))
-
-
 def _around_ink(
-    ink: NDArray[np.int64], width: int, height: int, w: int, h: int, rng: np.random.Generator
+    image: Image, paper: Colour, width: int, height: int, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Corner (x, y) of a crop of w x h with a random pixel of ink in its middle half, where edges allow."""
-    at = ink[rng.integers(len(ink))] if len(ink) else rng.integers(width * height)
-    x = at % width - w * rng.uniform(0.25, 0.75)
-    y = at // width - h * rng.uniform(0.25, 0.75)
-    return int(np.clip(x, 0, width - w)), int(np.clip(y, 0, height - h))
+    """Corner (x, y) of a crop with a random pixel of ink in its middle half, where the edges allow."""
+    ys, xs = (rng.integers(side, size=TRIES) for side in image.shape[:2])
+    hit = ink_mask(image[ys, xs][:, None], paper)[:, 0]
+    if not hit.any():  # little ink: look at every pixel
+        ys, xs = np.nonzero(ink_mask(image, paper))
+        hit = rng.permutation(len(ys)) == 0
+    at = (xs[hit][0], ys[hit][0]) if hit.any() else (image.shape[1] / 2, image.shape[0] / 2)
+    x, y = at - rng.uniform(0.25, 0.75, 2) * (width, height)
+    return int(np.clip(x, 0, image.shape[1] - width)), int(np.clip(y, 0, image.shape[0] - height))
 
 
 def _drawing_view(
-    region: Region, size: int, rng: np.random.Generator, strength: float, orientation: bool
+    region: Image, paper: Colour, size: int, rng: np.random.Generator, strength: float, orientation: bool
 ) -> Image:
-    image = resize(_crop(region, rng), size)
+    image = resize(_crop(region, paper, rng), size)
     if orientation:
         image = np.rot90(image, int(rng.integers(4)))
         image = np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image)
-    image = _wear(image, region.paper, rng)
-    image = _tone(image, region.paper, rng, strength)
+    image = _wear(image, paper, rng)
+    image = _tone(image, paper, rng, strength)
     if rng.random() < 0.3:
         image = _scan_noise(image, rng.uniform(2, 10), rng)
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         image = _jpeg(image, int(rng.integers(30, 91)))
     return image
 
 
-def _crop(region: Region, rng: np.random.Generator) -> Image:
-    """A crop of .4 to 1 of the region's side, half of the time turned and sheared by a few degrees."""
-    height, width = region.image.shape[:2]
+def _crop(region: Image, paper: Colour, rng: np.random.Generator) -> Image:
+    """A crop of .4 to 1 of the region's side, four times in ten turned and sheared by a few degrees."""
+    height, width = region.shape[:2]
     share, ratio = rng.uniform(0.4, 1.0), np.exp(rng.uniform(-0.2, 0.2))
     w = max(1, min(width, round(width * share * ratio)))
     h = max(1, min(height, round(height * share / ratio)))
-    x, y = _around_ink(region.ink, width, height, w, h, rng)
-    if rng.random() < 0.5:
-        return region.image[y : y + h, x : x + w]
+    x, y = _around_ink(region, paper, w, h, rng)
+    if rng.random() < 0.6:
+        return region[y : y + h, x : x + w]
     # At the sheet's own resolution, before shrinking: interpolation costs a thin line little there.
     angle, shear = np.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
     shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
     return cv2.warpAffine(
-        region.image,
+        region,
         np.column_stack([turn, shift]),
         (w, h),
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderValue=region.paper,
+        borderValue=paper,
     )
 
 
@@ -292,15 +285,23 @@ def _wear(image: Image, paper: Colour, rng: np.random.Generator) -> Image:
 
 
 def _tone(image: Image, paper: Colour, rng: np.random.Generator, strength: float) -> Image:
-    """Contrast against the paper, brightness, at times inverted; colours shift only a little."""
+    """Contrast against the paper, brightness, at times inverted; colours shift only a little.
+
+    One linear map of x - paper, so that the paper keeps its colour but for the brightness.
+    """
     contrast = 1 + strength * rng.uniform(-0.3, 0.1)
     brightness = strength * rng.uniform(-25, 25)
     saturation = 1 + strength * rng.uniform(-0.2, 0.2)
-    turn = strength * rng.uniform(-0.02, 0.02)
+    angle = 2 * np.pi * strength * rng.uniform(-0.02, 0.02)
     inverted = rng.random() < 0.2
-    if image.ndim == 3:  # colour tells classes apart where a drawing has it
-        image = adjust_hue(adjust_saturation(image, saturation), turn)
-    image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * float(np.mean(paper)) + brightness)
+    if isinstance(paper, int):
+        image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * paper + brightness)
+    else:  # colour tells classes apart where a drawing has it: turned by 7 degrees at most
+        grays = np.full((3, 3), 1 / 3)
+        across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+        turn = grays + np.cos(angle) * (np.eye(3) - grays) + np.sin(angle) * across  # about r = g = b
+        matrix = contrast * (grays + saturation * (turn - grays))
+        image = cv2.transform(image, np.column_stack([matrix, paper - matrix @ paper + brightness]))
     return _invert(image) if inverted else image
 
 
@@ -327,3 +328,47 @@ def _jpeg(image: Image, quality: int) -> Image:
     flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, full]
     data = cv2.imencode(".jpg", image, flags)[1]  # RGB goes as if it were BGR, there and back
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
+
+
+# --- a picture of them -----------------------------------------------------------------------------------
+
+
+def contact_sheet(windows: list[Image], size: int, pairs: int, seed: int) -> Image:
+    """Three rows a window, one a recipe: the window itself, then `pairs` pairs of views, RGB."""
+    rows = []
+    for sample, window in enumerate(windows):
+        for recipe in RECIPES:
+            cells = [_three_channels(resize(window, size))]
+            for epoch in range(pairs):
+                cells += two_views(window, recipe, size, seed, epoch, sample)
+            rows.append(
+                cv2.copyMakeBorder(np.hstack(cells), 0, 2, 0, 0, cv2.BORDER_CONSTANT, value=(255, 80, 0))
+            )
+    return np.vstack(rows)
+
+
+def main(args: argparse.Namespace) -> None:
+    windows = []
+    for sheet in find_sheets(args.sheets)[: args.most]:
+        image = read_sheet(sheet)
+        corners = ink_windows(image, args.side, max(1, args.side // 2), 0.002)
+        if len(corners):
+            x, y = corners[len(corners) // 2].tolist()
+            windows.append(cut(image, x, y, args.side))
+    if not windows:
+        raise DataError(f"{args.sheets}: blank paper; give drawings with lines")
+    picture = contact_sheet(windows, args.size, args.pairs, args.seed)
+    args.out.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
+    print(f"{args.out}: from top to bottom of each group {', '.join(RECIPES)}; the window is on the left")
+
+
+if __name__ == "__main__":
+    parser = Parser(prog="python -m schematics.views", description="A picture of the recipes on your sheets.")
+    parser.add_argument("sheets", type=Path, help="a sheet or a folder of sheets")
+    parser.add_argument("out", type=Path, help="PNG to write")
+    parser.add_argument("--most", type=int, default=3, help="sheets shown (default 3)")
+    parser.add_argument("--side", type=int, default=512, help="of a window, pixels (default 512)")
+    parser.add_argument("--size", type=int, default=224, help="of a view, pixels (default 224)")
+    parser.add_argument("--pairs", type=int, default=4, help="shown a recipe (default 4)")
+    parser.add_argument("--seed", type=int, default=0)
+    run(main, parser)

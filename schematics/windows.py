@@ -16,7 +16,7 @@ Image = np.ndarray  # uint8 [H, W] gray or [H, W, 3] RGB
 Colour = int | tuple[int, int, int]
 
 INK_TOLERANCE = 40  # gray levels; JPEG ringing and scan noise stay below, thin anti-aliased lines above
-PAPER_SAMPLE = 1 << 13  # pixels looked at to find the paper, evenly spread: plenty for what is most frequent
+PAPER_SAMPLE = 1 << 12  # pixels looked at to find the paper, evenly spread: plenty for what is most frequent
 
 
 @dataclass(frozen=True)
