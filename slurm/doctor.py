@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -72,7 +73,7 @@ def check_here(run_dir: Path) -> Report:
         try:
             report.versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            report.problems.append(f"{name} is not installed for {stages.python()}")
+            report.problems.append(f"{name} is not installed for {sys.executable}")
     for check in (check_disk, check_devices, check_ranks):
         try:
             check(report, run_dir)

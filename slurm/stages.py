@@ -99,12 +99,14 @@ def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
         kept = {
             name: value for name, value in kept.items() if name == "SLURM_CONF" or not name.startswith(left)
         }
-    return {"LINEWORK_PYTHON": python(), **kept}
+    return {**kept, "LINEWORK_PYTHON": python(kept)}
 
 
-def python() -> str:
-    """The interpreter of the stages: that of the virtual environment beside the code, else this one."""
-    own = HOME / ".venv" / "bin" / "python"
+def python(environment: Mapping[str, str]) -> str:
+    """The interpreter of the stages: LINEWORK_PYTHON, that of the .venv beside the code, or this one."""
+    given, own = environment.get("LINEWORK_PYTHON"), HOME / ".venv" / "bin" / "python"
+    if given:
+        return os.path.abspath(given) if os.sep in given else given  # the stages run in another folder
     return str(own) if own.exists() else sys.executable
 
 
@@ -154,14 +156,3 @@ def read_record(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path}: absent, so no chain was submitted to {run_dir}; check --run-dir") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: unreadable ({error}); remove it and submit again") from None
-
-
-def last_line_of_error(log: Path) -> str | None:
-    """The last `error: ...` line in the last 64 kB of a log."""
-    try:
-        with open(log, "rb") as file:
-            file.seek(max(0, os.path.getsize(log) - 65536))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((line for line in reversed(lines) if line.startswith("error:")), None)

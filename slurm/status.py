@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stages import Stage, last_line_of_error
+from stages import Stage
 
 from cluster.atomic import UserError
 
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY",
          "BOOT_FAIL", "DEADLINE", "FORGOTTEN"}  # fmt: skip
 FIGURES = ("loss", "valid_AP", "valid_AP50", "AP", "AP50")  # shown when a stage wrote them
-TAIL = 1 << 18  # bytes of metrics.jsonl that are read
+TAIL = 1 << 18  # bytes that are read of a log or of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def jobs_of(record: Mapping, code: Path) -> dict[str, Job]:
     wanted = ",".join(ids.values())
     answer = ask("squeue", "-h", "-t", "all", "-j", wanted, "-o", "%i|%T|%r|%Z")
     if answer.returncode and "nvalid job id" not in answer.stderr:
-        raise UserError(f"squeue can't say how the jobs stand ({answer.stderr.strip().splitlines()[-1:]})")
+        raise UserError(f"squeue can't say how the jobs stand: {' '.join(answer.stderr.split())}")
     known = {}
     for line in answer.stdout.splitlines():
         number, state, reason, folder = line.split("|", 3)
@@ -100,7 +101,7 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
                 figures=figures,
                 finished=finished,
                 log=str(log) if log.exists() else None,
-                error=damage or last_line_of_error(log),
+                error=damage or next((line for line in newest_first(log) if line.startswith("error:")), None),
             )
         )
     return lines
@@ -109,39 +110,27 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
 def progress(stage: Stage) -> tuple[int | None, dict[str, float]]:
     """(steps done, newest of each figure worth a look), from metrics.jsonl or, of evaluate, metrics.json."""
     if stage.name == "evaluate":
-        coco = read_json(stage.folder / "metrics.json").get("coco", {})
+        path = stage.folder / "metrics.json"
+        coco = json.loads(path.read_text())["coco"] if path.exists() else {}
         return None, {name: coco[name] for name in FIGURES if name in coco}
     step: int | None = None
     figures: dict[str, float] = {}
-    for entry in newest_first(stage.folder / "metrics.jsonl"):
-        step = entry["step"] + 1 if step is None else step  # the journal counts from 0
-        figures = {name: float(entry[name]) for name in FIGURES if name in entry} | figures
+    for line in newest_first(stage.folder / "metrics.jsonl"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a half-written line
+            entry = json.loads(line)
+            step = int(entry["step"]) + 1 if step is None else step  # the journal counts from 0
+            figures = {name: float(entry[name]) for name in FIGURES if name in entry} | figures
     return step, figures
 
 
-def newest_first(path: Path) -> Iterator[dict]:
-    """Entries of a metrics.jsonl, as far back as TAIL reaches; a half-written one is passed over."""
+def newest_first(path: Path) -> list[str]:
+    """The lines of a file, the last one first, as far back as TAIL reaches; none where it can't be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - TAIL))
-            lines = file.read().decode(errors="replace").splitlines()
+            return file.read().decode(errors="replace").splitlines()[::-1]
     except OSError:
-        return
-    for line in reversed(lines):
-        try:
-            entry = json.loads(line)
-            int(entry["step"])
-        except (ValueError, TypeError, KeyError):
-            continue
-        yield entry
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return []
 
 
 def explain(lines: list[Line], cancel: str, resubmit: str) -> list[str]:

@@ -77,10 +77,15 @@ while :; do sleep 3600 & wait $!; done
 """
 # First process of the site. The resolver refuses at once: a reverse look-up that times out costs 10 s a rank.
 SITE = """\
+set -e
 hostname control
-mount --bind "$1/hosts" /etc/hosts && mount --bind "$1/resolv.conf" /etc/resolv.conf
+mount --bind "$1/hosts" /etc/hosts
+mount --bind "$1/resolv.conf" /etc/resolv.conf
 ip link set lo up
-ip link add lw0 type bridge && ip addr add 10.77.0.1/24 dev lw0 && ip link set lw0 up && touch "$1/up"
+ip link add lw0 type bridge
+ip addr add 10.77.0.1/24 dev lw0
+ip link set lw0 up
+touch "$1/up"
 while :; do sleep 3600 & wait $!; done
 """
 NAMESPACES = ["unshare", "--mount", "--uts", "--pid", "--net", "--fork", "--kill-child", "--mount-proc",

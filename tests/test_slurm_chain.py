@@ -131,7 +131,7 @@ def test_bad_shapes_are_one_line_before_any_training(slurm, sheets, tmp_path):
     assert (slurm.wait(tasks), slurm.wait(batch)) == ("FAILED", "FAILED")
     assert [slurm.show(job)["ExitCode"] for job in (tasks, batch)] == ["1:0", "1:0"]
     (said,) = errors(logs["tasks"])
-    assert "1 tasks but 2 GPUs on node1" in said and "--ntasks-per-node=2" in said
+    assert "1 tasks but 2 GPUs on" in said and "--ntasks-per-node=2" in said
     (said,) = errors(logs["batch"])
     assert said == "error: --batch-size 5 is not divisible by 2 ranks; give 4 or 6"
     assert not steps(tmp_path / "exp-tasks") and not steps(tmp_path / "exp-batch")
