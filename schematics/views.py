@@ -194,7 +194,9 @@ def solarize(image: Image) -> Image:
 
 # --- the recipe for drawings -----------------------------------------------------------------------------
 
-REACH = 2  # a crop is at most this many times the view's side: a 2-px line stays a pixel wide
+REACH = 1.75  # a crop is at most this many times the view's side: a 2-px line stays over a pixel wide
+SHARE = (0.56, 1.0)  # crop side, of the region's; times exp(-RATIO) over a half: any two crops overlap
+RATIO = 0.1  # width / height of a crop is up to exp(2 * RATIO), either way
 TRIES = 512  # pixels looked at for ink before looking at all
 PAIR = 2  # the stream of what both views share, beside those of view 0 and 1
 # Gray level of scan noise in units of its standard deviation, for each value of a random byte.
@@ -204,9 +206,9 @@ NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
 def _drawing_pair(
     window: Image, size: int, seed: int, epoch: int, sample: int, strength: float, orientation: bool
 ) -> list[Image]:
-    """Both views look at one region of at most REACH * size a side, around ink: two crops of it overlap."""
+    """Both views look at one region of at most REACH * size a side, around ink."""
     paper = paper_color(window)
-    width, height = min(window.shape[1], REACH * size), min(window.shape[0], REACH * size)
+    width, height = (min(side, round(REACH * size)) for side in window.shape[1::-1])
     x, y = _around_ink(window, paper, width, height, generator(seed, epoch, sample, PAIR))
     region = window[y : y + height, x : x + width]
     return [
@@ -246,9 +248,9 @@ def _drawing_view(
 
 
 def _crop(region: Image, paper: Colour, rng: np.random.Generator) -> Image:
-    """A crop of .4 to 1 of the region's side, four times in ten turned and sheared by a few degrees."""
+    """A crop of SHARE of the region's side, four times in ten turned and sheared by a few degrees."""
     height, width = region.shape[:2]
-    share, ratio = rng.uniform(0.4, 1.0), np.exp(rng.uniform(-0.2, 0.2))
+    share, ratio = rng.uniform(*SHARE), np.exp(rng.uniform(-RATIO, RATIO))
     w = max(1, min(width, round(width * share * ratio)))
     h = max(1, min(height, round(height * share / ratio)))
     x, y = _around_ink(region, paper, w, h, rng)

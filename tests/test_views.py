@@ -237,6 +237,7 @@ def test_both_views_of_a_pair_look_at_one_region():
         cv2.circle(window, (x, y), 20 + 10 * k, 60 * k, -1)  # four islands of ink, each of its own shade
     for first, second in pairs(window, "drawing", 30, size=96):
         assert contrast(first) > 20 and contrast(second) > 20
+    assert views.SHARE[0] * np.exp(-views.RATIO) > 0.5  # so any two crops overlap
 
 
 def test_drawing_leaves_orientation_alone_unless_asked():
