@@ -1,5 +1,7 @@
 """Two views: law 1, the published operations and probabilities, and what `drawing` promises for lines."""
 
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -290,3 +292,15 @@ def test_any_window_gives_two_rgb_views(recipe, shape):
 def test_unknown_recipe_is_refused_by_name():
     with pytest.raises(ValueError, match="'photo' is none of drawing, simclr, vicreg"):
         two_views(SHEET, "photo", 64, 0, 0, 0)
+
+
+def test_command_draws_a_picture_of_the_recipes(tmp_path):
+    (tmp_path / "a.png").write_bytes(cv2.imencode(".png", SHEET)[1].tobytes())
+    out = tmp_path / "views.png"
+    command = [sys.executable, "-m", "schematics.views", str(tmp_path / "a.png"), str(out), "--size", "64"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert cv2.imread(str(out)).shape == (3 * (64 + 2), 64 * 9, 3)
+    blank = cv2.imencode(".png", np.full((300, 300), 255, np.uint8))[1].tobytes()
+    (tmp_path / "a.png").write_bytes(blank)
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
