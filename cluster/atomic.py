@@ -133,6 +133,14 @@ def file_hash(path: Path) -> str:
     return sha256.hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """With its parents. Raises UserError where that can't be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be made a folder, {os.strerror(error.errno or 0)}") from None
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -53,7 +53,7 @@ def write_file(path: Path, state: State, allowed: Callable[[], None] = lambda: N
     import torch
 
     content = plain(state)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(path.parent)
     return atomic.replace(path, lambda file: torch.save(content, file), hashed=True, allowed=allowed)  # type: ignore[arg-type]
 
 
@@ -208,7 +208,7 @@ def export_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, str 
 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = save(content, {key: json.dumps(value) for key, value in meta.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(path.parent)
     return atomic.replace(path, lambda file: file.write(data), hashed=True)
 
 

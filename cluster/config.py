@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from cluster import atomic
 from cluster.atomic import UserError
+from cluster.rendezvous import place
 
 __all__ = ["UserError", "changed", "parse", "run", "save"]
 
@@ -43,6 +45,8 @@ def run(
     try:
         main(config)
     except known as error:
+        if place().rank:  # all ranks may say the same: rank 0 says it, and its end ends the others
+            time.sleep(3)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         end(1)
     except SystemExit as stop:

@@ -2,8 +2,8 @@
 
 Every rank keeps EXP_DIR/heartbeat/rank_N, rewritten by a thread. A rank that is stopped, or cut from the
 file system, writes no more; one whose main thread hangs writes on but does not come to the next step. A rank
-that has seen no step boundary for `step_timeout` seconds ends itself and says who was silent. A stopped rank
-can't end itself: `srun --kill-on-bad-exit=1` does that.
+that has seen no step boundary for `step_timeout` seconds looks at the others for two beats, ends itself and
+says who was silent. A stopped rank can't end itself: `srun --kill-on-bad-exit=1` does that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class Heartbeat:
         self._last = time.monotonic()  # the last boundary
         self._allowed = max(first, step_timeout)  # seconds from there to the next
         self._patience = 0.0  # and some more
-        self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last text, and when that was new
+        self._beats = (
+            0  # of this rank: the clock by which others are silent, it stops when this rank is stopped
+        )
+        self._last_beat = self._last
+        self._seen: dict[int, tuple[str, int]] = {}  # rank -> its last text, and at which beat that was new
         self._closed = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         for target in (self._beat, self._watch):
@@ -78,51 +82,65 @@ class Heartbeat:
         self._closed.set()
 
     def silent(self) -> list[str]:
-        """The ranks to blame, in words: those without a sign of life, else those behind the others."""
-        now = time.monotonic()
-        behind = {rank: _progress(text) for rank, (text, _) in self._seen.items()}
-        quiet = {rank: now - new for rank, (_, new) in self._seen.items() if now - new > 2.5 * self.interval}
-        if quiet:
-            return [f"rank {rank}{_on(self._seen[rank][0])} shows no sign of life" for rank in sorted(quiet)]
-        if not behind or min(behind.values()) == max(behind.values()):
-            return []
-        last = [rank for rank in sorted(behind) if behind[rank] == min(behind.values())]
+        """The ranks to blame, in words: those without a sign of life, else those behind the others.
+
+        Takes two beats, to see who writes.
+        """
+        before = self._texts()
+        time.sleep(2 * self.interval)
+        after = self._texts()
+        if quiet := [rank for rank in after if after[rank] == before[rank]]:
+            return [f"rank {rank}{_on(after[rank])} shows no sign of life" for rank in quiet]
+        done = {rank: _progress(text) for rank, text in after.items()}
+        behind = [rank for rank in done if done[rank] < max(done.values())]
         return [
-            f"rank {rank}{_on(self._seen[rank][0])} lives but is behind, in step {behind[rank][0]}"
-            for rank in last
+            f"rank {rank}{_on(after[rank])} lives but is behind, in step {done[rank][0]}" for rank in behind
         ]
 
+    def _texts(self) -> dict[int, str]:
+        texts = dict.fromkeys(range(self.size), "")
+        for rank in texts:
+            with contextlib.suppress(OSError):
+                texts[rank] = (self.folder / f"rank_{rank}").read_text()
+        return texts
+
     def _beat(self) -> None:
-        """Writes and reads; may hang with the file system, so it decides nothing."""
+        """May hang with the file system, so it decides nothing."""
         count = 0
         while not self._closed.is_set():
             count += 1
             text = f"{self.step} {int(self.waiting)} {count} {os.getpid()} {socket.gethostname()}"
             with contextlib.suppress(OSError):
                 (self.folder / f"rank_{self.rank}").write_text(text)
-            for rank in range(self.size):
-                text = ""
-                with contextlib.suppress(OSError):
-                    text = (self.folder / f"rank_{rank}").read_text()
-                # Its age is by this rank's clock, from when the text was new: clocks of nodes differ.
-                if rank not in self._seen or text not in ("", self._seen[rank][0]):
-                    self._seen[rank] = (text, time.monotonic())
             self.alongside()
             self._closed.wait(self.interval)
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._closed.wait(min(1.0, self.interval)):
-            waited = time.monotonic() - self._last
-            if waited < self._allowed + self._patience:
-                continue
-            blame = "; ".join(self.silent()) or "every rank lives, compare where each one is"
-            print(
-                f"error: rank {self.rank} on {socket.gethostname()}: no end of step {self.step} for "
-                f"{waited:.0f} s: {blame}; this rank is at {_where_main_thread_is()}",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(HUNG)
+            now = time.monotonic()
+            if now - looked > 3 * self.interval:  # this rank was stopped, by `scontrol suspend` for one
+                self._last += now - looked
+            looked, waited = now, now - self._last
+            if waited >= self._allowed + self._patience:
+                self._end(waited)
+
+    def _end(self, waited: float) -> None:
+        blame = [f"the file system of {self.folder} does not answer"]
+
+        def look() -> None:
+            blame[:] = self.silent() or ["every rank lives, compare where each one is"]
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(2 * self.interval + BEAT)
+        print(
+            f"error: rank {self.rank} on {socket.gethostname()}: no end of step {self.step} for {waited:.0f} s"
+            f": {'; '.join(blame)}; this rank is at {_where_main_thread_is()}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(HUNG)
 
 
 def _progress(text: str) -> tuple[int, int]:

@@ -177,7 +177,7 @@ class Run:
     def _claim(self) -> None:
         self.owner = Owner(self.exp_dir)
         if self.owner.predecessor:
-            print(f"{self.exp_dir}: taken over from {self.owner.predecessor}, which is gone", flush=True)
+            print(f"{self.exp_dir}: taken over from {self.owner.predecessor}", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic.sweep(self.exp_dir)
         atomic.sweep(self.folder)

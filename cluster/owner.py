@@ -33,7 +33,7 @@ class Owner:
     def __init__(self, exp_dir: Path, stale: float = STALE) -> None:
         self.path = exp_dir / "owner.json"
         self.me = describe_self()
-        exp_dir.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(exp_dir)
         with _locked(exp_dir / ".owner.lock"):
             holder = _read(self.path)
             why = _alive(holder, self.me, self.path, stale) if holder else ""

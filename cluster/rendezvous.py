@@ -84,7 +84,7 @@ def _meet_in(folder: Path, me: Place, timeout: float) -> Store:
 
     note = folder / f".rendezvous-{_launch_key(os.environ)}"
     if me.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(folder)
         # Port 0: the kernel picks a free one. A port computed from the job id collides.
         store = TCPStore("localhost", 0, me.size, True, timedelta(seconds=timeout), wait_for_workers=False)
         token = uuid.uuid4().hex
