@@ -209,7 +209,9 @@ def main(config: Config) -> None:
             readers[0], spec.window, spec.overlap, config.seed, augment, config.negatives, config.repeat
         )
         per_epoch = steps_per_epoch(windows, config.batch_size)
-        total = config.steps or config.epochs * per_epoch
+        total = config.epochs * per_epoch if config.steps is None else config.steps
+        if total < 1:
+            raise UserError("--epochs or --steps: give 1 or more")
         if run.finished(total):
             return
         if world.main:

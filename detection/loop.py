@@ -34,8 +34,8 @@ def train(
 ) -> tuple[str, int] | None:  # fmt: skip
     """One optimizer step a batch (windows uint8 [B, 3, S, S], targets, seeds), numbered from `start`.
 
-    `boundary` is called after each with the number of steps done; it validates, saves, and says whether to go on.
-    Returns None at the end; (verdict, step) where the guard no longer skips.
+    `boundary` is called after each with the number of steps done; it validates, saves, and says whether to
+    go on. Returns None at the end; (verdict, step) where the guard no longer skips.
     """
     buffers = [buffer for buffer in detector.buffers() if buffer.is_floating_point()]
     for step, (images, targets, seeds) in enumerate(loader, start):
@@ -182,9 +182,7 @@ def train_to(
         if verdict == "stop":
             last = checkpoint.step_path(run.folder, saved["step"])
             raise UserError(guard.last_words(step, files, str(last)))
-        boundary.journal.message(
-            f"step {step}: not finite three times in a row, last on {files[0]}; going back"
-        )
+        boundary.journal.message(f"step {step}: not finite, last on {files[0]}; back to {saved['step']}")
         progress.restore(saved)
         guard.roll_back(step, progress.step)  # the data up to `step` is passed over
         boundary.journal.rewind(progress.step)

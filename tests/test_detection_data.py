@@ -1,0 +1,203 @@
+"""Training windows: boxes follow their pixels, draws (seed, epoch, sample); ranks share one global batch."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from detection.data import (
+    KEEP,
+    Augment,
+    SheetReader,
+    TrainingWindows,
+    as_tensor,
+    batches,
+    collate,
+    crop_boxes,
+    photometric,
+    resize,
+    steps_per_epoch,
+    turn,
+)  # fmt: skip
+from detection.plan import fit_overlap, fit_window, large_side, plan_detector
+from detection.schedule import Phase, continue_phases, lr_at
+from schematics.coco import Category, read_split, write_split
+
+EVERYTHING = Augment(shift=True, scale=0.2, photometric=0.5, flip=True, rot90=True)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """Three sheets: a large one with filled squares of 40 px, a small one with one, a large blank one."""
+    folder = tmp_path_factory.mktemp("data") / "train"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for number, (width, height, count) in enumerate([(700, 500, 12), (120, 100, 1), (600, 600, 0)], start=1):
+        sheet = np.full((height, width), 255, np.uint8)
+        for place in rng.permutation((width // 60) * (height // 60))[:count]:
+            x, y = 60 * int(place % (width // 60)) + 5, 60 * int(place // (width // 60)) + 5
+            cv2.rectangle(sheet, (x, y), (x + 39, y + 39), 0, -1)
+            annotations.append(
+                {"image_id": number, "category_id": 5 + int(place) % 2, "bbox": [x, y, 40, 40]}
+            )
+        cv2.imwrite(str(folder / f"{number}.png"), sheet)
+        images.append({"id": number, "file_name": f"{number}.png", "width": width, "height": height})
+    write_split(folder, images, [Category(5, "relay"), Category(6, "lamp")], annotations)
+    return read_split(folder)
+
+
+def training_windows(split, augment=EVERYTHING, **options):
+    return TrainingWindows(SheetReader(split, "gray"), 256, 64, seed=3, augment=augment, **options)
+
+
+def equal(one, other):
+    (image, target, seed), (image2, target2, seed2) = one, other
+    same = torch.equal(image, image2) and seed == seed2
+    return same and all(torch.equal(target[key], target2[key]) for key in target)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_sample(split):
+    first, again = training_windows(split), training_windows(split)
+    keys = [key for batch in batches(first, 4, 0, 6) for key in batch]
+    items = {key: first[key] for key in keys}
+    assert all(equal(items[key], again[key]) for key in reversed(keys))
+    epoch, position, tile = keys[0]
+    assert not equal(items[keys[0]], first[epoch + 1, position, tile])
+
+
+def test_ranks_share_the_batches_of_one_process_at_any_step(split):
+    windows = training_windows(split)
+    whole = list(batches(windows, 4, 0, 9))
+    shares = [list(batches(windows, 4, 3, 9, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole[3:]
+    per_epoch = steps_per_epoch(windows, 4)
+    first, second = ([tile for b in whole[n * per_epoch :][:per_epoch] for _, _, tile in b] for n in range(2))
+    assert first != second
+
+
+def test_boxes_frame_their_symbols_whatever_was_done_to_the_window(split):
+    windows = training_windows(split, Augment(shift=True, scale=0.2, flip=True, rot90=True))
+    seen = 0
+    for batch in batches(windows, 4, 0, 12):
+        for key in batch:
+            image, target, _ = windows[key]
+            assert image.shape == (3, 256, 256) and image.dtype == torch.uint8
+            for x0, y0, x1, y1 in target["boxes"].tolist():
+                inside = image[0, round(y0) + 1 : round(y1) - 1, round(x0) + 1 : round(x1) - 1]
+                assert inside.numel() and inside.max() < 128
+                around = image[
+                    0, max(0, round(y0) - 5) : round(y1) + 5, max(0, round(x0) - 5) : round(x1) + 5
+                ]
+                ink = int((around < 128).sum())
+                assert ink == pytest.approx((x1 - x0) * (y1 - y0), rel=0.12)
+                seen += 1
+    assert seen > 30
+
+
+def test_a_symbol_cut_by_the_edge_is_a_target_while_enough_of_it_remains():
+    boxes, labels = np.array([[0.0, 0, 20, 20], [10, 10, 30, 30], [90, 90, 110, 110]]), np.array([1, 2, 3])
+    kept, names = crop_boxes(boxes, labels, x=12, y=5, side=100, keep=KEEP)
+    assert names.tolist() == [2, 3], "the first keeps 0.3 of its area"
+    assert kept.tolist() == [[0, 5, 18, 25], [78, 85, 98, 100]]
+    assert crop_boxes(boxes, labels, 500, 500, 100, KEEP)[0].shape == (0, 4)
+
+
+def test_windows_without_symbols_are_negatives_in_the_share_asked_for(split):
+    labels = [
+        [len(windows[key][1]["labels"]) for batch in batches(windows, 4, 0, 40) for key in batch]
+        for windows in (training_windows(split, negatives=share) for share in (0.0, 0.5))
+    ]
+    without, some = (np.mean([count == 0 for count in counts]) for counts in labels)
+    assert without < some
+    assert 0.2 < some < 0.5
+
+
+def test_rare_classes_are_seen_more_often(split):
+    plain, repeated = training_windows(split, negatives=0), training_windows(split, negatives=0, repeat=1.0)
+    assert len(repeated) >= len(plain)
+    assert repeated.weights.max() > 1 and plain.weights.max() == 1
+
+
+def test_fewer_windows_than_a_batch_are_repeated(split):
+    windows = training_windows(split)
+    batch = next(iter(batches(windows, 64, 0, 1)))
+    assert len(batch) == 64 and {tile for _, _, tile in batch} >= set(np.flatnonzero(windows.weights == 1))
+
+
+def test_thin_lines_survive_shrinking():
+    window = np.full((400, 400), 255, np.uint8)
+    window[:, 5::40] = 0
+    shrunk, boxes = resize(window, np.array([[40.0, 80, 120, 400]]), 108)
+    assert boxes[0] == pytest.approx([10.8, 21.6, 32.4, 108])
+    lines = [shrunk[0, round(0.27 * x) - 1 : round(0.27 * x) + 2].min() for x in range(5, 400, 40)]
+    assert max(lines) < 240
+
+
+def test_turns_and_mirrors_are_exact():
+    window = np.zeros((64, 64), np.uint8)
+    window[10:20, 30:60] = 255
+    box = np.array([[30.0, 10, 60, 20]])
+    outcomes = set()
+    for seed in range(40):
+        turned, moved = turn(window, box, np.random.default_rng(seed), flip=True, rot90=True)
+        x0, y0, x1, y1 = moved[0].astype(int)
+        assert turned[y0:y1, x0:x1].min() == 255 and (turned == 255).sum() == 300 == (x1 - x0) * (y1 - y0)
+        outcomes.add((x0, y0, x1, y1))
+    assert len(outcomes) == 8
+    same, unmoved = turn(window, box, np.random.default_rng(0), flip=False, rot90=False)
+    assert same is window and unmoved is box
+
+
+def test_photometric_changes_colours_only_as_asked():
+    window = np.full((64, 64), 200, np.uint8)
+    assert photometric(window, np.random.default_rng(0), 0.0) is window
+    changed = photometric(window, np.random.default_rng(0), 0.5)
+    assert changed.dtype == np.uint8 and changed.shape == window.shape and (changed != window).any()
+
+
+def test_gray_becomes_three_channels_and_batches_stack():
+    gray, colour = np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    assert as_tensor(gray).shape == as_tensor(colour).shape == (3, 64, 64)
+    images, targets, seeds = collate(
+        [(as_tensor(gray), {"labels": 1}, 5), (as_tensor(colour), {"labels": 2}, 6)]
+    )
+    assert images.shape == (2, 3, 64, 64) and len(targets) == 2 and seeds == [5, 6]
+
+
+def test_windows_and_overlap_fit_the_symbols(split):
+    assert large_side(split.sheets) == 40
+    assert fit_window(split.sheets) == 704
+    assert fit_overlap(split.sheets, 256) == 56
+    choices = {"arch": "resnet18", "norm": "sync", "head": "mlp", "fpn_channels": 64, "overlap": None}
+    spec = plan_detector(split, {}, window=256, detections=None, score_threshold=0.01, **choices)
+    assert (spec.window, spec.overlap, spec.color_mode) == (256, 56, "gray")
+    assert spec.categories == ((5, "relay"), (6, "lamp"))
+    assert 0.9 < spec.mean[0] < 1.0 and spec.mean[0] == spec.mean[2]
+    given = plan_detector(
+        split, {"color_mode": "rgb", "mean": [0.5] * 3, "std": [0.1] * 3},
+        window=256, detections=7, score_threshold=0.01, **choices,
+    )  # fmt: skip
+    assert (given.color_mode, given.mean, given.detections) == ("rgb", (0.5,) * 3, 7)
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    step = [Phase(0, 0.1, "step", step_size=10, gamma=0.1, stop=100)]
+    assert [lr_at(s, step, 4) for s in (0, 2, 4, 9, 10, 25)] == pytest.approx(
+        [1e-4, 0.05005, 0.1, 0.1, 0.01, 1e-3]
+    )
+    cosine = [Phase(0, 0.1, "cosine", 10, 0.1, stop=100)]
+    assert [lr_at(s, cosine, 0) for s in (0, 50, 100)] == pytest.approx([0.1, 0.05, 0.0])
+
+
+def test_a_resumed_run_takes_a_new_constant_rate_and_goes_back_to_steps():
+    first = Phase(0, 0.005, "step", step_size=8, gamma=0.1, stop=20)
+    phases = continue_phases([], first, 0)
+    assert continue_phases(phases, Phase(0, 0.005, "step", 8, 0.1, stop=40), 20) == phases, (
+        "longer, else the same"
+    )
+    constant = continue_phases(phases, Phase(0, 0.002, "constant", 8, 0.1, stop=60), 40)
+    back = continue_phases(constant, Phase(0, 0.002, "step", 8, 0.1, stop=70), 60)
+    rates = [lr_at(step, back, 0) for step in (0, 8, 39, 40, 59, 60, 67, 68)]
+    assert rates == pytest.approx([5e-3, 5e-4, 5e-7, 2e-3, 2e-3, 2e-3, 2e-3, 2e-4])
+    assert continue_phases(back, Phase(0, 0.002, "step", 8, 0.1, stop=70), 65) == back

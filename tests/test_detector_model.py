@@ -1,0 +1,272 @@
+"""The detector: the backbone loads whole or not at all, every norm is synced or grouped, nothing resizes."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+from cluster.checkpoint import export_backbone, sign_final
+from cluster.config import UserError
+from detection.anchors import STRIDES, TORCHVISION, best_iou, fit_anchors, recall_table
+from detection.model import Detector, SeededSampler, Spec
+from detection.pretrained import load_backbone, read_pretrained
+
+
+def spec_of(arch="resnet18", norm="sync", head="mlp", **changes):
+    values = {
+        "arch": arch,
+        "norm": norm,
+        "head": head,
+        "fpn_channels": 16,
+        "categories": ((3, "relay"), (7, "lamp")),
+        "color_mode": "gray",
+        "mean": (0.9, 0.9, 0.9),
+        "std": (0.2, 0.2, 0.2),
+        "window": 128,
+        "overlap": 32,
+        "anchors": fit_anchors(np.array([[10.0, 10, 40, 40], [20, 20, 60, 40]])),
+        "rois": 16,
+        "proposals": 32,
+        "detections": 20,
+        "score_threshold": 0.01,
+    }
+    return Spec(**{**values, **changes})
+
+
+def windows(count=2, side=128):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 255, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def targets(*boxes_per_window):
+    made = []
+    for boxes in boxes_per_window:
+        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        made.append({"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64)})
+    return made
+
+
+TWO = targets([[10, 10, 40, 40]], [])
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    torch.manual_seed(1)
+    return timm.create_model("resnet18", num_classes=0).state_dict()
+
+
+def test_a_resnet50_backbone_matches_318_tensors():
+    backbone = timm.create_model("resnet50", num_classes=0).state_dict()
+    detector = Detector(spec_of("resnet50"))
+    assert load_backbone(detector, backbone, "file") == "backbone: 318 of 318 tensors matched"
+    loaded = detector.backbone.body.state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in backbone.items())
+
+
+def test_a_torchvision_file_loads_without_its_classifier(tmp_path):
+    published = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(published, tmp_path / "resnet18.pth")
+    tensors, meta = read_pretrained(str(tmp_path / "resnet18.pth"))
+    assert meta["mean"] == [0.485, 0.456, 0.406]
+    detector = Detector(spec_of())
+    audit = load_backbone(detector, tensors, "resnet18.pth")
+    assert audit == "backbone: 120 of 120 tensors matched; 2 tensors of its classifier ignored"
+    assert torch.equal(detector.backbone.body.conv1.weight, published["conv1.weight"])
+
+
+def test_under_group_norm_the_weights_load_and_running_statistics_are_counted(resnet18):
+    detector = Detector(spec_of(norm="group"))
+    audit = load_backbone(detector, resnet18, "file")
+    assert audit.startswith("backbone: 60 of 60 tensors matched; 60 running statistics set aside")
+    assert torch.equal(detector.backbone.body.layer1[0].bn1.weight, resnet18["layer1.0.bn1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {f"module.{k}": v for k, v in t.items()}, "0 of 120 tensors matched"),
+        (lambda t: {k: v for k, v in t.items() if k != "conv1.weight"}, "conv1.weight is missing"),
+        (lambda t: {**t, "conv1.weight": torch.zeros(64, 1, 7, 7)}, "conv1.weight has another shape"),
+        (lambda t: {**t, "layer9.weight": torch.zeros(1)}, "layer9.weight has no place"),
+        (lambda t: timm.create_model("resnet10t", num_classes=0).state_dict(), "of 120 tensors matched"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_refused_and_nothing_loaded(resnet18, change, said):
+    detector = Detector(spec_of())
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+    with pytest.raises(UserError, match=said):
+        load_backbone(detector, change(resnet18), "file.safetensors")
+    assert all(torch.equal(before[key], tensor) for key, tensor in detector.state_dict().items())
+
+
+def test_files_that_are_no_backbone_are_refused_unexecuted(tmp_path, resnet18):
+    def refused(content, said):
+        file = tmp_path / "file.pth"
+        torch.save(content, file)
+        with pytest.raises(UserError, match=said):
+            read_pretrained(str(file))
+
+    marker = tmp_path / "was-here"
+
+    class Writes:
+        def __reduce__(self):
+            return open, (str(marker), "w")
+
+    refused({"conv1.weight": Writes()}, "nothing in it was run")
+    assert not marker.exists()
+    refused({"state_dict": resnet18}, "bare keys")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(UserError, match="not a file of plain tensors"):
+        read_pretrained(str(tmp_path / "cut.pth"))
+    with pytest.raises(UserError, match="no such file"):
+        read_pretrained(str(tmp_path / "absent.pth"))
+
+
+def test_a_backbone_of_an_unfinished_or_changed_run_is_refused(tmp_path, resnet18):
+    file = tmp_path / "backbone.safetensors"
+    export_backbone(file, resnet18, {"arch": "resnet18"})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has not finished"):
+        read_pretrained(str(file))
+    sign_final(tmp_path, 10, [file.name])
+    tensors, meta = read_pretrained(str(file))
+    assert (len(tensors), meta["arch"]) == (len(resnet18), "resnet18")
+    export_backbone(file, {**resnet18, "conv1.weight": torch.zeros(1)}, {"arch": "resnet18"})
+    with pytest.raises(UserError, match="changed since"):
+        read_pretrained(str(file))
+
+
+@pytest.mark.parametrize("head", ["mlp", "conv"])
+@pytest.mark.parametrize(("norm", "kind", "other"), [
+    ("sync", nn.BatchNorm2d, nn.GroupNorm), ("group", nn.GroupNorm, nn.BatchNorm2d),
+])  # fmt: skip
+def test_every_norm_layer_is_of_the_chosen_kind(norm, kind, other, head):
+    detector = Detector(spec_of(norm=norm, head=head))
+    places = {
+        name.split(".")[0] + "." + name.split(".")[1]
+        for name, module in detector.named_modules()
+        if isinstance(module, kind)
+    }
+    expected = {"backbone.body", "backbone.fpn"} | ({"roi_heads.box_head"} if head == "conv" else set())
+    assert places == expected
+    assert not any(isinstance(module, other) for module in detector.modules())
+
+
+def test_frozen_stages_keep_weights_and_running_statistics():
+    torch.manual_seed(0)
+    detector = Detector(spec_of())
+    detector.backbone.freeze(2)
+    detector.train()
+    before = {k: v.clone() for k, v in detector.backbone.body.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in detector.parameters() if p.requires_grad], lr=0.1)
+    sum(detector(windows(), TWO, [1, 2]).values()).backward()
+    optimizer.step()
+    moved = {
+        k.split(".")[0]
+        for k, v in detector.backbone.body.state_dict().items()
+        if not torch.equal(v, before[k])
+    }
+    assert moved == {"layer3", "layer4"}
+    with pytest.raises(UserError, match="--freeze-stages 5"):
+        detector.backbone.freeze(5)
+
+
+def test_other_pyramids_work_and_the_rest_is_refused():
+    detector = Detector(spec_of("convnext_atto")).eval()
+    with torch.no_grad():
+        assert [m.shape[-1] for m in detector.backbone(torch.zeros(1, 3, 128, 128)).values()] == [
+            32,
+            16,
+            8,
+            4,
+            2,
+        ]
+    with pytest.raises(UserError, match="no pyramid"):
+        Detector(spec_of("vit_tiny_patch16_224"))
+    with pytest.raises(UserError, match="--arch resnet19"):
+        Detector(spec_of("resnet19"))
+
+
+def test_windows_are_normalised_and_never_resized():
+    detector = Detector(spec_of())
+    batch, _ = detector.transform(windows())
+    expected = (windows().float() / 255 - 0.9) / 0.2
+    assert torch.equal(batch.tensors, expected)
+    with pytest.raises(ValueError, match="multiples of 64"):
+        detector.transform(windows(side=100))
+
+
+def test_losses_and_boxes_are_float32_under_bf16():
+    detector = Detector(spec_of())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector(windows(), TWO, [1, 2])
+        found = detector.eval()(windows())
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert {f["boxes"].dtype for f in found} == {torch.float32}
+    boxes = torch.cat([f["boxes"] for f in found])
+    inside = boxes[(boxes > 0) & (boxes < 128)]
+    assert len(inside) and (inside != inside.bfloat16().float()).any()
+
+
+def test_sheets_without_symbols_train():
+    losses = Detector(spec_of())(windows(), targets([], []), [1, 2])
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_the_draws_of_a_window_depend_on_its_seed_alone():
+    def losses(global_seed, seeds):
+        torch.manual_seed(5)
+        detector = Detector(spec_of(norm="group"))
+        torch.manual_seed(global_seed)
+        return {k: v.item() for k, v in detector(windows(), TWO, seeds).items()}
+
+    assert losses(1, [3, 4]) == losses(2, [3, 4])
+    assert losses(1, [3, 4]) != losses(1, [3, 5])
+    with pytest.raises(ValueError, match="one seed per window"):
+        losses(1, [3])
+
+    labels = [torch.tensor([1, 0, -1] * 40), torch.tensor([0, 0, 1] * 40)]
+    sampler = SeededSampler(32, 0.25, salt=9)
+    sampler.seeds = [7, 8]
+    together = sampler(labels)
+    sampler.seeds = [8]
+    alone = sampler(labels[1:])
+    assert torch.equal(together[0][1], alone[0][0]) and torch.equal(together[1][1], alone[1][0])
+    for positive, negative, matched in zip(*together, labels, strict=True):
+        assert (int(positive.sum()), int(negative.sum())) == (8, 24)
+        assert (matched[positive.bool()] == 1).all() and (matched[negative.bool()] == 0).all()
+
+
+def test_fitted_anchors_reach_the_boxes():
+    rng = np.random.default_rng(0)
+    corner, side = rng.uniform(0, 900, (300, 2)), rng.uniform(20, 60, (300, 2))
+    boxes = np.hstack([corner, corner + side])
+    fitted = fit_anchors(boxes)
+    assert (best_iou(TORCHVISION, boxes) >= 0.7).mean() < 0.5
+    assert (best_iou(fitted, boxes) >= 0.7).mean() > 0.8
+    assert (best_iou(fitted, boxes) >= 0.5).mean() == 1.0
+    assert "fitted" in recall_table(fitted, boxes) and "100.0 %" in recall_table(fitted, boxes)
+
+
+def test_best_iou_is_that_of_the_anchors_torchvision_lays_out():
+    rng = np.random.default_rng(1)
+    corner = rng.uniform(0, 400, (40, 2))
+    boxes = np.hstack([corner, corner + rng.uniform(12, 100, (40, 2))])
+    anchors = fit_anchors(boxes)
+    generator = AnchorGenerator(anchors.sizes, (anchors.ratios,) * 5)
+    maps = [torch.zeros(1, 1, 512 // stride, 512 // stride) for stride in STRIDES]
+    laid = generator(ImageList(torch.zeros(1, 3, 512, 512), [(512, 512)]), maps)[0]
+    exact = torchvision.ops.box_iou(torch.from_numpy(boxes), laid.double()).max(1).values.numpy()
+    # torchvision rounds the corners of an anchor to whole pixels.
+    assert np.abs(best_iou(anchors, boxes) - exact).max() < 0.06
+
+
+def test_a_spec_survives_a_file(tmp_path):
+    import json
+
+    spec = spec_of()
+    assert Spec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
