@@ -70,7 +70,8 @@ class Drawing:
         patch, x, y = self.canvas.sketch(placed(SHAPES[name].strokes, at, unit, quarter, mirror))
         rows, columns = np.flatnonzero(patch.max(axis=1) > 127), np.flatnonzero(patch.max(axis=0) > 127)
         box = np.array([x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1]) / FINER
-        if any((box[:2] < o[2:] + 4).all() and (o[:2] < box[2:] + 4).all() for o in self.boxes):
+        others = np.array(self.boxes).reshape(-1, 4)
+        if ((box[:2] < others[:, 2:] + 4) & (others[:, :2] < box[2:] + 4)).all(axis=1).any():
             return False
         self.canvas.stamp(patch, x, y)
         if SHAPES[name].leads:

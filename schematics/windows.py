@@ -6,8 +6,6 @@ however large the sheet. Paper is the most frequent colour, so dark CAD screens 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +15,6 @@ Colour = int | tuple[int, int, int]
 
 INK_TOLERANCE = 40  # gray levels; JPEG ringing and scan noise stay below, thin anti-aliased lines above
 PAPER_SAMPLE = 1 << 12  # pixels looked at to find the paper, evenly spread: plenty for what is most frequent
-
-
-@dataclass(frozen=True)
-class Window:
-    """A square of `side` pixels on sheet number `sheet`, its upper left corner at (x, y)."""
-
-    sheet: int
-    x: int
-    y: int
-    side: int
 
 
 def paper_color(image: Image) -> Colour:
