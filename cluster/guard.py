@@ -6,26 +6,16 @@ so the ranks need not ask each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 SKIPS = 3  # in a row: back to the last verified checkpoint
 ROLLBACKS = 2  # the second time, the run ends in place of going back
 
 
-class Rollback(Exception):
-    """Step `step` was the last of too many bad ones in a row; `batch` is what its caller called its data."""
-
-    def __init__(self, step: int, batch: Any = None) -> None:
-        super().__init__(f"step {step}: not finite")
-        self.step = step
-        self.batch = batch
-
-
 @dataclass
 class Guard:
-    """Counters of a run; Run keeps them in its checkpoints.
+    """Counters of a run, to be kept in its checkpoints: Guard(**checkpoint["guard"]).
 
     offset: step s takes the data of position s + offset, so that data which led to a rollback is passed over.
     """
@@ -35,32 +25,20 @@ class Guard:
     offset: int = 0
 
     def judge(self, finite: bool) -> str:
-        """'ok': take the step. 'skip': leave the weights alone. 'rollback' or 'stop': see Run.roll_back."""
+        """'ok': take the step. 'skip': leave the weights alone. 'rollback', 'stop': see below."""
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped < SKIPS:
             return "ok" if finite else "skip"
-        return "stop" if self.exhausted else "rollback"
-
-    @property
-    def exhausted(self) -> bool:
-        """No further going back."""
-        return self.rollbacks + 1 >= ROLLBACKS
-
-    def allows(self, step: int, finite: bool, batch: Any = None) -> bool:
-        """Whether to take step `step`. Raises Rollback after SKIPS bad ones in a row."""
-        verdict = self.judge(finite)
-        if verdict in ("rollback", "stop"):
-            raise Rollback(step, batch)
-        return verdict == "ok"
+        return "rollback" if self.rollbacks + 1 < ROLLBACKS else "stop"
 
     def roll_back(self, step: int, to_step: int) -> None:
-        """The bad step was `step`: go on at `to_step`, with the data after that of the bad step."""
+        """The bad step was `step`: the run goes on at `to_step`, with the data after that of the bad step."""
         self.offset += step + 1 - to_step
         self.rollbacks += 1
         self.skipped = 0
 
     def last_words(self, step: int, files: Sequence[str], checkpoint: str) -> str:
-        """The one line that ends the run."""
+        """The one line that ends the run, where the verdict is 'stop'."""
         shown = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
         after = f", and already went back {self.rollbacks} time" if self.rollbacks else ""
         return (
@@ -71,8 +49,3 @@ class Guard:
 
     def state(self) -> dict[str, int]:
         return asdict(self)
-
-    def load(self, state: Mapping[str, int]) -> None:
-        """Take over the counters of a checkpoint."""
-        for name in asdict(self):
-            setattr(self, name, int(state.get(name, 0)))

@@ -135,8 +135,8 @@ class Heartbeat:
         looking.start()
         looking.join(2 * self.interval + BEAT)
         print(
-            f"error: rank {self.rank} on {socket.gethostname()}: no end of step {self.step} for {waited:.0f} s"
-            f": {'; '.join(blame)}; this rank is at {_where_main_thread_is()}",
+            f"error: rank {self.rank} on {socket.gethostname()}: no end of step {self.step} for {waited:.0f}"
+            f" s: {'; '.join(blame)}; this rank is at {_where_main_thread_is()}",
             file=sys.stderr,
             flush=True,
         )
@@ -156,5 +156,5 @@ def _on(text: str) -> str:
 
 def _where_main_thread_is() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    calls = traceback.extract_stack(frame)[-4:] if frame else []
+    calls = traceback.extract_stack(frame)[-6:] if frame else []
     return " < ".join(f"{Path(c.filename).name}:{c.lineno} {c.name}" for c in reversed(calls))

@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,12 +28,9 @@ from cluster import atomic, checkpoint, distributed
 from cluster.atomic import UserError
 from cluster.checkpoint import State
 from cluster.distributed import World
-from cluster.guard import Guard, Rollback
 from cluster.heartbeat import Heartbeat
 from cluster.owner import Owner
 from cluster.signals import GO_ON, REQUEUE, STOP, Signals
-
-__all__ = ["Guard", "Rollback", "Run"]
 
 AGAIN = 75  # EX_TEMPFAIL: the same command goes on from here
 FAILED = STOP + 1  # rank 0 can't go on: the disk is full, another run has taken over
@@ -46,8 +43,6 @@ class Run:
     checkpoint_every: seconds between periodic checkpoints. keep: how many of them to keep. step_timeout:
     seconds without a step boundary after which a rank ends itself. block_for: seconds to wait for Slurm's
     kill after the save for a signal. Raises UserError when another run owns exp_dir.
-
-    guard: judges gradients; its counters travel in the checkpoints.
     """
 
     def __init__(
@@ -64,7 +59,6 @@ class Run:
         self.world = world
         self.checkpoint_every = checkpoint_every
         self.block_for = block_for
-        self.guard = Guard()
         self.folder = exp_dir / "checkpoints"
         self.owner: Owner | None = None  # on rank 0
         distributed.on_main(self._claim)
@@ -103,43 +97,57 @@ class Run:
         return distributed.on_main(look)
 
     def resume(self) -> State | None:
-        """Content of the newest checkpoint that verifies, the same on every rank; None to start anew.
+        """Content of the newest checkpoint that verifies, the same on every rank; None where there is none.
 
-        Every later one that was passed over is told, with the reason. Includes "step", the steps done.
+        Every later one that was passed over is told, with the reason. Includes "step", the steps done. May be
+        called again, to go back.
         """
-        state = self._read_newest()
-        if state is not None:
-            self.guard.load(state.get("guard", {}))
+        state: State = {}
+
+        def find() -> Path | None:
+            self.writer.wait()
+            path, content, rejected = checkpoint.load_newest(self.folder)
+            state.update(content)
+            for reason in rejected:
+                print(f"passed over: {reason}", flush=True)
+            if path:
+                print(f"going on from {path}", flush=True)
+            return path
+
+        with self.patience(SAVING):
+            path = distributed.on_main(find)
+            trouble = ""
+            if path and not self.world.main:
+                try:
+                    state.update(checkpoint.read(path))
+                except UserError as error:
+                    trouble = (
+                        f"rank {self.world.rank}: {error}; do all nodes share the file system of --exp-dir?"
+                    )
+            (failed,) = distributed.agree(bool(trouble))
+        if failed:
+            raise UserError(trouble) if trouble else SystemExit(0)
+        if not path:
+            return None
+        self._saved_step = state["step"]
         return state
 
-    def roll_back(self, step: int, files: Sequence[str] = ()) -> State:
-        """After a Rollback at `step`: content of the last verified checkpoint, to go on from.
-
-        The data up to the bad step is passed over: see Guard.offset. Raises UserError, with `files` as the
-        batch to name, at the second rollback of a run or without a checkpoint.
-        """
-        state = self._read_newest()
-        if self.guard.exhausted or state is None:
-            path = checkpoint.step_path(self.folder, state["step"]) if state else ""
-            words = self.guard.last_words(step, files, str(path))
-            raise UserError(words) if self.world.main else SystemExit(0)
-        self.guard.roll_back(step, state["step"])
-        return state
-
-    def after_step(self, step: int, state: Callable[[], State], save: bool = False) -> None:
+    def after_step(
+        self, step: int, state: Callable[[], State], save: bool = False, hold: bool = False
+    ) -> None:
         """At the boundary before step `step`, when `step` steps are done: agree, then save or stop if due.
 
         state: what to save; called when needed and on rank 0 only, so without collectives in it.
-        save: save now whatever the clock says (the end of an epoch); the same on every rank.
-        After a signal it does not return but raises SystemExit. While the guard is skipping steps nothing is
-        saved on its account, lest the state to go back to be the bad one.
+        save: save now whatever the clock says (the end of an epoch). hold: do not save by the clock, as while
+        steps are skipped: the state to go back to would be the bad one. Both are the same on every rank.
+        After a signal it does not return but raises SystemExit.
         """
         self.heart.arrived(step)
         level: int = self.signals.level
         if self.owner and (self.writer.failed or not self.owner.held):
             level = FAILED
-        late = time.monotonic() >= self._next_save and not self.writer.busy and not self.guard.skipped
-        level, due = self._agree(step, level, save or (self.world.main and late))
+        late = self.world.main and time.monotonic() >= self._next_save and not self.writer.busy
+        level, due = self._agree(step, level, save or (late and not hold))
         self.heart.left()
         if level == FAILED:
             self._fail()
@@ -152,7 +160,7 @@ class Run:
         """Save on rank 0, unless this step is saved; `wait`, on all ranks, until it is on disk."""
         if self.world.main and step != self._saved_step:
             with self.patience(SAVING):  # the one before may still be on its way to the disk
-                self.writer.save(step, {"guard": self.guard.state(), **state()})
+                self.writer.save(step, state())
             self._next_save = time.monotonic() + self.checkpoint_every
         self._saved_step = step
         if wait:
@@ -190,37 +198,6 @@ class Run:
                 os.fsync(file.fileno())
         if self.owner:
             self.owner.check()
-
-    def _read_newest(self) -> State | None:
-        state: State = {}
-
-        def find() -> Path | None:
-            self.writer.wait()
-            path, content, rejected = checkpoint.load_newest(self.folder)
-            state.update(content)
-            for reason in rejected:
-                print(f"passed over: {reason}", flush=True)
-            if path:
-                print(f"going on from {path}", flush=True)
-            return path
-
-        with self.patience(SAVING):
-            path = distributed.on_main(find)
-            trouble = ""
-            if path and not self.world.main:
-                try:
-                    state.update(checkpoint.read(path))
-                except UserError as error:
-                    trouble = (
-                        f"rank {self.world.rank}: {error}; do all nodes share the file system of --exp-dir?"
-                    )
-            (failed,) = distributed.agree(bool(trouble))
-        if failed:
-            raise UserError(trouble) if trouble else SystemExit(0)
-        if not path:
-            return None
-        self._saved_step = state["step"]
-        return state
 
     def _agree(self, step: int, *flags: int) -> tuple[int, ...]:
         try:

@@ -13,8 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from cluster import checkpoint, config, distributed
+from cluster.atomic import UserError
+from cluster.guard import Guard
 from cluster.journal import Journal
-from cluster.lifecycle import Rollback, Run
+from cluster.lifecycle import Run
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def main(toy: Toy) -> None:
 
     def state() -> checkpoint.State:
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        return content | {"ballast": torch.zeros(toy.ballast)}
+        return content | {"guard": guard.state(), "ballast": torch.zeros(toy.ballast)}
 
     def load(content: checkpoint.State) -> int:
         model.load_state_dict(content["model"])
@@ -85,13 +87,18 @@ def main(toy: Toy) -> None:
             _limit_files(toy.file_limit)
         content = run.resume()
         start = load(content) if content else 0
+        guard = Guard(**content["guard"]) if content else Guard()
         journal = Journal(toy.exp_dir, world, toy.steps, start, every=1)
-        while start < toy.steps:
-            try:
-                start = train(toy, wrapped, optimizer, run, journal, start, state)
-            except Rollback as bad:
-                start = load(run.roll_back(bad.step, [f"position {bad.batch}"]))
-                journal.rewind(start)
+        while bad := train(toy, wrapped, optimizer, run, guard, journal, start, state):
+            verdict, step = bad
+            content = run.resume() or {}
+            if verdict == "stop":
+                last = checkpoint.step_path(run.folder, content["step"])
+                words = guard.last_words(step, [f"position {step + guard.offset}"], str(last))
+                raise UserError(words) if world.main else SystemExit(0)
+            start = load(content)
+            guard.roll_back(step, start)
+            journal.rewind(start)
         digest = hashlib.sha256(model.weight.detach().numpy().tobytes()).hexdigest()
         journal.close()
         if world.main:
@@ -100,8 +107,9 @@ def main(toy: Toy) -> None:
     distributed.stop()
 
 
-def train(toy, model, optimizer, run: Run, journal: Journal, start: int, state) -> int:
-    data = Line(start + run.guard.offset, toy.steps + run.guard.offset, toy.poison)
+def train(toy, model, optimizer, run, guard, journal, start, state) -> tuple[str, int] | None:
+    """Until the end, or (verdict, step) where the guard no longer skips."""
+    data = Line(start + guard.offset, toy.steps + guard.offset, toy.poison)
     for step, x in enumerate(_batches(data, toy.workers), start):
         time.sleep(toy.nap)
         if step == toy.crash_at:
@@ -115,11 +123,14 @@ def train(toy, model, optimizer, run: Run, journal: Journal, start: int, state) 
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if run.guard.allows(step, bool(torch.isfinite(norm)), step + run.guard.offset):
+        verdict = guard.judge(bool(torch.isfinite(norm)))
+        if verdict == "ok":
             optimizer.step()
-        journal.log(step, loss=loss.item(), position=step + run.guard.offset)
-        run.after_step(step + 1, state)
-    return toy.steps
+        elif verdict != "skip":
+            return verdict, step
+        journal.log(step, loss=loss.item(), position=step + guard.offset)
+        run.after_step(step + 1, state, hold=guard.skipped > 0)
+    return None
 
 
 def _batches(data: Line, workers: int) -> Iterator[Tensor]:
