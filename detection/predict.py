@@ -51,8 +51,12 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     state = checkpoint.read(Path(path))
     if not {"model", "spec"} <= set(state):
         raise UserError(f"{path}: not a detector; give the model.pt of `python -m detection.finetune`")
-    detector = Detector(Spec.from_dict(state["spec"]))
-    detector.load_state_dict(state["model"])
+    try:
+        detector = Detector(Spec.from_dict(state["spec"]))
+        detector.load_state_dict(state["model"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: its weights do not fit what it says of itself ({reason})") from None
     return detector.to(device).eval()
 
 
@@ -90,23 +94,24 @@ def merge(
     """Indices of the detections that stay, best first.
 
     boxes [N, 4] in sheet pixels, windows [N] the row of tiles [T, 4] each was seen in. A detection cut by an
-    edge inside the sheet gives way to one, of any class, that another window sees whole and that holds most
-    of it, unless that one is much less certain. Then NMS within each class, by IoU: a symbol nested in
-    another of its class stays.
+    edge inside the sheet gives way to one, of any class, that holds most of it and that another window sees
+    whole or more of, unless that one is much less certain. Then NMS within each class, by IoU: a symbol
+    nested in another of its class stays.
     """
     seen_in = tiles[windows]
     inner = seen_in != np.array([0, 0, width, height])
     is_cut = (inner & (np.abs(boxes - seen_in) <= EDGE)).any(1)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     stays = area > 0
-    whole = np.flatnonzero(~is_cut & stays)
+    others = np.flatnonzero(area > 0)
     for chunk in np.array_split(np.flatnonzero(is_cut & stays), max(1, is_cut.sum() // 64)):
-        low = np.maximum(boxes[chunk, None, :2], boxes[None, whole, :2])
-        high = np.minimum(boxes[chunk, None, 2:], boxes[None, whole, 2:])
-        held = (high - low).clip(0).prod(2) >= 0.7 * area[chunk, None]  # [cut, whole]
-        certain = scores[None, whole] >= 0.5 * scores[chunk, None]
-        elsewhere = windows[None, whole] != windows[chunk, None]
-        stays[chunk] = ~(held & certain & elsewhere).any(1)
+        low = np.maximum(boxes[chunk, None, :2], boxes[None, others, :2])
+        high = np.minimum(boxes[chunk, None, 2:], boxes[None, others, 2:])
+        held = (high - low).clip(0).prod(2) >= 0.7 * area[chunk, None]  # [cut, others]
+        sees_more = ~is_cut[None, others] | (area[None, others] > area[chunk, None])
+        certain = scores[None, others] >= 0.5 * scores[chunk, None]
+        elsewhere = windows[None, others] != windows[chunk, None]
+        stays[chunk] = ~(held & sees_more & certain & elsewhere).any(1)
 
     kept = []
     for label in np.unique(labels[stays]):

@@ -1,0 +1,148 @@
+"""Detections of windows become detections of the sheet: cut ones give way, nested ones stay."""
+
+import numpy as np
+import pytest
+import torch
+
+from cluster import checkpoint
+from cluster.config import UserError
+from detection.anchors import fit_anchors
+from detection.draw import annotate, side_by_side
+from detection.model import Detector, Spec
+from detection.predict import Detections, detect, load_detector, merge, to_results
+from schematics.windows import tile_sheet
+
+WIDTH, HEIGHT = 180, 100
+TILES = tile_sheet(WIDTH, HEIGHT, side=100, overlap=20)  # x 0..100 and 80..180
+
+
+def merged(*rows):
+    """rows: (box, score, label, window) -> indices that stay, sorted."""
+    boxes, scores, labels, windows = (np.array(column) for column in zip(*rows, strict=True))
+    return sorted(merge(boxes.astype(float), scores, labels, windows, TILES, WIDTH, HEIGHT).tolist())
+
+
+def test_a_detection_cut_by_an_inner_edge_gives_way_to_the_whole_one():
+    cut, whole = ([84, 40, 100, 60], 0.9, 1, 0), ([84, 40, 120, 60], 0.8, 1, 1)
+    assert merged(cut, whole) == [1]
+    assert merged(cut) == [0], "nobody sees it whole"
+    assert merged(cut, ([84, 40, 120, 60], 0.8, 2, 1)) == [1], "half a symbol may look like another class"
+    assert merged(cut, ([84, 40, 120, 60], 0.1, 1, 1)) == [0, 1], "the other is hardly sure"
+
+
+def test_the_edge_of_the_sheet_cuts_nothing():
+    assert merged(([0, 40, 30, 60], 0.9, 1, 0), ([0, 35, 60, 90], 0.9, 1, 0)) == [0, 1]
+    at_edge, beside = ([150, 40, 180, 60], 0.9, 1, 1), ([140, 38, 180, 64], 0.9, 2, 1)
+    assert merged(at_edge, beside) == [0, 1]
+
+
+def test_nested_symbols_of_one_class_both_stay_and_doubles_go():
+    outer, inner = ([10, 10, 70, 70], 0.9, 1, 0), ([20, 20, 40, 40], 0.8, 1, 0)
+    assert merged(outer, inner) == [0, 1]
+    assert merged(outer, ([11, 10, 70, 71], 0.7, 1, 0)) == [0]
+    assert merged(outer, ([11, 10, 70, 71], 0.7, 2, 0)) == [0, 1], "another class"
+
+
+def test_a_symbol_seen_whole_by_both_windows_is_found_once():
+    assert merged(([85, 40, 95, 60], 0.7, 1, 0), ([85, 40, 95, 61], 0.8, 1, 1)) == [1]
+
+
+def test_of_two_windows_that_both_cut_a_symbol_the_one_that_sees_more_is_right():
+    halves = ([60, 40, 100, 60], 0.9, 1, 0), ([80, 40, 110, 60], 0.8, 1, 1)
+    assert merged(*halves) == [0, 1], "neither sees most of it"
+    assert merged(([84, 40, 100, 60], 0.9, 1, 0), ([81, 40, 120, 60], 0.8, 1, 1)) == [1]
+
+
+def test_merging_thousands_needs_little_memory():
+    import tracemalloc
+
+    rng = np.random.default_rng(0)
+    tiles = tile_sheet(10_000, 7_000, 1024, 128)
+    windows = rng.integers(0, len(tiles), 20_000)
+    corner = tiles[windows, :2] + rng.integers(0, 980, (20_000, 2))
+    boxes = np.hstack([corner, corner + 44]).astype(float)
+    tracemalloc.start()
+    kept = merge(boxes, rng.random(20_000), rng.integers(1, 30, 20_000), windows, tiles, 10_000, 7_000)
+    assert len(kept) > 10_000
+    assert tracemalloc.get_traced_memory()[1] < 500e6
+    tracemalloc.stop()
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    spec = Spec(
+        arch="resnet10t", norm="group", head="mlp", fpn_channels=16, categories=((4, "relay"), (9, "lamp")),
+        color_mode="gray", mean=(0.9,) * 3, std=(0.2,) * 3, window=128, overlap=32,
+        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])), rois=16, proposals=64, detections=20,
+        score_threshold=0.0,
+    )  # fmt: skip
+    return Detector(spec).eval()
+
+
+def sheet(height, width):
+    return np.random.default_rng(0).integers(0, 255, (height, width), dtype=np.uint8)
+
+
+def test_detections_lie_on_the_sheet_best_first_and_do_not_depend_on_the_batch(detector):
+    image = sheet(150, 290)
+    found = detect(detector, image, batch_size=1)
+    assert len(found) > 20
+    assert (found.boxes >= 0).all() and (found.boxes <= [290, 150, 290, 150]).all()
+    assert (found.boxes[:, 2:] > found.boxes[:, :2]).all() and found.boxes.dtype == np.float64
+    assert (np.diff(found.scores) <= 0).all() and set(found.labels) <= {1, 2}
+    together = detect(detector, image, batch_size=8)
+    assert np.abs(found.boxes - together.boxes).max() < 1e-2
+    assert len(found.above(found.scores[5])) == 6
+
+
+def test_gray_and_colour_sheets_and_small_ones(detector):
+    small = sheet(40, 50)
+    gray, colour = detect(detector, small), detect(detector, np.stack([small] * 3, 2))
+    assert np.array_equal(gray.boxes, colour.boxes)
+    assert (gray.boxes <= [50, 40, 50, 40]).all()
+
+
+def test_results_carry_the_ids_of_the_data_set():
+    found = {7: Detections(np.array([[1.5, 2, 11, 22]]), np.array([0.5]), np.array([2]))}
+    row = {"image_id": 7, "category_id": 9, "bbox": [1.5, 2, 9.5, 20], "score": 0.5}
+    assert to_results(found, [4, 9]) == [row]
+
+
+def test_a_model_file_gives_the_same_detector_back(detector, tmp_path):
+    state = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "step": 3}
+    checkpoint.write_file(tmp_path / "model.pt", state)
+    again = load_detector(tmp_path / "model.pt")
+    one, other = detect(detector, sheet(150, 290)), detect(again, sheet(150, 290))
+    assert again.spec == detector.spec and np.array_equal(one.boxes, other.boxes)
+
+
+def test_what_is_no_model_file_is_refused(detector, tmp_path):
+    file = tmp_path / "model.pt"
+    checkpoint.write_file(file, {"encoder": torch.zeros(1)})
+    with pytest.raises(UserError, match="not a detector"):
+        load_detector(file)
+    checkpoint.write_file(file, {"spec": detector.spec.to_dict(), "model": detector.state_dict()})
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load_detector(file)
+    other = {**detector.spec.to_dict(), "fpn_channels": 32}
+    checkpoint.write_file(file, {"spec": other, "model": detector.state_dict()})
+    with pytest.raises(UserError, match="do not fit"):
+        load_detector(file)
+
+
+def test_pictures_show_every_box_in_its_place():
+    image = np.full((200, 400), 255, np.uint8)
+    boxes, labels = np.array([[100.0, 50, 140, 90], [300, 100, 340, 150]]), np.array([1, 2])
+    picture = annotate(image, boxes, labels, ["relay", "lamp"], np.array([0.9, 0.8]), title="Found")
+    assert picture.shape[1] == 1000 and picture.shape[2] == 3
+    body = picture[-500:].astype(int)
+    coloured = (body.max(2) - body.min(2)) > 60
+    for x0, y0, x1, y1 in (boxes * 2.5).astype(int):
+        assert (
+            coloured[y0 : y0 + 2, x0:x1].mean() > 0.9 and coloured[y0:y1, x1 - 1 : x1 + 1].any(1).mean() > 0.9
+        )
+    assert not coloured[200:240, 500:600].any()
+    both = side_by_side(picture, annotate(image, boxes[:0], labels[:0], ["relay", "lamp"]))
+    assert both.shape[1] == 2 * 1000 + 12
