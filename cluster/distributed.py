@@ -75,7 +75,8 @@ def start(
         timeout=limit,
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    _flags = dist.new_group(backend="gloo", timeout=limit) if backend == "nccl" else dist.group.WORLD
+    # Rank 0 may work for hours in on_main while the others wait; who hangs is the watchdog's to find.
+    _flags = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return world
 
 
