@@ -131,7 +131,7 @@ def optimize(
     def boundary(done: int) -> None:
         epoch, rest = divmod(done, schedule.per_epoch)
         save = rest == 0 and config.checkpoint_epochs > 0 and epoch % config.checkpoint_epochs == 0
-        run.after_step(done, training.state, save=save)
+        run.after_step(done, training.state, save=save, hold=guard.skipped > 0)
         draw = rest == 0 and config.embed_every > 0 and epoch % config.embed_every == 0
         if world.main and (draw or done == schedule.total):
             with run.patience(1800):

@@ -139,9 +139,10 @@ def test_a_step_that_is_not_finite_is_skipped_without_a_trace(config):
 def test_three_in_a_row_go_back_and_pass_that_data_over(config, capfd):
     config = dataclasses.replace(config, checkpoint_every=0)
     lines, _ = run(config, loss=at(2, lambda value: value * torch.nan, last=4))
-    assert "step 4: not finite three times in a row" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "step 4: not finite three times in a row" in out and "back to step 2" in out
     assert [line["step"] for line in lines] == list(range(STEPS))
-    assert [np.isfinite(float(line["loss"])) for line in lines] == [True, True, False, False, True, True]
+    assert all(np.isfinite(float(line["loss"])) for line in lines)
 
 
 def test_a_loss_that_stays_not_finite_ends_the_run_naming_step_files_and_checkpoint(config):
