@@ -1,0 +1,158 @@
+"""Everything the report says about a detector beyond the COCO figures, from truth and detections alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from detection.counts import Counts, count, count_figures, share
+from detection.curves import Curves, Operating, best_thresholds, curves, operating
+from detection.errors import Kinds, confusion_matrix, delta_ap50, kinds_of
+from detection.matching import Matches, match
+from detection.resampling import Interval, average_precision, interval, resample
+
+FEWEST_SHEETS = 5  # with the class on them, for an interval of its own
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """I sheets, K classes, D detections, G boxes; classes in the order of `matches.category_ids`."""
+
+    matches: Matches
+    thresholds: np.ndarray  # float64 [K]
+    thresholds_given: bool  # False: chosen on the very sheets they are judged on
+    # "AP", "AP50", "AP75" at matches.limit, "F1" pooled over classes, and those of `count_figures`.
+    intervals: dict[str, Interval]
+    class_ap50: list[Interval]  # [K]
+    resamples: int
+    seed: int
+    curves: Curves
+    operating: Operating
+    kinds: Kinds  # of detections above their thresholds
+    delta_ap50: dict[str, float]  # by kind of error
+    confusion: np.ndarray  # int64 [K + 1, K + 1]
+    counts: Counts
+
+    @property
+    def sheet_f1(self) -> np.ndarray:
+        """float64 [I]: F1 of each sheet at the thresholds; NaN for an empty sheet left empty."""
+        right, made, boxes = _by_sheet(self.matches, self.matches.above(self.thresholds))
+        return np.divide(2.0 * right, made + boxes, out=np.full(len(boxes), np.nan), where=made + boxes > 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; None for what is not a number."""
+        ids = self.matches.category_ids.tolist()
+        classes = [
+            {
+                "id": number,
+                "name": self.matches.names[k],
+                "boxes": self.operating.boxes[k],
+                "threshold": self.thresholds[k],
+                "AP50": asdict(self.class_ap50[k]),
+                "precision": self.operating.precision[k],
+                "recall": self.operating.recall[k],
+                "F1": self.operating.f1[k],
+            }
+            for k, number in enumerate(ids)
+        ]
+        return _plain(
+            {
+                "max_detections": self.matches.limit,
+                "thresholds_given": self.thresholds_given,
+                "resamples": self.resamples,
+                "seed": self.seed,
+                "intervals": {name: asdict(value) for name, value in self.intervals.items()},
+                "errors": {"delta_ap50": self.delta_ap50, "counts": self.kinds.counts()},
+                "classes": classes,
+                "confusion": self.confusion.tolist(),
+            }
+        )
+
+
+def analyse(
+    ground_truth: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    *,
+    limit: int | None = None,
+    thresholds: Mapping[int, float] | None = None,
+    resamples: int = 500,
+    seed: int = 0,
+) -> Analysis:
+    """Analyse COCO results against a COCO ground truth.
+
+    limit: detections of a class on a sheet that count, `Figures.max_detections`; None fits it the same way.
+    thresholds: score by category id from which a detection counts; for those not named, and for None, the
+    one that maximises F1 here.
+    Raises DataError as `coco_metrics.evaluate` does.
+    """
+    matches = match(ground_truth, detections, limit)
+    best = best_thresholds(matches)
+    given = thresholds or {}
+    chosen = np.array([given.get(int(n), best[k]) for k, n in enumerate(matches.category_ids)], np.float64)
+    kept = matches.above(chosen)
+    weights = resample(len(matches.image_ids), resamples, seed)
+    draws, exact = average_precision(matches, weights), average_precision(matches)
+    right, made, boxes = _by_sheet(matches, kept)
+    counts = count(matches, kept)
+    return Analysis(
+        matches=matches,
+        thresholds=chosen,
+        thresholds_given=bool(given),
+        intervals={
+            **{name: interval(draws[name], exact[name][0]) for name in ("AP", "AP50", "AP75")},
+            "F1": share(2 * right, made + boxes, weights),
+            **count_figures(counts, weights),
+        },
+        class_ap50=_class_intervals(matches, draws["AP50_class"], exact["AP50_class"][0]),
+        resamples=resamples,
+        seed=seed,
+        curves=curves(matches),
+        operating=operating(matches, kept),
+        kinds=kinds_of(matches, kept),
+        delta_ap50=delta_ap50(matches),
+        confusion=confusion_matrix(matches, kept),
+        counts=counts,
+    )
+
+
+def fit_thresholds(
+    ground_truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]
+) -> dict[int, float]:
+    """Scores by category id from which a detection should count: those of the highest F1 on these sheets.
+
+    Fit them on valid, keep them with the detector, judge them on test. See `curves.best_thresholds`.
+    """
+    matches = match(ground_truth, detections)
+    return dict(zip(matches.category_ids.tolist(), best_thresholds(matches).tolist(), strict=True))
+
+
+def _class_intervals(matches: Matches, draws: np.ndarray, values: np.ndarray) -> list[Interval]:
+    """Intervals of AP50 by class. One sheet drawn again and again says nothing, and few say little: NaN."""
+    sheets = (matches.positives > 0).sum(0)
+    draws = np.where(sheets < FEWEST_SHEETS, np.nan, draws)
+    return [interval(draws[:, k], value) for k, value in enumerate(values.tolist())]
+
+
+def _by_sheet(matches: Matches, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right detections, all detections and boxes of each sheet, int64 [I]."""
+    sheets, counted = len(matches.image_ids), kept & ~matches.ignored[0]
+    right = counted & (matches.match[0] >= 0)
+    return (
+        np.bincount(matches.found.sheet[right], minlength=sheets),
+        np.bincount(matches.found.sheet[counted], minlength=sheets),
+        matches.positives.sum(1),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """numpy numbers as Python's, NaN as None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and np.isnan(value) else value

@@ -1,0 +1,71 @@
+"""The bill of materials: how many symbols of each class a sheet has, counted and true."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from detection.matching import Matches
+from detection.resampling import Interval, interval, ratio
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers by sheet and class, int64 [I, K]; crowds and what lies in them are left out.
+
+    A (sheet, class) pair counts where the class is on the sheet or was thought to be: the many pairs that
+    are 0 on both sides would make any detector look right.
+    """
+
+    truth: np.ndarray
+    found: np.ndarray
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """bool [I, K]"""
+        return (self.truth > 0) | (self.found > 0)
+
+    @property
+    def exact(self) -> np.ndarray:
+        """bool [I, K], of the pairs that count"""
+        return self.pairs & (self.truth == self.found)
+
+    @property
+    def error(self) -> np.ndarray:
+        """int64 [I, K], symbols too many or too few"""
+        return abs(self.found - self.truth)
+
+
+def count(matches: Matches, kept: np.ndarray) -> Counts:
+    """Counts of the detections bool kept [D], see `Matches.above`, beside the truth."""
+    found = np.zeros_like(matches.positives)
+    counted = kept & ~matches.ignored[0]
+    np.add.at(found, (matches.found.sheet[counted], matches.found.label[counted]), 1)
+    return Counts(matches.positives, found)
+
+
+def count_figures(counts: Counts, weights: np.ndarray) -> dict[str, Interval]:
+    """With intervals from the weights [B, I] of `resample`:
+
+    exact_pairs: share of (sheet, class) pairs with the right number
+    exact_sheets: share of sheets with the right number of every class
+    count_error: mean absolute error of a pair, in symbols
+    total_error: absolute errors over the number of boxes
+    """
+    pairs = counts.pairs.sum(1)
+    sheets = np.ones(len(pairs))
+    quantities = {
+        "exact_pairs": (counts.exact.sum(1), pairs),
+        "exact_sheets": ((counts.error == 0).all(1), sheets),
+        "count_error": (counts.error.sum(1), pairs),
+        "total_error": (counts.error.sum(1), counts.truth.sum(1)),
+    }
+    return {name: share(above, below, weights) for name, (above, below) in quantities.items()}
+
+
+def share(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -> Interval:
+    """The ratio of two quantities [I] summed over sheets, with its interval."""
+    once = np.ones((1, len(numerator)), np.int64)
+    draws = ratio(numerator.astype(float), denominator.astype(float), weights)
+    return interval(draws, float(ratio(numerator, denominator, once)[0]))

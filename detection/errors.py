@@ -1,0 +1,181 @@
+"""What kind each error is and what it costs, by TIDE (Bolya et al. 2020, arXiv 2008.08115); the confusions.
+
+A wrong detection is, by its overlap with truth, the first of these that holds (as in the authors' program):
+
+  localisation  IoU 0.1 to 0.5 with its own class
+  class         IoU 0.5 or more with another class
+  duplicate     IoU 0.5 or more with its own class, whose box a better detection has found
+  background    IoU under 0.1 with everything
+  both          the rest: badly placed on another class
+
+A box nobody found is missed, unless a detection with an error of class or localisation lies on it: then it
+carries that error's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools import mask
+
+from detection.matching import Matches
+
+KINDS = ("found", "class", "localisation", "both", "duplicate", "background", "missed")
+FOUND, CLASS, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(7)
+LEFT_OUT = -1  # below its threshold, or in a crowd
+
+RIGHT_IOU = 0.5
+BACKGROUND_IOU = 0.1
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Kind of each detection and truth: an index into KINDS, or LEFT_OUT."""
+
+    found: np.ndarray  # int64 [D]
+    truth: np.ndarray  # int64 [G]
+    cause: np.ndarray  # int64 [D], the truth that a detection lies on or best overlaps, -1 for none
+
+    def counts(self) -> dict[str, int]:
+        """How often each error occurs; "found" counts the right detections."""
+        of_found = np.bincount(self.found[self.found >= 0], minlength=len(KINDS))
+        table = dict(zip(KINDS, of_found.tolist(), strict=True))
+        return {**table, "missed": int((self.truth == MISSED).sum())}
+
+
+def kinds_of(matches: Matches, kept: np.ndarray | None = None) -> Kinds:
+    """Sort detections and truth into kinds, at IoU 0.5.
+
+    kept: bool [D], see `Matches.above`; detections outside it count as not made. Of a class the best scores
+    must be kept first, or what was matched does not stay so.
+    """
+    truth, found = matches.truth, matches.found
+    taken, ignored = matches.match[0], matches.ignored[0]
+    kept = np.ones(len(found.score), bool) if kept is None else kept
+    right = kept & (taken >= 0) & ~ignored
+    of_found = np.where(right, FOUND, LEFT_OUT)
+    cause = np.where(right, taken, -1)
+    for sheet, wrong in _by_sheet(found.sheet, kept & ~ignored & (taken < 0)):
+        there = np.flatnonzero((truth.sheet == sheet) & ~truth.crowd)
+        if not len(there):
+            of_found[wrong] = BACKGROUND
+            continue
+        iou = mask.iou(found.xywh[wrong], truth.xywh[there], [0] * len(there))  # [wrong, there]
+        own = np.where(truth.label[there] == found.label[wrong, None], iou, -1.0)
+        other = np.where(truth.label[there] == found.label[wrong, None], -1.0, iou)
+        best_own, best_other = own.max(1), other.max(1)
+        conditions = [
+            (best_own >= BACKGROUND_IOU) & (best_own < RIGHT_IOU),
+            best_other >= RIGHT_IOU,
+            best_own >= RIGHT_IOU,
+            iou.max(1) < BACKGROUND_IOU,
+        ]
+        of_found[wrong] = np.select(conditions, [LOCALISATION, CLASS, DUPLICATE, BACKGROUND], BOTH)
+        place = np.select(conditions, [own.argmax(1), other.argmax(1), own.argmax(1), -1], iou.argmax(1))
+        cause[wrong] = np.where(place >= 0, there[place], -1)
+
+    of_truth = np.where(truth.crowd, LEFT_OUT, MISSED)
+    for kind in (LOCALISATION, CLASS):
+        of_truth[cause[of_found == kind]] = kind
+    of_truth[taken[right]] = FOUND
+    return Kinds(of_found, of_truth, cause)
+
+
+def _by_sheet(sheet: np.ndarray, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(sheet, its wanted rows in ascending order), sheets ascending."""
+    rows = np.flatnonzero(wanted)
+    rows = rows[np.argsort(sheet[rows], kind="stable")]
+    values, starts = np.unique(sheet[rows], return_index=True)
+    return list(zip(values.tolist(), np.split(rows, starts[1:]), strict=False))
+
+
+def delta_ap50(matches: Matches) -> dict[str, float]:
+    """What AP50 would gain if all errors of one kind were mended and nothing else (paper, section 2.3).
+
+    Mended: class and localisation make of the best such detection of a free box a right one and drop the
+    rest; both, duplicate and background are dropped; missed boxes are no longer asked for. All detections
+    count, not only those above a threshold, as AP does. Kinds in the order of KINDS.
+    """
+    kinds = kinds_of(matches)
+    score, label = matches.found.score, matches.found.label
+    right, counted = kinds.found == FOUND, kinds.found != LEFT_OUT
+    boxes = matches.positives.sum(0)
+    before = _ap50(score[counted], label[counted], right[counted], boxes, matches.recalls)
+    gains = {}
+    for kind in (CLASS, LOCALISATION, BOTH, DUPLICATE, BACKGROUND):
+        wrong = kinds.found == kind
+        mended = np.empty(0, np.int64)
+        if kind in (CLASS, LOCALISATION):
+            mended = _best_of_each(np.flatnonzero(wrong), kinds, score)
+        now_right, now_counted, now_label = right.copy(), counted & ~wrong, label.copy()
+        now_right[mended] = now_counted[mended] = True
+        now_label[mended] = matches.truth.label[kinds.cause[mended]]
+        arrays = (score[now_counted], now_label[now_counted], now_right[now_counted])
+        gains[KINDS[kind]] = _ap50(*arrays, boxes, matches.recalls) - before
+    unseen = np.bincount(matches.truth.label[kinds.truth == MISSED], minlength=len(boxes))
+    asked = (score[counted], label[counted], right[counted], boxes - unseen, matches.recalls)
+    gains[KINDS[MISSED]] = _ap50(*asked) - before
+    return {kind: gains[kind] for kind in KINDS[1:]}
+
+
+def _best_of_each(rows: np.ndarray, kinds: Kinds, score: np.ndarray) -> np.ndarray:
+    """Of the detections `rows` the highest scoring for each truth that nothing has found."""
+    rows = rows[kinds.truth[kinds.cause[rows]] != FOUND]
+    rows = rows[np.argsort(-score[rows], kind="stable")]
+    return rows[np.unique(kinds.cause[rows], return_index=True)[1]]
+
+
+def _ap50(
+    score: np.ndarray, label: np.ndarray, right: np.ndarray, boxes: np.ndarray, recalls: np.ndarray
+) -> float:
+    """Mean over the classes with boxes [K] of the precision at 101 recalls, as COCO averages it; else NaN."""
+    figures = []
+    for k in np.flatnonzero(boxes).tolist():
+        rows = np.flatnonzero(label == k)
+        true = right[rows[np.argsort(-score[rows], kind="stable")]].cumsum()
+        precision = np.append(true / np.arange(1, len(true) + 1), 0.0)
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        figures.append(envelope[np.searchsorted(true / boxes[k], recalls)].mean())
+    return float(np.mean(figures)) if figures else np.nan
+
+
+def confusion_matrix(matches: Matches, kept: np.ndarray) -> np.ndarray:
+    """int64 [K + 1, K + 1]: rows are true classes, columns predicted ones, the last of each is background.
+
+    Detections that found a box of their class at IoU 0.5 (bool kept [D]) are the diagonal. What is left on
+    both sides is paired whatever the class, closest first, down to IoU 0.5; the rest pairs with background.
+    """
+    truth, found = matches.truth, matches.found
+    background = len(matches.category_ids)
+    matrix = np.zeros((background + 1, background + 1), np.int64)
+    taken, ignored = matches.match[0], matches.ignored[0]
+    right = kept & (taken >= 0) & ~ignored
+    np.add.at(matrix, (truth.label[taken[right]], found.label[right]), 1)
+    free = ~truth.crowd
+    free[taken[right]] = False
+    stray = kept & ~ignored & (taken < 0)
+    for sheet, rows in _by_sheet(found.sheet, stray):
+        there = np.flatnonzero(free & (truth.sheet == sheet))
+        if not len(there):
+            continue
+        iou = mask.iou(found.xywh[rows], truth.xywh[there], [0] * len(there))
+        for place in np.argsort(-iou, axis=None, kind="stable").tolist():
+            d, g = divmod(place, len(there))
+            if iou[d, g] < RIGHT_IOU:
+                break
+            if stray[rows[d]] and free[there[g]]:
+                matrix[truth.label[there[g]], found.label[rows[d]]] += 1
+                stray[rows[d]] = free[there[g]] = False
+    np.add.at(matrix, (np.full(stray.sum(), background), found.label[stray]), 1)
+    np.add.at(matrix, (truth.label[free], np.full(free.sum(), background)), 1)
+    return matrix
+
+
+def confusions(matrix: np.ndarray, most: int = 10) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, times) of the most frequent mistakings of one class for another."""
+    classes = matrix[:-1, :-1].copy()
+    np.fill_diagonal(classes, 0)
+    order = np.argsort(-classes, axis=None, kind="stable")[:most]
+    pairs = [(*divmod(int(place), len(classes)), int(classes.flat[place])) for place in order]
+    return [pair for pair in pairs if pair[2]]

@@ -1,0 +1,444 @@
+"""Intervals, kinds of errors, confusions, curves, thresholds and counts: each against cases worked by hand,
+brute force or pycocotools."""
+
+import contextlib
+import io
+import itertools
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detection.analysis import analyse, fit_thresholds
+from detection.coco_metrics import evaluate
+from detection.counts import count, count_figures
+from detection.curves import best_thresholds, curves, operating
+from detection.errors import KINDS, confusion_matrix, confusions, delta_ap50, kinds_of
+from detection.matching import match
+from detection.resampling import average_precision, interval, precision_at_recall, ratio, resample
+from schematics.sheets import DataError
+
+CLASSES = (3, 7, 41)
+
+
+def truth_of(*sheets):
+    """A ground truth from lists of (class, x, y, width, height), one list a sheet; ids are 10, 20, ..."""
+    truth: dict[str, list] = {
+        "images": [{"id": 10 * (n + 1), "width": 800, "height": 800} for n in range(len(sheets))],
+        "categories": [{"id": number, "name": f"class {number}"} for number in CLASSES],
+        "annotations": [],
+    }
+    for n, boxes in enumerate(sheets):
+        for number, *bbox in boxes:
+            truth["annotations"].append({"image_id": 10 * (n + 1), "category_id": number, "bbox": bbox})
+    return truth
+
+
+def found(sheet, number, score, *bbox):
+    return {"image_id": sheet, "category_id": number, "bbox": list(bbox), "score": score}
+
+
+def jittered(seed, sheets=8, crowd=False, ties=False, most=14):
+    """Random truth, and detections that are moved truth, wrong classes, doubles and noise."""
+    rng = np.random.default_rng(seed)
+    truth, detections = truth_of(*[[] for _ in range(sheets)]), []
+
+    def add(sheet, number, box):
+        score = float(rng.random())
+        detections.append(found(sheet, int(number), round(score, 1) if ties else score, *map(float, box)))
+
+    for image in truth["images"][1:]:
+        for _ in range(int(rng.integers(0, most))):
+            number, box = int(rng.choice(CLASSES[:2])), [*rng.uniform(0, 600, 2), *rng.uniform(10, 120, 2)]
+            row = {"image_id": image["id"], "category_id": number, "bbox": [float(v) for v in box]}
+            truth["annotations"].append({**row, "iscrowd": int(crowd and rng.random() < 0.2)})
+            for _ in range(int(rng.integers(0, 3))):
+                said = rng.choice(CLASSES) if rng.random() < 0.2 else number
+                add(image["id"], said, np.array(box) + rng.normal(0, 4, 4) * (rng.random() < 0.9))
+        add(image["id"], rng.choice(CLASSES), [*rng.uniform(0, 600, 2), 50, 50])
+    return truth, detections
+
+
+def pycocotools_precision(truth, detections, limit):
+    """eval["precision"] [T, R, K] of all areas, from the library called directly."""
+    annotations = [
+        {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], **row, "id": n}
+        for n, row in enumerate(truth["annotations"], start=1)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = {"info": {}, **truth, "annotations": annotations}
+        gt.createIndex()
+        rows = sorted(detections, key=lambda d: (-d["score"], d["image_id"], d["category_id"], d["bbox"]))
+        evaluator = COCOeval(gt, gt.loadRes(rows), "bbox")
+        evaluator.params.maxDets = [limit]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return evaluator.eval["precision"][:, :, :, 0, 0]
+
+
+# Accumulation and the bootstrap
+
+
+@pytest.mark.parametrize(("crowd", "ties"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_sheet_once_is_pycocotools_to_the_last_bit(seed, crowd, ties):
+    truth, detections = jittered(seed, crowd=crowd, ties=ties)
+    matches = match(truth, detections)
+    ours = precision_at_recall(matches, np.ones((1, len(truth["images"])), np.int64))[0]
+    assert np.array_equal(ours, pycocotools_precision(truth, detections, matches.limit))
+    figures, exact = evaluate(truth, detections), average_precision(matches)
+    assert {name: exact[name][0] for name in ("AP", "AP50", "AP75")} == {
+        name: figures.fitted[name] for name in ("AP", "AP50", "AP75")
+    }
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+def test_a_resample_is_pycocotools_on_the_sheets_written_out(crowd):
+    truth, detections = jittered(5, crowd=crowd)
+    matches = match(truth, detections)
+    weights = resample(len(truth["images"]), 6, seed=1)
+    assert weights.max() > 1
+    for times, ours in zip(weights, precision_at_recall(matches, weights), strict=True):
+        again = {**truth, "images": [], "annotations": []}
+        made: list[dict] = []
+        for image, copies in zip(truth["images"], times, strict=True):
+            for copy in range(copies):
+                new = {"image_id": image["id"] * 100 + copy}
+                again["images"].append({**image, "id": new["image_id"]})
+                for source, target in ((truth["annotations"], again["annotations"]), (detections, made)):
+                    target += [{**row, **new} for row in source if row["image_id"] == image["id"]]
+        assert np.array_equal(ours, pycocotools_precision(again, made, matches.limit))
+
+
+def test_a_lower_limit_counts_the_best_detections_of_each_sheet():
+    truth = truth_of([(3, 20 * n, 0, 10, 10) for n in range(30)])
+    detections = [found(10, 3, 1 - n / 100, 20 * n, 0, 10, 10) for n in range(30)]
+    matches = match(truth, detections)
+    ours = precision_at_recall(matches, np.ones((1, 1), np.int64), limit=7)[0]
+    assert np.array_equal(ours, pycocotools_precision(truth, detections, 7))
+    assert (ours[0, :, 0] > 0).sum() == 24  # recalls 0 to 0.23 of 7 in 30
+
+
+def test_resamples_hold_as_many_sheets_and_follow_the_seed():
+    weights = resample(40, 300, seed=2)
+    assert weights.shape == (300, 40) and (weights.sum(1) == 40).all()
+    assert abs(weights.mean(0) - 1).max() < 0.3
+    assert np.array_equal(weights, resample(40, 300, seed=2))
+    assert not np.array_equal(weights, resample(40, 300, seed=3))
+
+
+def test_the_interval_of_a_share_is_as_wide_as_the_binomial_says():
+    right = np.arange(200) % 4 == 0
+    draws = ratio(right.astype(float), np.ones(200), resample(200, 2000))
+    bounds = interval(draws, 0.25)
+    half = 1.96 * np.sqrt(0.25 * 0.75 / 200)
+    assert bounds.value == 0.25
+    assert bounds.low == pytest.approx(0.25 - half, abs=0.1 * half)
+    assert bounds.high == pytest.approx(0.25 + half, abs=0.1 * half)
+
+
+def test_an_interval_leaves_out_draws_with_nothing_to_measure():
+    assert np.isnan(ratio(np.ones(2), np.zeros(2), np.ones((3, 2)))).all()
+    assert interval(np.array([np.nan, 0.5, 0.5]), 0.5) == interval(np.array([0.5, 0.5]), 0.5)
+    assert np.isnan(interval(np.full(3, np.nan), 0.1).low)
+
+
+def test_five_hundred_resamples_of_two_hundred_sheets_take_seconds():
+    matches = match(*jittered(0, sheets=200))
+    began = time.process_time()
+    average_precision(matches, resample(200, 500))
+    assert time.process_time() - began < 10  # 0.3 s on the machine this was written on
+
+
+# Kinds of errors
+
+SYMBOL = (100, 100, 40, 40)
+ASIDE = (125, 100, 40, 40)  # IoU 0.23 with SYMBOL
+CLOSE = (105, 100, 40, 40)  # IoU 0.78
+AWAY = (600, 600, 40, 40)
+
+
+@pytest.mark.parametrize(
+    ("made", "kind_of_detection", "kind_of_truth"),
+    [
+        (found(10, 3, 0.9, *CLOSE), "found", "found"),
+        (found(10, 7, 0.9, *CLOSE), "class", "class"),
+        (found(10, 3, 0.9, *ASIDE), "localisation", "localisation"),
+        (found(10, 7, 0.9, *ASIDE), "both", "missed"),
+        (found(10, 3, 0.9, *AWAY), "background", "missed"),
+    ],
+)
+def test_each_kind_of_error_is_told(made, kind_of_detection, kind_of_truth):
+    kinds = kinds_of(match(truth_of([(3, *SYMBOL)]), [made]))
+    assert [KINDS[kind] for kind in kinds.found] == [kind_of_detection]
+    assert [KINDS[kind] for kind in kinds.truth] == [kind_of_truth]
+    assert kinds.cause.tolist() == [-1 if kind_of_detection == "background" else 0]
+    counts = kinds.counts()
+    assert counts.pop(kind_of_detection) == 1
+    assert counts.pop("missed") == (kind_of_truth == "missed")
+    assert not any(counts.values())
+
+
+def test_the_second_best_on_a_found_symbol_is_a_duplicate():
+    made = [found(10, 3, 0.8, *CLOSE), found(10, 3, 0.9, *SYMBOL)]
+    kinds = kinds_of(match(truth_of([(3, *SYMBOL)]), made))
+    assert [KINDS[kind] for kind in kinds.found] == ["found", "duplicate"]
+    assert kinds.cause.tolist() == [0, 0]
+
+
+def test_detections_on_a_sheet_without_symbols_are_background():
+    kinds = kinds_of(match(truth_of([], [(3, *SYMBOL)]), [found(10, 3, 0.9, *SYMBOL)]))
+    assert [KINDS[kind] for kind in kinds.found] == ["background"]
+
+
+def test_crowds_and_what_lies_in_them_have_no_kind():
+    truth = truth_of([(3, 0, 0, 200, 200)])
+    truth["annotations"][0]["iscrowd"] = 1
+    kinds = kinds_of(match(truth, [found(10, 3, 0.9, 50, 50, 20, 20), found(10, 3, 0.8, *AWAY)]))
+    assert kinds.truth.tolist() == [-1]
+    assert kinds.found[0] == -1 and KINDS[kinds.found[1]] == "background"
+
+
+def test_only_detections_above_their_threshold_have_a_kind():
+    matches = match(
+        truth_of([(3, *SYMBOL), (7, 300, 300, 40, 40)]),
+        [found(10, 3, 0.3, *SYMBOL), found(10, 7, 0.3, 300, 300, 40, 40)],
+    )
+    kinds = kinds_of(matches, matches.above(np.array([0.5, 0.2, 0.5])))
+    assert kinds.found.tolist() == [-1, 0]
+    assert [KINDS[kind] for kind in kinds.truth] == ["missed", "found"]
+
+
+def test_mending_class_gives_back_what_the_wrong_names_cost():
+    """Four symbols of class 3, three found, one called 7; the only symbol of class 7 is found, below it."""
+    truth = truth_of([(3, 100 * n, 0, 40, 40) for n in range(4)] + [(7, *AWAY)])
+    made = [found(10, 3, 0.9, 100 * n, 0, 40, 40) for n in range(3)]
+    made += [found(10, 7, 0.8, 300, 0, 40, 40), found(10, 7, 0.7, *AWAY)]
+    before = (76 / 101 + 0.5) / 2  # class 3: recalls 0 to 0.75; class 7: precision 1/2
+    gains = delta_ap50(match(truth, made))
+    assert gains.pop("class") == pytest.approx(1 - before)
+    assert not any(gains.values())
+
+
+def test_mending_localisation_keeps_the_best_of_several():
+    truth = truth_of([(3, *SYMBOL), (3, *AWAY)])
+    made = [found(10, 3, 0.9, *ASIDE), found(10, 3, 0.8, 75, 100, 40, 40), found(10, 3, 0.7, *AWAY)]
+    gains = delta_ap50(match(truth, made))
+    assert gains.pop("localisation") == pytest.approx(1 - (51 / 101) / 3)
+    assert not any(gains.values())
+
+
+def test_mending_a_wrong_name_on_a_found_symbol_only_drops_it():
+    truth = truth_of([(3, *SYMBOL), (3, *AWAY), (7, 300, 300, 40, 40)])
+    made = [found(10, 3, 0.9, *SYMBOL), found(10, 7, 0.8, *CLOSE), found(10, 7, 0.7, 300, 300, 40, 40)]
+    assert delta_ap50(match(truth, made))["class"] == pytest.approx(0.25)  # of class 7, from 1/2 to 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("background", found(10, 3, 0.9, *AWAY)),
+        ("duplicate", found(10, 3, 0.6, *CLOSE)),
+        ("both", found(10, 3, 0.9, 325, 300, 40, 40)),
+    ],
+)
+def test_mending_a_stray_detection_drops_it(kind, extra):
+    """Found: 3 at 0.7 and at 0.5, and 7. A stray above one of them costs precision."""
+    truth = truth_of([(3, *SYMBOL), (3, 300, 100, 40, 40), (7, 300, 300, 40, 40)])
+    made = [found(10, 3, 0.7, *SYMBOL), found(10, 3, 0.5, 300, 100, 40, 40)]
+    made += [found(10, 7, 0.7, 300, 300, 40, 40)]
+    cost = (1 / 3) / 2 if extra["score"] > 0.7 else (1 / 3) * (50 / 101) / 2
+    gains = delta_ap50(match(truth, [*made, extra]))
+    assert gains.pop(kind) == pytest.approx(cost)
+    assert not any(gains.values())
+
+
+def test_mending_missed_no_longer_asks_for_them():
+    """Of class 3 half is missed; class 7 is missed whole and leaves the mean."""
+    truth = truth_of([(3, *SYMBOL), (3, *AWAY), (7, 300, 300, 40, 40)])
+    gains = delta_ap50(match(truth, [found(10, 3, 0.9, *SYMBOL)]))
+    assert gains.pop("missed") == pytest.approx(1 - (51 / 101) / 2)
+    assert not any(gains.values())
+
+
+def test_a_symbol_with_a_mendable_error_on_it_is_not_missed():
+    truth = truth_of([(3, *SYMBOL)])
+    for box, number in ((ASIDE, 3), (CLOSE, 7)):
+        assert delta_ap50(match(truth, [found(10, number, 0.1, *box)]))["missed"] == 0
+
+
+# Confusions
+
+
+def test_confusion_matrix_of_a_case_worked_by_hand():
+    truth = truth_of(
+        [(3, *SYMBOL), (3, 300, 100, 40, 40), (7, 500, 100, 40, 40), (41, 100, 500, 40, 40)], [(7, *SYMBOL)]
+    )
+    made = [
+        found(10, 3, 0.9, *CLOSE),  # right
+        found(10, 41, 0.8, 300, 100, 40, 40),  # a 3 called 41
+        found(10, 7, 0.7, *AWAY),  # nothing there
+        found(20, 7, 0.2, *SYMBOL),  # right, but below the threshold
+    ]
+    matches = match(truth, made)
+    matrix = confusion_matrix(matches, matches.above(np.full(3, 0.5)))
+    assert matrix.tolist() == [[1, 0, 1, 0], [0, 0, 0, 2], [0, 0, 0, 1], [0, 1, 0, 0]]
+    assert confusions(matrix) == [(0, 2, 1)]
+
+
+def test_overlapping_symbols_of_two_classes_are_not_confused():
+    """The diagonal is what AP counts as right, whichever box is a little closer."""
+    truth = truth_of([(3, *SYMBOL), (7, *CLOSE)])
+    matches = match(truth, [found(10, 3, 0.9, *CLOSE), found(10, 7, 0.8, *SYMBOL)])
+    matrix = confusion_matrix(matches, matches.above(np.zeros(3)))
+    assert matrix.sum() == 2 and matrix[0, 0] == matrix[1, 1] == 1
+
+
+def test_leftovers_pair_closest_first():
+    truth = truth_of([(3, *SYMBOL), (3, 110, 100, 40, 40)])
+    matches = match(truth, [found(10, 7, 0.9, *CLOSE), found(10, 41, 0.8, 109, 100, 40, 40)])
+    matrix = confusion_matrix(matches, matches.above(np.zeros(3)))
+    assert matrix[0].tolist() == [0, 1, 1, 0] and matrix.sum() == 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_confusion_rows_are_the_boxes_and_columns_the_detections(seed):
+    matches = match(*jittered(seed, crowd=True))
+    kept = matches.above(np.full(3, 0.3))
+    matrix, at = confusion_matrix(matches, kept), operating(matches, kept)
+    assert matrix[:-1].sum(1).tolist() == at.boxes.tolist()
+    assert matrix[:, :-1].sum(0).tolist() == at.found.tolist()
+    assert np.diag(matrix)[:-1].tolist() == at.right.tolist()
+
+
+# Curves and thresholds
+
+
+def test_the_mean_of_a_precision_curve_is_ap50():
+    truth, detections = jittered(1)
+    lines = curves(match(truth, detections))
+    for row, ours in zip(evaluate(truth, detections).classes, lines.precision, strict=True):
+        if row.boxes:
+            assert ours.mean() == pytest.approx(row.ap50, abs=1e-12)
+        else:
+            assert np.isnan(ours).all()
+
+
+def test_the_f1_curve_is_the_f1_at_each_threshold():
+    matches = match(*jittered(2, crowd=True))
+    lines = curves(matches)
+    for n in (0, 17, 50, 99, 100):
+        at = operating(matches, matches.above(np.full(3, lines.thresholds[n])))
+        assert lines.f1[:2, n].tolist() == at.f1[:2].tolist()
+    assert np.isnan(lines.f1[2]).all()
+
+
+@pytest.mark.parametrize(("seed", "ties"), [*itertools.product(range(4), (False, True))])
+def test_no_other_threshold_has_a_higher_f1(seed, ties):
+    truth, detections = jittered(seed, ties=ties)
+    matches = match(truth, detections)
+    best = best_thresholds(matches)
+    ours = operating(matches, matches.above(best)).f1
+    for score in {*matches.found.score.tolist(), 0.0, 1.1}:
+        others = operating(matches, matches.above(np.full(3, score))).f1
+        assert (others[:2] <= ours[:2]).all()
+    random.Random(seed).shuffle(detections)
+    assert best_thresholds(match(truth, detections)).tolist() == best.tolist()
+
+
+def test_a_threshold_lies_between_the_last_counted_and_the_next():
+    truth = truth_of([(3, *SYMBOL), (7, *AWAY)])
+    made = [found(10, 3, 0.8, *SYMBOL), found(10, 3, 0.4, *AWAY), found(10, 7, 0.7, *AWAY)]
+    thresholds = best_thresholds(match(truth, made))
+    assert thresholds[:2] == pytest.approx([0.6, 0.7])  # of class 7 nothing comes after
+
+
+def test_a_class_without_boxes_or_finds_takes_the_threshold_of_all_pooled():
+    truth = truth_of([(3, *SYMBOL), (41, 0, 0, 40, 40)])
+    made = [found(10, 3, 0.8, *SYMBOL), found(10, 7, 0.4, *AWAY), found(10, 41, 0.3, *AWAY)]
+    assert best_thresholds(match(truth, made)) == pytest.approx([0.8, 0.6, 0.6])
+    assert best_thresholds(match(truth, [])).tolist() == [0.5, 0.5, 0.5]
+
+
+# Counts
+
+
+def test_counts_of_three_sheets_worked_by_hand():
+    truth = truth_of([(3, *SYMBOL), (3, *AWAY), (7, 300, 300, 40, 40)], [(3, *SYMBOL)], [])
+    made = [found(10, 3, 0.9, *SYMBOL), found(10, 3, 0.9, *ASIDE)]  # both 3s, one badly; no 7
+    made += [found(20, 3, 0.9, *SYMBOL), found(20, 41, 0.9, *AWAY), found(20, 3, 0.1, *AWAY)]
+    matches = match(truth, made)
+    counts = count(matches, matches.above(np.full(3, 0.5)))
+    assert counts.truth.tolist() == [[2, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert counts.found.tolist() == [[2, 0, 0], [1, 0, 1], [0, 0, 0]]
+    figures = count_figures(counts, resample(3, 1000))
+    assert figures["exact_pairs"].value == 2 / 4
+    assert figures["exact_sheets"].value == 1 / 3
+    assert figures["count_error"].value == 2 / 4
+    assert figures["total_error"].value == 2 / 4
+    assert figures["exact_sheets"].low == 0 and figures["exact_sheets"].high == 1
+
+
+# All together
+
+
+def test_an_analysis_agrees_with_the_figures_and_goes_into_json():
+    truth, detections = jittered(4)
+    analysis, figures = analyse(truth, detections, resamples=50), evaluate(truth, detections)
+    table = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))
+    for name in ("AP", "AP50", "AP75"):
+        bounds = table["intervals"][name]
+        assert bounds["value"] == figures.fitted[name]
+        assert bounds["low"] <= bounds["value"] <= bounds["high"]
+    assert table["max_detections"] == figures.max_detections
+    assert [row["boxes"] for row in table["classes"]] == [row.boxes for row in figures.classes]
+    assert table["classes"][2]["AP50"]["value"] is None
+    kinds, matrix = table["errors"]["counts"], np.array(table["confusion"])
+    assert kinds["found"] == np.diag(matrix)[:-1].sum()
+    f1 = 2 * kinds["found"] / (matrix[:-1].sum() + matrix[:, :-1].sum())
+    assert table["intervals"]["F1"]["value"] == pytest.approx(f1)
+
+
+def test_an_analysis_does_not_depend_on_the_order_of_detections():
+    truth, detections = jittered(6, ties=True)
+    first = analyse(truth, detections, resamples=20).to_dict()
+    random.Random(0).shuffle(detections)
+    assert analyse(truth, detections, resamples=20).to_dict() == first
+
+
+def test_thresholds_that_came_with_the_detector_are_used():
+    truth, detections = jittered(7)
+    analysis = analyse(truth, detections, thresholds={3: 0.25, 7: 0.75, 41: 0.5}, resamples=5)
+    assert analysis.thresholds.tolist() == [0.25, 0.75, 0.5] and analysis.thresholds_given
+    assert not analyse(truth, detections, resamples=5).thresholds_given
+
+
+def test_thresholds_fitted_on_one_split_are_those_an_analysis_of_it_chooses():
+    truth, detections = jittered(7)
+    fitted = fit_thresholds(truth, detections)
+    assert list(fitted) == list(CLASSES)
+    assert analyse(truth, detections, resamples=5).thresholds.tolist() == list(fitted.values())
+
+
+def test_a_class_on_few_sheets_has_no_interval():
+    analysis = analyse(truth_of([(3, *SYMBOL)], *[[(7, *AWAY)]] * 5), [], resamples=20)
+    assert np.isnan(analysis.class_ap50[0].low)
+    assert analysis.class_ap50[1].low == analysis.class_ap50[1].high == 0
+
+
+def test_nothing_found_is_analysed_too():
+    analysis = analyse(truth_of([(3, *SYMBOL)], []), [], resamples=10)
+    assert analysis.intervals["AP50"].value == 0
+    assert analysis.intervals["exact_sheets"].value == 0.5
+    assert analysis.kinds.counts()["missed"] == 1 and analysis.delta_ap50["background"] == 0
+    assert analysis.sheet_f1[0] == 0 and np.isnan(analysis.sheet_f1[1])
+
+
+def test_detections_of_another_split_are_refused():
+    with pytest.raises(DataError, match="image_id 99"):
+        analyse(truth_of([(3, *SYMBOL)]), [found(99, 3, 0.5, *SYMBOL)])
