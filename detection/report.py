@@ -1,0 +1,262 @@
+"""report.html: one file that shows how good a detector is and where it goes wrong. No network needed.
+
+Pictures are inside, boxes are drawn over them, and the page's policy lets nothing else be loaded or run.
+docs/report.md explains the figures.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from cluster.atomic import write_text
+from detection.analysis import Analysis
+from detection.coco_metrics import Figures
+from detection.errors import KINDS, confusions
+from detection.gallery import card, choose_sheets, miscounts
+from schematics.coco import Split
+
+TEMPLATE, STYLE, SCRIPT = (Path(__file__).with_name(f"report.{kind}") for kind in ("html.j2", "css", "js"))
+LISTED = 200  # sheets in the table of counts, the worst
+
+MEANING = {
+    "found": "Right class, in its place (IoU 0.5 or more).",
+    "class": "In its place, but called by another class.",
+    "localisation": "Right class, badly placed (IoU 0.1 to 0.5).",
+    "both": "Badly placed on a symbol of another class.",
+    "duplicate": "A second detection of a symbol already found.",
+    "background": "There is no symbol (IoU under 0.1 with all).",
+    "missed": "A symbol that no detection accounts for.",
+}
+
+
+def write_report(
+    path: Path,
+    split: Split,
+    figures: Figures,
+    analysis: Analysis,
+    *,
+    title: str,
+    settings: Mapping[str, object] = {},
+    most_sheets: int = 12,
+) -> Path:
+    """Write the page to `path`, whole or not at all, and return `path`.
+
+    figures, analysis: of the same detections on `split`, with the same limit.
+    settings: what a reader needs to get the same figures again; shown as given, in its order.
+    most_sheets: sheets in the gallery, half of them the worst by F1 and half the best.
+    Raises DataError for a sheet that can't be read, UserError where the file can't be written.
+    """
+    script = SCRIPT.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"f2": _decimals(2), "f3": _decimals(3), "percent": _percent, "short": _short}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    page = template.render(
+        title=title,
+        style=Markup(STYLE.read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_sha256=digest,
+        figures=figures,
+        analysis=analysis,
+        settings=settings,
+        kinds=KINDS,
+        meaning=MEANING,
+        headline=_headline(figures, analysis),
+        errors=_errors(analysis),
+        classes=_classes(figures, analysis),
+        absent=[row for row in figures.classes if not row.boxes],
+        charts=_charts(analysis),
+        confusion=_confusion(analysis),
+        counted=_counted_sheets(analysis, split),
+        cards=[card(split, analysis, *chosen) for chosen in choose_sheets(analysis, most_sheets)],
+    )
+    write_text(Path(path), page)
+    return Path(path)
+
+
+def _headline(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
+    """The figures in large print: name, interval, how it is written, what it says."""
+    limit = figures.max_detections
+    at_100 = dict(zip(("AP", "AP50", "AP75"), figures.coco, strict=False))
+    beside = {name: f"{value:.3f} at COCO's 100" if limit != 100 else "" for name, value in at_100.items()}
+    rows = [
+        ("AP50", "AP50", "Mean average precision at IoU 0.5.", beside["AP50"]),
+        ("AP", "AP", "The same over IoU 0.5 to 0.95, COCO's figure.", beside["AP"]),
+        ("AP75", "AP75", "The same at IoU 0.75: boxes must fit well.", beside["AP75"]),
+        ("F1", "F1", "Of all classes pooled, at the thresholds.", ""),
+        ("exact_pairs", "Counts right", "Classes on a sheet counted to the exact number.", ""),
+        ("exact_sheets", "Sheets right", "Sheets on which every class is counted right.", ""),
+    ]
+    return [
+        {
+            "name": name,
+            "interval": analysis.intervals[key],
+            "percent": key.startswith("exact"),
+            "says": says,
+            "note": note,
+        }
+        for key, name, says, note in rows
+    ]
+
+
+def _errors(analysis: Analysis) -> list[dict[str, Any]]:
+    counts, gains = analysis.kinds.counts(), analysis.delta_ap50
+    widest = max([0.0, *(gain for gain in gains.values() if gain > 0)]) or 1.0
+    total = sum(max(gain, 0.0) for gain in gains.values()) or 1.0
+    return [
+        {
+            "kind": KINDS.index(kind),
+            "name": kind,
+            "gain": gain,
+            "bar": 100 * max(gain, 0.0) / widest,
+            "part": 100 * max(gain, 0.0) / total,
+            "count": counts[kind],
+        }
+        for kind, gain in gains.items()
+    ]
+
+
+def _classes(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
+    """Classes with boxes, most boxes first."""
+    known = {row.category_id: row for row in figures.classes}
+    at, counts = analysis.operating, analysis.counts
+    rows = []
+    for k, number in enumerate(analysis.matches.category_ids.tolist()):
+        pairs = int(counts.pairs[:, k].sum())
+        rows.append(
+            {
+                "label": k,
+                "name": analysis.matches.names[k],
+                "boxes": int(at.boxes[k]),
+                "ap": known[number].ap,
+                "ap50": analysis.class_ap50[k],
+                "ap75": known[number].ap75,
+                "threshold": analysis.thresholds[k],
+                "precision": at.precision[k],
+                "recall": at.recall[k],
+                "f1": at.f1[k],
+                "counted": int(at.found[k]),
+                "exact": counts.exact[:, k].sum() / pairs if pairs else np.nan,
+                "off": counts.error[:, k].sum() / pairs if pairs else np.nan,
+            }
+        )
+    return sorted((row for row in rows if row["boxes"]), key=lambda row: -row["boxes"])
+
+
+# Both charts: 0 to 1 on either axis, in a box of 440 x 320 units.
+LEFT, TOP, WIDE, HIGH = 46, 14, 380, 260
+
+
+def _charts(analysis: Analysis) -> list[dict[str, Any]]:
+    """PR and F1: each line as points for a polyline and as whole percents for the tooltip."""
+    names, lines = analysis.matches.names, analysis.curves
+    thresholds, f1 = analysis.thresholds, analysis.operating.f1
+    shown = np.flatnonzero(~np.isnan(lines.precision[:, 0])).tolist()
+    charts = []
+    for key, heading, x_name, y_name, table in (
+        ("pr", "Precision over recall", "recall", "precision", lines.precision),
+        ("f1", "F1 over the score threshold", "threshold", "F1", lines.f1),
+    ):
+        each = [
+            {
+                "label": k,
+                "name": names[k],
+                "points": _points(table[k], key == "pr"),
+                "percents": _percents(table[k]),
+                "dot": _place(thresholds[k], f1[k]) if key == "f1" else None,
+            }
+            for k in shown
+        ]
+        mean = table[shown].mean(0) if shown else np.zeros(table.shape[1])
+        charts.append(
+            {
+                "key": key,
+                "heading": heading,
+                "x": x_name,
+                "y": y_name,
+                "lines": each,
+                "mean": {"points": _points(mean, key == "pr"), "percents": _percents(mean)},
+            }
+        )
+    return charts
+
+
+def _points(values: np.ndarray, ends_at_zero: bool) -> str:
+    """Values at 0, 0.01, ..., 1 as the points of a polyline.
+
+    ends_at_zero: the line stops where it reaches 0, which on a PR curve is a recall never reached.
+    """
+    last = len(values)
+    if ends_at_zero and (values == 0).any():
+        last = int((values == 0).argmax()) + 1
+    steps = len(values) - 1
+    places = [_place(n / steps, value) for n, value in enumerate(values[:last].tolist())]
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def _place(x: float, y: float) -> tuple[float, float]:
+    return LEFT + WIDE * float(x), TOP + HIGH * (1 - float(y))
+
+
+def _percents(values: np.ndarray) -> str:
+    return " ".join(str(value) for value in np.round(100 * values).astype(int).tolist())
+
+
+def _confusion(analysis: Analysis) -> dict[str, Any]:
+    """The matrix without classes that are neither there nor predicted; shares are of the true class."""
+    matrix, names = analysis.confusion, [*analysis.matches.names, "background"]
+    busy = (matrix.sum(0) + matrix.sum(1)) > 0
+    busy[-1] = True
+    kept = np.flatnonzero(busy)
+    rows = matrix[np.ix_(kept, kept)]
+    shares = rows / np.maximum(rows.sum(1, keepdims=True), 1)
+    return {
+        "names": [names[k] for k in kept],
+        "rows": [
+            {"name": names[k], "cells": list(zip(row.tolist(), share.tolist(), strict=True))}
+            for k, row, share in zip(kept, rows, shares, strict=True)
+        ],
+        "worst": [
+            {"true": names[a], "said": names[b], "times": n, "of": int(matrix[a].sum())}
+            for a, b, n in confusions(matrix, 8)
+        ],
+    }
+
+
+def _counted_sheets(analysis: Analysis, split: Split) -> list[dict[str, Any]]:
+    """The LISTED sheets with the most symbols too many or too few."""
+    names = {sheet.image_id: sheet.file_name for sheet in split.sheets}
+    counts = analysis.counts
+    order = np.argsort(-counts.error.sum(1), kind="stable")[:LISTED].tolist()
+    return [
+        {
+            "name": names[int(analysis.matches.image_ids[sheet])],
+            "boxes": int(counts.truth[sheet].sum()),
+            "counted": int(counts.found[sheet].sum()),
+            "off": int(counts.error[sheet].sum()),
+            "f1": analysis.sheet_f1[sheet],
+            "wrong": miscounts(analysis, sheet),
+        }
+        for sheet in order
+    ]
+
+
+def _decimals(places: int) -> Any:
+    return lambda value: "–" if value is None or np.isnan(value) or value == -1 else f"{value:.{places}f}"
+
+
+def _percent(value: float) -> str:
+    return "–" if np.isnan(value) else f"{100 * value:.0f} %"
+
+
+def _short(value: float) -> str:
+    """A coordinate: to a tenth, without a trailing zero."""
+    return f"{value:.1f}".removesuffix(".0")
