@@ -38,8 +38,8 @@ from schematics.sheets import DataError
 # What may differ between a run and its continuation.
 FREE = {
     "--data-dir", "--exp-dir", "--backbone", "--epochs", "--steps", "--lr", "--scheduler", "--lr-step-size",
-    "--lr-gamma", "--clip-grad", "--patience", "--workers", "--device", "--precision", "--checkpoint-every",
-    "--step-timeout", "--log-every",
+    "--lr-gamma", "--clip-grad", "--validate-every", "--patience", "--workers", "--device", "--precision",
+    "--checkpoint-every", "--step-timeout", "--log-every",
 }  # fmt: skip
 
 
@@ -83,6 +83,8 @@ class Config:
     warmup_steps: int = 100
     # Largest norm of the gradient.
     clip_grad: float = 10.0
+    # Epochs from one validation to the next; the last step always ends with one.
+    validate_every: int = 1
     # End when validation AP has not risen for this many epochs; 0 never does.
     patience: int = 0
 
@@ -237,7 +239,10 @@ def main(config: Config) -> None:
         journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
         train_to(
             total, windows, config.batch_size, config.workers, progress, world,
-            Boundary(progress, run, journal, world, readers[1], per_epoch, total, config.patience),
+            Boundary(
+                progress, run, journal, world, readers[1], per_epoch, total, config.validate_every,
+                config.patience,
+            ),
             lr=functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10)),
             bf16=config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda"),
             clip_grad=config.clip_grad,

@@ -110,7 +110,8 @@ class Boundary:
     reader: SheetReader  # of the validation split
     per_epoch: int
     total: int
-    patience: int  # epochs
+    validate_every: int  # epochs
+    patience: int  # epochs; 0: never ends early
 
     def __post_init__(self) -> None:
         self.truth = to_coco(self.reader.split)
@@ -118,7 +119,7 @@ class Boundary:
     def __call__(self, step: int) -> bool:
         """`step` steps are done. False ends the run."""
         self.progress.step = step
-        if step % self.per_epoch == 0 or step == self.total:
+        if step % (self.per_epoch * self.validate_every) == 0 or step == self.total:
             with self.run.patience(3600):
                 self.note(step, validate(self.progress.detector, self.reader, self.truth, self.world))
         self.run.after_step(step, self.progress.state)

@@ -2,8 +2,8 @@
 
     python evaluate/evaluate.py --checkpoint OUT/model.pt --data-dir DATA --split test --out REPORT
 
-REPORT gets validation_results.txt (the 12 COCO figures and what they leave out), metrics.json, predictions.json
-(COCO results, with the data set's own ids) and pictures/ (truth on the left, prediction on the right).
+REPORT gets validation_results.txt (the 12 COCO figures and what they leave out), metrics.json,
+predictions.json (COCO results, with the data set's own ids) and pictures/ (truth left, prediction right).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def settings_of(spec: Spec, figures: Figures) -> dict[str, Any]:
         "overlap": spec.overlap,
         "score_threshold": spec.score_threshold,
         "detections_per_window": spec.detections,
-        "max_detections": [1, 10, 100, figures.max_detections],
+        "max_detections": sorted({1, 10, 100, figures.max_detections}),
         "torch": torch.__version__,
     }
 

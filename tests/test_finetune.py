@@ -1,0 +1,244 @@
+"""Finetuning learns, resumes to the last bit, says what is wrong before it begins; evaluate.py reports it."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import checkpoint
+from cluster.config import UserError
+from detection.coco_metrics import NAMES, evaluate
+from detection.finetune import Config, main
+from schematics.coco import find_split, read_split, to_coco
+from schematics.sheets import DataError
+
+HERE = Path(__file__).parents[1]
+LEARN = {"steps": 80, "scheduler": "cosine", "warmup_steps": 5, "scale_jitter": 0.0, "photometric": 0.0}
+CLEAN = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four synthetic sheets to train on; the same four, less one, to validate: this is about fitting them."""
+    folder = tmp_path_factory.mktemp("sheets") / "data"
+    draw = [sys.executable, "-m", "schematics.synthetic", "--out", str(folder)]
+    subprocess.run([*draw, "--sheets", "4", "--seed", "1", "--size", "256", "256"], check=True, env=CLEAN)
+    for split in ("valid", "test"):
+        shutil.rmtree(folder / split)
+        shutil.copytree(folder / "train", folder / split)
+    annotations = folder / "valid" / "_annotations.coco.json"
+    document = json.loads(annotations.read_text())
+    document["images"].pop()
+    annotations.write_text(json.dumps(document))
+    return folder
+
+
+def config_of(data, exp_dir, **changes):
+    config = Config(
+        data_dir=data, backbone="none", exp_dir=exp_dir, arch="resnet10t", fpn_channels=64, window=256,
+        overlap=64,
+        batch_size=2, steps=4, lr=0.02, scheduler="constant", warmup_steps=0, workers=0, validate_every=20,
+        log_every=1, device="cpu",
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def lines_of(exp_dir):
+    return [json.loads(line) for line in (exp_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(file):
+    return checkpoint.read(file)["model"]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """An exp-dir after 80 steps."""
+    exp_dir = tmp_path_factory.mktemp("runs") / "trained"
+    main(config_of(data, exp_dir, **LEARN))
+    return exp_dir
+
+
+def test_a_few_sheets_are_learned_and_the_end_is_signed(trained):
+    lines = lines_of(trained)
+    assert max(line.get("valid_AP50", 0) for line in lines) >= 0.5
+    assert lines[0]["loss"] > 2 * lines[-2]["loss"]
+    signed = checkpoint.check_final(trained)
+    assert signed["step"] == 80 and set(signed["files"]) == {"model.pt", "last.pt"}
+    best = checkpoint.read(trained / "model.pt")
+    assert best["valid"]["fitted"]["AP"] == max(line.get("valid_AP", 0) for line in lines)
+
+
+def test_a_finished_run_says_so_and_touches_nothing(data, trained, capsys):
+    before = {file: file.stat().st_mtime_ns for file in trained.glob("*.pt")}
+    main(config_of(data, trained, **LEARN))
+    assert "finished at step 80, nothing to do" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in trained.glob("*.pt")}
+
+
+@pytest.fixture(scope="module")
+def four_steps(data, tmp_path_factory):
+    exp_dir = tmp_path_factory.mktemp("runs") / "four"
+    main(config_of(data, exp_dir, norm="group"))
+    return exp_dir
+
+
+def test_two_and_two_steps_are_four_to_the_last_bit(data, four_steps, tmp_path):
+    main(config_of(data, tmp_path / "run", norm="group", steps=2, workers=1))
+    main(config_of(data, tmp_path / "run", norm="group", steps=4))
+    whole, parts = weights_of(four_steps / "last.pt"), weights_of(tmp_path / "run" / "last.pt")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    losses = [[line for line in lines_of(run) if "loss" in line] for run in (four_steps, tmp_path / "run")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_two_processes_train_and_validate_as_one(data, four_steps, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "detection.finetune", "--device", "cpu", "--data-dir", str(data)]
+    command += ["--exp-dir", str(tmp_path / "run"), "--backbone", "none", "--arch", "resnet10t"]
+    flags = "--norm group --fpn-channels 64 --window 256 --overlap 64 --batch-size 2 --steps 4 --lr 0.02"
+    flags += " --scheduler constant --warmup-steps 0 --workers 0 --validate-every 20 --log-every 1"
+    ranks = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(subprocess.Popen([*command, *flags.split()], env={**CLEAN, **meeting, **place}))
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    one, two = lines_of(four_steps), lines_of(tmp_path / "run")
+    # Four windows on two ranks, three sheets to validate: the shares are unequal.
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2, 3, 3]
+    assert two[-1]["valid_AP"] == pytest.approx(one[-1]["valid_AP"], abs=0.02)
+    alone, together = weights_of(four_steps / "last.pt"), weights_of(tmp_path / "run" / "last.pt")
+    for key, tensor in alone.items():
+        assert torch.allclose(tensor, together[key], rtol=1e-3, atol=1e-4), key
+
+
+def test_a_resumed_run_takes_the_new_rate_and_goes_back_to_steps(data, tmp_path):
+    def step(**changes):
+        main(
+            config_of(
+                data, tmp_path / "run", batch_size=4, steps=None, lr_gamma=0.1, validate_every=99, **changes
+            )
+        )
+
+    step(epochs=3, scheduler="step", lr=0.005, lr_step_size=2)
+    step(epochs=4, scheduler="constant", lr=0.002)
+    step(epochs=6, scheduler="step", lr=0.001, lr_step_size=1)
+    rates = [line["lr"] for line in lines_of(tmp_path / "run") if "lr" in line]
+    assert rates == pytest.approx([0.005, 0.005, 0.0005, 0.002, 0.001, 0.0001])
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run_and_names_the_sheets(data, tmp_path):
+    with pytest.raises(UserError, match=r"not finite 3 times in a row.*train_0000.*last good checkpoint"):
+        main(config_of(data, tmp_path / "run", steps=20, lr=1e30, clip_grad=1e30))
+    state = checkpoint.load_newest(tmp_path / "run" / "checkpoints")[1]
+    assert all(
+        torch.isfinite(tensor).all() for tensor in state["model"].values() if tensor.is_floating_point()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"backbone": "absent.safetensors"}, UserError, "no such file"),
+        ({"arch": "resnet19"}, UserError, "--arch resnet19"),
+        ({"window": 100}, UserError, "--window 100"),
+        ({"overlap": 256}, UserError, "--overlap 256"),
+        ({"data_dir": Path("nowhere")}, DataError, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_folder(data, tmp_path, changes, error, said):
+    with pytest.raises(error, match=said) as raised:
+        main(config_of(data, tmp_path / "run", **changes))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_continued_with_other_settings(data, four_steps):
+    with pytest.raises(UserError, match=r"--fpn-channels 32: the run in .* has 64"):
+        main(config_of(data, four_steps, norm="group", steps=8, fpn_channels=32))
+    with pytest.raises(UserError, match="other classes"):
+        other = four_steps.parent / "other"
+        shutil.copytree(data, other)
+        for split in ("train", "valid", "test"):
+            annotations = other / split / "_annotations.coco.json"
+            annotations.write_text(annotations.read_text().replace('"diode"', '"valve"'))
+        main(config_of(other, four_steps, norm="group", steps=8))
+
+
+def report(trained, data, out, *flags):
+    command = [sys.executable, "evaluate/evaluate.py", "--checkpoint", str(trained), "--data-dir", str(data)]
+    return subprocess.run(
+        [*command, "--out", str(out), "--device", "cpu", *flags],
+        cwd=HERE,
+        env=CLEAN,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_evaluate_writes_what_it_prints(trained, data, tmp_path):
+    done = report(trained / "model.pt", data, tmp_path / "out", "--split", "valid", "--pictures", "2")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out" / "validation_results.txt").read_text()
+    assert text in done.stdout and text.count(" @[ IoU=") == 12
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(metrics["coco"]) == list(NAMES)
+    valid = checkpoint.read(trained / "model.pt")["valid"]
+    assert metrics["coco"] == pytest.approx(valid["coco"], abs=1e-6)
+    assert metrics["settings"]["window"] == 256 and metrics["settings"]["max_detections"] == [1, 10, 100]
+
+    truth = to_coco(read_split(find_split(data, "valid")))
+    predictions = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {p["image_id"] for p in predictions} <= {image["id"] for image in truth["images"]}
+    assert {p["category_id"] for p in predictions} <= {category["id"] for category in truth["categories"]}
+    again = evaluate(truth, predictions)
+    assert dict(zip(NAMES, again.coco, strict=True)) == metrics["coco"]
+    assert sorted(file.name for file in (tmp_path / "out" / "pictures").iterdir()) == ["01.png", "02.png"]
+
+
+class Writes:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_evaluate_refuses_what_is_no_checkpoint_in_one_line(data, tmp_path):
+    torch.save({"model": Writes(tmp_path / "was-here")}, tmp_path / "evil.pt")
+    digest = subprocess.run(
+        ["sha256sum", "evil.pt"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    (tmp_path / "evil.pt.sha256").write_text(digest.stdout)
+    done = report(tmp_path / "evil.pt", data, tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "evil.pt" in done.stderr
+    assert not (tmp_path / "was-here").exists() and not (tmp_path / "out").exists()
+
+
+def test_evaluate_refuses_another_data_set(trained, data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    for split in ("train", "valid", "test"):
+        annotations = other / split / "_annotations.coco.json"
+        annotations.write_text(annotations.read_text().replace('"diode"', '"valve"'))
+    done = report(trained / "model.pt", other, tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "they differ" in done.stderr and not (tmp_path / "out").exists()
