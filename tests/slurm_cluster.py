@@ -103,6 +103,7 @@ class Cluster:
         self.env = clean_environment() | {"SLURM_CONF": str(self.dir / "slurm.conf")}
         self.nodes: dict[int, subprocess.Popen] = {}  # what holds node k's processes
         self.boots = itertools.count(1)
+        self.cables: dict[int, str] = {}  # the site's end of node k's network cable
         self.site = self._start_site() if isolated else None
         try:
             self._write_conf()
@@ -255,10 +256,59 @@ class Cluster:
             return
         self.nodes[k] = start(self.command(*NAMESPACES, NODE.format(k=k)), self.env)
         link = f"lw{next(self.boots)}"  # a new name: the kernel takes its time to remove a dead node's
-        site = ["nsenter", f"--net=/proc/{first_child(self.site.pid)}/ns/net", "ip", "link"]
-        peer = ["peer", "name", "eth0", "netns", str(self.node_pid(k))]
-        subprocess.run([*site, "add", link, "type", "veth", *peer], check=True)
-        subprocess.run([*site, "set", link, "master", "lw0", "up"], check=True)
+        self.link("add", link, "type", "veth", "peer", "name", "eth0", "netns", str(self.node_pid(k)))
+        self.link("set", link, "master", "lw0", "up")
+        self.cables[k] = link
+
+    def link(self, *words: str) -> None:
+        """`ip link` in the network of the site."""
+        assert self.site, "no namespaces here: both nodes have the machine's network"
+        network = f"--net=/proc/{first_child(self.site.pid)}/ns/net"
+        subprocess.run(["nsenter", network, "ip", "link", *words], check=True)
+
+    def cable(self, k: int, state: str) -> None:
+        """state: down cuts node k off without a word to anybody, up heals that."""
+        self.link("set", self.cables[k], state)
+
+    def on_node(self, k: int, *command: object) -> list[str]:
+        """The argv that runs `command` on node k, as its administrator would."""
+        argv = [str(part) for part in command]
+        if not self.site:
+            return argv
+        return ["nsenter", f"--target={self.node_pid(k)}", "--mount", "--uts", "--net", "--pid", *argv]
+
+    def small_disk(self, k: int, folder: Path, size: str) -> Path:
+        """Puts a disk of that size at `folder` on node k; the path under which it is seen from here."""
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            self.on_node(k, "mount", "-t", "tmpfs", "-o", f"size={size}", "disk", folder), check=True
+        )
+        return Path(f"/proc/{self.node_pid(k)}/root{folder}") if self.site else folder
+
+    def kill_slurmd(self, k: int) -> None:
+        """The node's daemon ends at once, its jobs live on."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if words[:4] == [b"slurmd", b"-D", b"-N", f"node{k}".encode()] and belongs(process, self.dir):
+                    os.kill(int(process.name), signal.SIGKILL)
+
+    def start_slurmd(self, k: int) -> None:
+        daemon = start(self.on_node(k, "slurmd", "-D", "-N", f"node{k}"), self.env)
+        if not self.site:
+            self.nodes[k] = daemon
+
+    def ranks(self, job: str) -> dict[int, int]:
+        """This machine's pid of each rank of the job's running step, without their children."""
+        steps: dict[int, tuple[int, int]] = {}  # pid -> rank, parent
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, KeyError):
+                text = (process / "environ").read_bytes().decode(errors="replace")
+                env = dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
+                if belongs(process, self.dir) and env["SLURM_JOB_ID"] == job and "SLURM_STEP_ID" in env:
+                    parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                    steps[int(process.name)] = (int(env["SLURM_PROCID"]), parent)
+        return {rank: pid for pid, (rank, parent) in steps.items() if parent not in steps}
 
     def node_pid(self, k: int) -> int:
         """This machine's pid of node k's first process: nsenter started unshare, which started it."""
@@ -303,8 +353,13 @@ def end_processes(folder: Path) -> None:
     """Kills what was started with this site's slurm.conf: daemons, and jobs that outlived them."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"SLURM_CONF={folder}/slurm.conf".encode() in (process / "environ").read_bytes().split(b"\0"):
+            if belongs(process, folder):
                 os.kill(int(process.name), signal.SIGKILL)
+
+
+def belongs(process: Path, folder: Path) -> bool:
+    """Whether /proc/PID was started with the slurm.conf of this site."""
+    return f"SLURM_CONF={folder}/slurm.conf".encode() in (process / "environ").read_bytes().split(b"\0")
 
 
 def remove_leftovers() -> None:
