@@ -103,6 +103,7 @@ class Writer:
         self.keep = keep
         self.allowed = allowed
         self.newest: Path | None = None  # the newest durable one
+        self.seconds = 0.0  # from the last save to its durable file
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._blocks: dict[str, Tensor] = {}
@@ -110,8 +111,9 @@ class Writer:
     def save(self, step: int, state: State) -> None:
         """Return as soon as `state` has been copied; it may change afterwards."""
         self.wait()
+        began = time.monotonic()
         copy = plain(state, self._blocks)
-        self._thread = threading.Thread(target=self._persist, args=(step, copy), daemon=True)
+        self._thread = threading.Thread(target=self._persist, args=(step, copy, began), daemon=True)
         self._thread.start()
 
     @property
@@ -131,9 +133,10 @@ class Writer:
             error, self._error = self._error, None
             raise error
 
-    def _persist(self, step: int, state: State) -> None:
+    def _persist(self, step: int, state: State, began: float) -> None:
         try:
             self.newest = write(self.folder, step, state, self.keep, self.allowed)
+            self.seconds = time.monotonic() - began
         except BaseException as error:
             self._error = error
 

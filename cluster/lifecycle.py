@@ -161,7 +161,8 @@ class Run:
         if self.world.main and step != self._saved_step:
             with self.patience(SAVING):  # the one before may still be on its way to the disk
                 self.writer.save(step, state())
-            self._next_save = time.monotonic() + self.checkpoint_every
+            # Earlier by the time to write: a crash in the next write then costs no more than the interval.
+            self._next_save = time.monotonic() + self.checkpoint_every - self.writer.seconds
         self._saved_step = step
         if wait:
             with self.patience(SAVING):

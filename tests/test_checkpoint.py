@@ -283,6 +283,34 @@ def test_writer_saves_what_was_there_when_it_was_asked(tmp_path):
         assert (checkpoint.read(checkpoint.step_path(tmp_path, step))["w"] == step).all()
 
 
+def test_a_crash_in_a_write_costs_no_more_than_the_interval(tmp_path):
+    """On a slow disk a write starts earlier: from the taking of one state to the next file on the disk."""
+    from cluster.distributed import World
+    from cluster.lifecycle import Run
+
+    taken: list[float] = []
+    written: list[float] = []
+
+    def slow_disk() -> None:
+        time.sleep(0.5)
+        written.append(time.monotonic())
+
+    def now() -> checkpoint.State:
+        taken.append(time.monotonic())
+        return state(len(taken))
+
+    with Run(tmp_path, World(), checkpoint_every=1.0) as run:
+        run.writer.allowed = slow_disk
+        step = 0
+        while len(written) < 4:
+            step += 1
+            time.sleep(0.01)
+            run.after_step(step, now)
+        run.writer.wait()
+    lost = [durable - before for before, durable in zip(taken[1:], written[2:], strict=False)]
+    assert sorted(lost)[len(lost) // 2] < 1.25, (taken, written)
+
+
 def test_a_commit_that_is_not_allowed_changes_nothing(tmp_path):
     def taken_over() -> None:
         raise UserError("owner.json: another run has taken over")
