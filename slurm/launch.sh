@@ -27,7 +27,8 @@ choose_python() {
   fi
 }
 
-# The newest checkpoint in the --exp-dir among the arguments; it moves when a launch got anywhere.
+# Time and path of the last checkpoint in the --exp-dir among the arguments; it moves when a launch got anywhere,
+# also where one with a higher number is damaged and was passed over.
 newest_checkpoint() {
   local folder='' previous='' word
   for word in "$@"; do
@@ -35,7 +36,7 @@ newest_checkpoint() {
     case $previous in --exp[-_]dir) folder=$word ;; esac
     previous=$word
   done
-  [ -z "$folder" ] || find "$folder/checkpoints" -name 'step_*.pt' 2>/dev/null | sort | tail -n 1
+  [ -z "$folder" ] || find "$folder/checkpoints" -name 'step_*.pt' -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1
 }
 
 # Passes standard error on. Ends with the exit code of the first task that srun calls failed, 255 for a signal:
@@ -50,12 +51,17 @@ first_failure() {
   return "$cause"
 }
 
-job_runs() { [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null || echo RUNNING)" = RUNNING ]; }
+# Whether this life of the job runs: after the loss of a node a later one may run elsewhere.
+job_runs() {
+  local known
+  known=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null) || return 0
+  [[ $known == *" JobState=RUNNING "* && $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+}
 
 # A crash is started again inside the allocation for as long as each launch leaves a newer checkpoint than the
 # one before; a launch that leaves none gets one more try.
 run_ranks() {
-  local before after code_first code_srun fruitless=0
+  local before after last code_first code_srun fruitless=0
   exec 3>&1
   while :; do
     before=$(newest_checkpoint "$@")
@@ -72,7 +78,8 @@ run_ranks() {
       say "crashed twice without a new checkpoint (exit code $code_srun): giving up"
       return "$code_srun"
     fi
-    say "crashed (exit code $code_srun); starting again from ${after:-the beginning}"
+    last=${after#* }
+    say "crashed (exit code $code_srun); starting again from ${last:-the beginning}"
   done
 }
 

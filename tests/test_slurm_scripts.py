@@ -142,6 +142,21 @@ def test_crashes_are_started_again_while_checkpoints_move(slurm, tmp_path):
     assert f"starting again from {tmp_path}/checkpoints/step_00000003.pt" in log.read_text()
 
 
+def test_progress_below_a_damaged_checkpoint_counts(slurm, tmp_path):
+    crash = CRASHING + (
+        "if rank == '0' and launch < 4:\n"
+        "    (here / 'checkpoints' / f'step_{launch:08d}.pt').touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000099.pt").touch()  # passed over by every launch
+    log = tmp_path / "log"
+    job = slurm.sbatch("-o", log, ROOT / "slurm" / "finetune.slurm", "--exp-dir", tmp_path,
+                       env=program(tmp_path, crash))  # fmt: skip
+    assert ended(slurm, job) == ("COMPLETED", "0"), log.read_text()
+    assert f"starting again from {tmp_path}/checkpoints/step_00000003.pt" in log.read_text()
+
+
 def test_crash_without_a_new_checkpoint_gets_one_more_try(slurm, tmp_path):
     log, crash = tmp_path / "log", CRASHING + "os.kill(os.getpid(), signal.SIGKILL)\n"
     job = slurm.sbatch("-o", log, ROOT / "slurm" / "finetune.slurm", "--exp-dir", tmp_path,
