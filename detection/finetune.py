@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
 
 from cluster import checkpoint, distributed
 from cluster import config as configuration
@@ -27,7 +28,7 @@ from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
 from detection.data import Augment, SheetReader, TrainingWindows, steps_per_epoch
-from detection.loop import Boundary, Progress, train_to, write_model
+from detection.loop import Boundary, Progress, train_to
 from detection.model import Detector, Spec
 from detection.plan import describe, plan_detector
 from detection.pretrained import load_backbone, read_pretrained
@@ -85,6 +86,8 @@ class Config:
     clip_grad: float = 10.0
     # Epochs from one validation to the next; the last step always ends with one.
     validate_every: int = 1
+    # Decay of an average of the weights that is validated and handed on, say 0.999; 0 is off.
+    ema_decay: float = 0.0
     # End when validation AP has not risen for this many epochs; 0 never does.
     patience: int = 0
 
@@ -224,7 +227,8 @@ def main(config: Config) -> None:
         detector.to(world.device).train()
         detector.backbone.freeze(config.freeze_stages)
         optimizer = build_optimizer(detector, config.momentum, config.wd, config.predictor_lr)
-        progress = Progress(detector, optimizer, Guard(**state["guard"]) if state else Guard())
+        ema = ModelEmaV3(detector, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        progress = Progress(detector, optimizer, Guard(**state["guard"]) if state else Guard(), ema)
         if state:
             progress.restore(state)
         else:  # something to go back to, and a full disk shows before the first step
@@ -247,7 +251,6 @@ def main(config: Config) -> None:
             bf16=config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda"),
             clip_grad=config.clip_grad,
         )  # fmt: skip
-        write_model(config.exp_dir / "last.pt", detector, progress.step, None)
         run.finish(total, progress.state, ["model.pt", "last.pt"])
         journal.close()
     distributed.stop()

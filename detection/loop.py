@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from cluster.distributed import World
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
+from detection.analysis import fit_thresholds
 from detection.coco_metrics import Figures, evaluate
 from detection.data import SheetReader, TrainingWindows, batches, collate
 from detection.model import Detector
@@ -76,15 +78,22 @@ class Progress:
     detector: Detector
     optimizer: torch.optim.Optimizer
     guard: Guard
+    ema: ModelEmaV3 | None = None
     phases: list[Phase] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=lambda: {"AP": -2.0, "step": 0})
     step: int = 0
+
+    @property
+    def judged(self) -> Detector:
+        """The weights that are validated and handed on."""
+        return self.ema.module if self.ema else self.detector
 
     def state(self) -> dict[str, Any]:
         return {
             "spec": self.detector.spec.to_dict(),
             "model": self.detector.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema and self.ema.module.state_dict(),
             "guard": self.guard.state(),
             "phases": [asdict(phase) for phase in self.phases],
             "best": self.best,
@@ -94,6 +103,8 @@ class Progress:
         """All but the guard, whose counters outlive going back to a checkpoint."""
         self.detector.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
         self.phases = [Phase(**phase) for phase in state["phases"]]
         self.best = dict(state["best"])
         self.step = state["step"]
@@ -119,42 +130,60 @@ class Boundary:
     def __call__(self, step: int) -> bool:
         """`step` steps are done. False ends the run."""
         self.progress.step = step
-        if step % (self.per_epoch * self.validate_every) == 0 or step == self.total:
+        if self.progress.ema:
+            self.progress.ema.update(self.progress.detector, step)
+        go_on = step < self.total
+        if step % (self.per_epoch * self.validate_every) == 0 or not go_on:
             with self.run.patience(3600):
-                self.note(step, validate(self.progress.detector, self.reader, self.truth, self.world))
+                figures, thresholds = validate(self.progress.judged, self.reader, self.truth, self.world)
+            better = figures.fitted["AP"] > self.progress.best["AP"]
+            if better:
+                self.progress.best = {"AP": figures.fitted["AP"], "step": step}
+            waited = step - self.progress.best["step"]
+            go_on = go_on and not (self.patience and waited >= self.patience * self.per_epoch)
+            for name in ["model.pt"] * better + ["last.pt"] * (not go_on):
+                write_model(self.run.exp_dir / name, self.progress.judged, step, figures, thresholds)
+            self.tell(step, figures, better)
         self.run.after_step(step, self.progress.state)
-        waited = step - self.progress.best["step"]
-        return not (self.patience and waited >= self.patience * self.per_epoch)
+        return go_on
 
-    def note(self, step: int, figures: Figures) -> None:
-        better = figures.fitted["AP"] > self.progress.best["AP"]
-        if better:
-            self.progress.best = {"AP": figures.fitted["AP"], "step": step}
-            write_model(self.run.exp_dir / "model.pt", self.progress.detector, step, figures)
+    def tell(self, step: int, figures: Figures, better: bool) -> None:
         self.journal.log(step - 1, **{f"valid_{name}": value for name, value in figures.fitted.items()})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.fitted.items())
         self.journal.message(f"epoch {step / self.per_epoch:g}: valid {shown}{' (best)' if better else ''}")
 
 
-def validate(detector: Detector, reader: SheetReader, truth: dict[str, Any], world: World) -> Figures:
-    """COCO figures in sheet coordinates; each rank takes a share of the sheets, all get the same figures."""
+def validate(
+    detector: Detector, reader: SheetReader, truth: dict[str, Any], world: World
+) -> tuple[Figures, dict[int, float]]:
+    """COCO figures in sheet coordinates, and the score by category id at which F1 is highest.
+
+    Each rank takes a share of the sheets; all get the same answer.
+    """
+    training = detector.training
     detector.eval()
     sheets = reader.split.sheets
     mine = {
         sheets[n].image_id: detect(detector, reader[n][0]) for n in range(world.rank, len(sheets), world.size)
     }
-    detector.train()
+    detector.train(training)
     found = {image_id: d for share in distributed.gather_objects(mine) for image_id, d in share.items()}
-    ids = [category_id for category_id, _ in detector.spec.categories]
-    return distributed.on_main(lambda: evaluate(truth, to_results(found, ids)))
+    results = to_results(found, [category_id for category_id, _ in detector.spec.categories])
+    return distributed.on_main(lambda: (evaluate(truth, results), fit_thresholds(truth, results)))
 
 
-def write_model(path: Path, detector: Detector, step: int, figures: Figures | None) -> None:
+def write_model(
+    path: Path, detector: Detector, step: int, figures: Figures, thresholds: dict[int, float]
+) -> None:
     """The file that evaluate and predict take."""
-    state = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "step": step}
-    distributed.on_main(
-        lambda: checkpoint.write_file(path, {**state, "valid": figures and figures.to_dict()})
-    )
+    state = {
+        "spec": detector.spec.to_dict(),
+        "model": detector.state_dict(),
+        "step": step,
+        "valid": figures.to_dict(),
+        "thresholds": thresholds,
+    }
+    distributed.on_main(lambda: checkpoint.write_file(path, state))
 
 
 def train_to(

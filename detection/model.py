@@ -205,6 +205,7 @@ class Detector(FasterRCNN):
             box_detections_per_img=spec.detections,
         )
         self.spec = spec
+        self.thresholds = [0.5] * len(spec.categories)  # score from which a class's detection should count
         self.transform = Windows(spec.mean, spec.std)
         self.rpn.fg_bg_sampler = SeededSampler(256, 0.5, salt=0x5EED)
         self.roi_heads.fg_bg_sampler = SeededSampler(spec.rois, 0.25, salt=0xB0C5)

@@ -1,27 +1,40 @@
 """Find symbols on sheets of any size: windows at native resolution, merged where they overlap.
 
-detector = load_detector("model.pt")
-found = detect(detector, image)          # image: uint8 [H, W] or [H, W, 3]
-found.boxes, found.scores, found.labels  # sheet pixels, best first
+    python -m detection.predict --checkpoint model.pt --out FOUND SHEETS_OR_FOLDERS...
 
+FOUND gets predictions.json (a COCO document with scores), counts.csv (sheets by classes) and an annotated PNG
+a sheet. Files that can't be read are named, skipped, and make the exit status 1. From Python:
+
+    detector = load_detector("model.pt")
+    found = detect(detector, image)          # uint8 [H, W] or [H, W, 3] RGB
+    found.boxes, found.scores, found.labels  # sheet pixels, best first; found.above(0.5) has the likely ones
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torchvision.ops import nms
+from tqdm import tqdm
+from tyro.conf import Positional
 
-from cluster import checkpoint
+from cluster import atomic, checkpoint, distributed
+from cluster import config as configuration
 from cluster.config import UserError
 from detection.data import MULTIPLE, as_tensor
+from detection.draw import annotate
 from detection.model import Detector, Spec
-from schematics.sheets import to_color
+from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, to_color
 from schematics.windows import cut, paper_color, tile_sheet
 
 EDGE = 4.0  # pixels: a box that ends this near an inner edge of its window counts as cut by it
@@ -38,13 +51,14 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def above(self, threshold: float) -> Detections:
-        kept = self.scores >= threshold
+    def above(self, threshold: float | np.ndarray) -> Detections:
+        """Those with at least this score; an array [K] has one threshold a class."""
+        kept = self.scores >= (np.asarray(threshold)[self.labels - 1] if np.ndim(threshold) else threshold)
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept])
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector:
-    """The detector of a model.pt, ready for `detect`.
+    """The detector of a model.pt, ready for `detect`; `detector.thresholds` holds those of its classes.
 
     Raises UserError for a file that is truncated, not written by `detection.finetune`, or would run code.
     """
@@ -54,6 +68,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     try:
         detector = Detector(Spec.from_dict(state["spec"]))
         detector.load_state_dict(state["model"])
+        detector.thresholds = [float(state["thresholds"][number]) for number, _ in detector.spec.categories]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: its weights do not fit what it says of itself ({reason})") from None
@@ -121,7 +136,7 @@ def merge(
     return rows[np.argsort(-scores[rows], kind="stable")]
 
 
-def to_results(found: Mapping[int, Detections], category_ids: list[int]) -> list[dict[str, Any]]:
+def to_results(found: Mapping[int, Detections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """COCO results of {image_id: detections}, with the data set's own ids: label k is category_ids[k - 1]."""
     return [
         {
@@ -135,3 +150,98 @@ def to_results(found: Mapping[int, Detections], category_ids: list[int]) -> list
             detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
         )
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    # model.pt of a finetuning.
+    checkpoint: Path
+    # Folder for what is written.
+    out: Path
+    # Drawings: image files, PDFs, folders of them.
+    sheets: Positional[tuple[Path, ...]] = ()
+    # Score from which a detection counts; default: each class's own, best on the validation split.
+    threshold: float | None = None
+    # Print predictions.json on stdout, and nothing else there.
+    json: bool = False
+    # Write an annotated PNG a sheet.
+    pictures: bool = True
+    # Resolution at which PDF pages are drawn.
+    dpi: int = 200
+    # Windows per forward pass.
+    batch_size: int = 4
+    # auto, cpu or cuda.
+    device: str = "auto"
+
+
+def main(config: PredictConfig) -> None:
+    if not config.sheets:
+        raise UserError("name the sheets: image files, PDFs or folders, after the flags")
+    device = distributed.start(config.device).device
+    sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
+    detector = load_detector(config.checkpoint, device)
+    names = [name for _, name in detector.spec.categories]
+    thresholds = np.array(detector.thresholds) if config.threshold is None else config.threshold
+    (config.out / "pictures").mkdir(parents=True, exist_ok=True)
+    images, found, skipped = [], {}, []
+    for number, sheet in enumerate(tqdm(sheets, unit="sheet", disable=None), start=1):
+        try:
+            image = read_sheet(sheet, config.dpi)
+        except DataError as error:
+            skipped.append(str(error))
+            continue
+        height, width = image.shape[:2]
+        images.append({"id": number, "file_name": sheet.name, "width": width, "height": height})
+        found[number] = detect(detector, image, config.batch_size).above(thresholds)
+        if config.pictures:
+            save_picture(config.out / "pictures" / picture_name(number, sheet), image, found[number], names)
+    text = json.dumps(to_document(images, found, detector.spec.categories))
+    atomic.write_text(config.out / "predictions.json", text)
+    atomic.write_text(config.out / "counts.csv", to_counts(images, found, names))
+    if config.json:
+        print(text)
+    else:
+        total = sum(len(detections) for detections in found.values())
+        print(f"{total} symbols on {len(images)} sheets; written: {config.out}")
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    if skipped:
+        raise SystemExit(1)
+
+
+def to_document(
+    images: list[dict], found: Mapping[int, Detections], categories: Sequence[tuple[int, str]]
+) -> dict[str, Any]:
+    """A COCO document of what was found: annotations with a score, ready to be corrected as labels."""
+    rows = to_results(found, [category_id for category_id, _ in categories])
+    annotations = [
+        {"id": n, **row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        for n, row in enumerate(rows, 1)
+    ]
+    classes = [{"id": category_id, "name": name} for category_id, name in categories]
+    return {"info": {}, "images": images, "categories": classes, "annotations": annotations}
+
+
+def to_counts(images: list[dict], found: Mapping[int, Detections], names: Sequence[str]) -> str:
+    """CSV with a row a sheet, a column a class and their sum."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["sheet", *names, "total"])
+    for image in images:
+        labels = found[image["id"]].labels
+        writer.writerow([image["file_name"], *np.bincount(labels, minlength=len(names) + 1)[1:], len(labels)])
+    return table.getvalue()
+
+
+def picture_name(number: int, sheet: Sheet) -> str:
+    page = "" if sheet.page is None else f"-page{sheet.page}"
+    return f"{number:04}-{sheet.path.stem}{page}.png"
+
+
+def save_picture(path: Path, image: np.ndarray, found: Detections, names: Sequence[str]) -> None:
+    picture = annotate(image, found.boxes, found.labels, names, found.scores, path.stem)
+    path.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
+
+
+if __name__ == "__main__":
+    configuration.run(PredictConfig, main, expected=(DataError,))

@@ -2,8 +2,9 @@
 
     python evaluate/evaluate.py --checkpoint OUT/model.pt --data-dir DATA --split test --out REPORT
 
-REPORT gets validation_results.txt (the 12 COCO figures and what they leave out), metrics.json,
-predictions.json (COCO results, with the data set's own ids) and pictures/ (truth left, prediction right).
+REPORT gets report.html (see docs/report.md), validation_results.txt (the 12 COCO figures and what they leave
+out), metrics.json, predictions.json (COCO results, with the data set's own ids) and pictures/ (truth beside
+prediction).
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from cluster import atomic, distributed
 from cluster.config import UserError, run
-from detection.coco_metrics import Figures, evaluate
+from detection.analysis import analyse
+from detection.coco_metrics import evaluate
 from detection.draw import annotate, side_by_side
 from detection.model import Spec
 from detection.predict import Detections, detect, load_detector, to_results
-from schematics.coco import Category, LabelledSheet, Split, find_split, read_split, to_coco
+from detection.report import write_report
+from schematics.coco import Category, LabelledSheet, find_split, read_split, to_coco
 from schematics.sheets import DataError, read_sheet
 
 
@@ -40,8 +43,8 @@ class EvaluateConfig:
     out: Path | None = None
     # Sheets to draw, from the first.
     pictures: int = 6
-    # Detections drawn; the figures count all of them.
-    draw_threshold: float = 0.5
+    # Score from which a detection is drawn and counted; default: each class's own, best on valid.
+    threshold: float | None = None
     # Windows per forward pass.
     batch_size: int = 4
     # auto, cpu or cuda.
@@ -49,36 +52,43 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    world = distributed.start(config.device)
+    device = distributed.start(config.device).device
     split = read_split(find_split(config.data_dir, config.split))
-    detector = load_detector(config.checkpoint, world.device)
-    refuse_other_classes(config.checkpoint, detector.spec, split.folder, split.categories)
+    detector = load_detector(config.checkpoint, device)
+    spec = detector.spec
+    refuse_other_classes(config.checkpoint, spec, split.folder, split.categories)
+    thresholds = (
+        detector.thresholds if config.threshold is None else [config.threshold] * len(spec.categories)
+    )
     out = config.out or config.checkpoint.parent / f"evaluate-{config.split}"
     (out / "pictures").mkdir(parents=True, exist_ok=True)
 
+    ids, names = zip(*spec.categories, strict=True)
     found = {}
     for n, sheet in enumerate(tqdm(split.sheets, unit="sheet", disable=None)):
         image = read_sheet(sheet.path)
         found[sheet.image_id] = detect(detector, image, config.batch_size)
         if n < config.pictures:
-            draw(
-                out / "pictures" / f"{n + 1:02}.png",
-                image,
-                sheet,
-                found[sheet.image_id],
-                split,
-                config.draw_threshold,
-            )
-    results = to_results(found, [category.id for category in split.categories])
-    figures = evaluate(to_coco(split), results)
-
+            shown = found[sheet.image_id].above(np.array(thresholds))
+            draw(out / "pictures" / f"{n + 1:02}.png", image, sheet, shown, names)
+    truth, results = to_coco(split), to_results(found, ids)
+    figures = evaluate(truth, results)
+    by_class = dict(zip(ids, thresholds, strict=True))
+    analysis = analyse(truth, results, limit=figures.max_detections, thresholds=by_class)
+    settings = {
+        "checkpoint": str(config.checkpoint), "data_dir": str(config.data_dir), "split": config.split,
+        "window": spec.window, "overlap": spec.overlap, "score_threshold": spec.score_threshold,
+        "detections_per_window": spec.detections,
+        "max_detections": sorted({1, 10, 100, figures.max_detections}), "torch": torch.__version__,
+    }  # fmt: skip
+    metrics = {"settings": settings, **figures.to_dict(), "analysis": analysis.to_dict()}
+    summary = f"{figures.table()}\n\n{figures.details()}\n"
     atomic.write_text(out / "predictions.json", json.dumps(results))
-    settings = {"checkpoint": str(config.checkpoint), "data_dir": str(config.data_dir), "split": config.split}
-    metrics = {"settings": {**settings, **settings_of(detector.spec, figures)}, **figures.to_dict()}
     atomic.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    atomic.write_text(out / "validation_results.txt", f"{figures.table()}\n\n{figures.details()}\n")
-    print(f"{figures.table()}\n\n{figures.details()}\n")
-    print(f"written: {out}/validation_results.txt, metrics.json, predictions.json, pictures/")
+    atomic.write_text(out / "validation_results.txt", summary)
+    title = f"{config.data_dir.resolve().name}, {config.split}"
+    report = write_report(out / "report.html", split, figures, analysis, title=title, settings=settings)
+    print(f"{summary}\nreport: {report}\nbeside it: figures, predictions and pictures")
 
 
 def refuse_other_classes(checkpoint: Path, spec: Spec, folder: Path, categories: Sequence[Category]) -> None:
@@ -93,27 +103,12 @@ def refuse_other_classes(checkpoint: Path, spec: Spec, folder: Path, categories:
     )
 
 
-def settings_of(spec: Spec, figures: Figures) -> dict[str, Any]:
-    """What the figures depend on besides checkpoint and data."""
-    return {
-        "window": spec.window,
-        "overlap": spec.overlap,
-        "score_threshold": spec.score_threshold,
-        "detections_per_window": spec.detections,
-        "max_detections": sorted({1, 10, 100, figures.max_detections}),
-        "torch": torch.__version__,
-    }
-
-
 def draw(
-    path: Path, image: Any, sheet: LabelledSheet, found: Detections, split: Split, threshold: float
+    path: Path, image: np.ndarray, sheet: LabelledSheet, found: Detections, names: Sequence[str]
 ) -> None:
     """Truth beside prediction, as one PNG."""
-    names = [category.name for category in split.categories]
-    shown = found.above(threshold)
     truth = annotate(image, sheet.boxes, sheet.labels, names, title=f"Truth: {sheet.file_name}")
-    title = f"Found, score {threshold:g} and above"
-    prediction = annotate(image, shown.boxes, shown.labels, names, shown.scores, title)
+    prediction = annotate(image, found.boxes, found.labels, names, found.scores, title="Found")
     cv2.imwrite(str(path), cv2.cvtColor(side_by_side(truth, prediction), cv2.COLOR_RGB2BGR))
 
 

@@ -16,11 +16,14 @@ from cluster import checkpoint
 from cluster.config import UserError
 from detection.coco_metrics import NAMES, evaluate
 from detection.finetune import Config, main
+from detection.predict import PredictConfig
+from detection.predict import main as predict
 from schematics.coco import find_split, read_split, to_coco
 from schematics.sheets import DataError
 
 HERE = Path(__file__).parents[1]
 LEARN = {"steps": 80, "scheduler": "cosine", "warmup_steps": 5, "scale_jitter": 0.0, "photometric": 0.0}
+FOUR = {"steps": 4, "norm": "group", "ema_decay": 0.9}
 CLEAN = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
@@ -94,13 +97,13 @@ def test_a_finished_run_says_so_and_touches_nothing(data, trained, capsys):
 @pytest.fixture(scope="module")
 def four_steps(data, tmp_path_factory):
     exp_dir = tmp_path_factory.mktemp("runs") / "four"
-    main(config_of(data, exp_dir, norm="group"))
+    main(config_of(data, exp_dir, **FOUR))
     return exp_dir
 
 
 def test_two_and_two_steps_are_four_to_the_last_bit(data, four_steps, tmp_path):
-    main(config_of(data, tmp_path / "run", norm="group", steps=2, workers=1))
-    main(config_of(data, tmp_path / "run", norm="group", steps=4))
+    main(config_of(data, tmp_path / "run", **{**FOUR, "steps": 2}, workers=1))
+    main(config_of(data, tmp_path / "run", **FOUR))
     whole, parts = weights_of(four_steps / "last.pt"), weights_of(tmp_path / "run" / "last.pt")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     losses = [[line for line in lines_of(run) if "loss" in line] for run in (four_steps, tmp_path / "run")]
@@ -114,6 +117,7 @@ def test_two_processes_train_and_validate_as_one(data, four_steps, tmp_path):
     command += ["--exp-dir", str(tmp_path / "run"), "--backbone", "none", "--arch", "resnet10t"]
     flags = "--norm group --fpn-channels 64 --window 256 --overlap 64 --batch-size 2 --steps 4 --lr 0.02"
     flags += " --scheduler constant --warmup-steps 0 --workers 0 --validate-every 20 --log-every 1"
+    flags += " --ema-decay 0.9"
     ranks = []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -172,14 +176,14 @@ def test_bad_input_is_one_line_and_leaves_no_folder(data, tmp_path, changes, err
 
 def test_a_run_is_not_continued_with_other_settings(data, four_steps):
     with pytest.raises(UserError, match=r"--fpn-channels 32: the run in .* has 64"):
-        main(config_of(data, four_steps, norm="group", steps=8, fpn_channels=32))
+        main(config_of(data, four_steps, **{**FOUR, "fpn_channels": 32}))
     with pytest.raises(UserError, match="other classes"):
         other = four_steps.parent / "other"
         shutil.copytree(data, other)
         for split in ("train", "valid", "test"):
             annotations = other / split / "_annotations.coco.json"
             annotations.write_text(annotations.read_text().replace('"diode"', '"valve"'))
-        main(config_of(other, four_steps, norm="group", steps=8))
+        main(config_of(other, four_steps, **{**FOUR, "steps": 8}))
 
 
 def report(trained, data, out, *flags):
@@ -211,6 +215,9 @@ def test_evaluate_writes_what_it_prints(trained, data, tmp_path):
     again = evaluate(truth, predictions)
     assert dict(zip(NAMES, again.coco, strict=True)) == metrics["coco"]
     assert sorted(file.name for file in (tmp_path / "out" / "pictures").iterdir()) == ["01.png", "02.png"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    best = checkpoint.read(trained / "model.pt")["thresholds"]
+    assert {row["id"]: row["threshold"] for row in metrics["analysis"]["classes"]} == best
 
 
 class Writes:
@@ -242,3 +249,37 @@ def test_evaluate_refuses_another_data_set(trained, data, tmp_path):
     done = report(trained / "model.pt", other, tmp_path / "out")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "they differ" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_predict_skips_what_is_broken_and_says_so(trained, data, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"x")
+    sheets = (data / "test", tmp_path / "broken.png")
+    with pytest.raises(SystemExit) as stopped:
+        predict(
+            PredictConfig(checkpoint=trained / "model.pt", out=tmp_path / "out", sheets=sheets, json=True)
+        )
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    assert "skipped: " in printed.err and "broken.png" in printed.err
+    document = json.loads(printed.out)
+    assert document == json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [Path(image["file_name"]).name for image in document["images"]] == [
+        f"train_{n:05}.png" for n in range(1, 5)
+    ]
+    best = checkpoint.read(trained / "model.pt")["thresholds"]
+    assert all(row["score"] >= best[row["category_id"]] for row in document["annotations"])
+    assert document["annotations"]
+    header, *rows = [line.split(",") for line in (tmp_path / "out" / "counts.csv").read_text().splitlines()]
+    assert header[1:-1] == [category["name"] for category in document["categories"]]
+    assert sum(int(row[-1]) for row in rows) == len(document["annotations"])
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 4
+
+
+def test_predict_without_sheets_or_with_a_foreign_file_is_refused(trained, data, tmp_path):
+    with pytest.raises(UserError, match="name the sheets"):
+        predict(PredictConfig(checkpoint=trained / "model.pt", out=tmp_path / "out"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        predict(
+            PredictConfig(checkpoint=trained / "config.json", out=tmp_path / "out", sheets=(data / "test",))
+        )
+    assert not (tmp_path / "out").exists()

@@ -110,11 +110,22 @@ def test_results_carry_the_ids_of_the_data_set():
 
 
 def test_a_model_file_gives_the_same_detector_back(detector, tmp_path):
-    state = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "step": 3}
+    state = {
+        "spec": detector.spec.to_dict(),
+        "model": detector.state_dict(),
+        "thresholds": {4: 0.25, 9: 0.75},
+    }
     checkpoint.write_file(tmp_path / "model.pt", state)
     again = load_detector(tmp_path / "model.pt")
     one, other = detect(detector, sheet(150, 290)), detect(again, sheet(150, 290))
     assert again.spec == detector.spec and np.array_equal(one.boxes, other.boxes)
+    assert again.thresholds == [0.25, 0.75], "in the order of the labels"
+
+
+def test_detections_above_one_score_or_one_a_class():
+    found = Detections(np.zeros((3, 4)), np.array([0.9, 0.5, 0.4]), np.array([2, 1, 2]))
+    assert found.above(0.5).scores.tolist() == [0.9, 0.5]
+    assert found.above(np.array([0.6, 0.3])).scores.tolist() == [0.9, 0.4]
 
 
 def test_what_is_no_model_file_is_refused(detector, tmp_path):
@@ -122,12 +133,12 @@ def test_what_is_no_model_file_is_refused(detector, tmp_path):
     checkpoint.write_file(file, {"encoder": torch.zeros(1)})
     with pytest.raises(UserError, match="not a detector"):
         load_detector(file)
-    checkpoint.write_file(file, {"spec": detector.spec.to_dict(), "model": detector.state_dict()})
+    whole = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "thresholds": {4: 0.5, 9: 0.5}}
+    checkpoint.write_file(file, whole)
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UserError, match="truncated or damaged"):
         load_detector(file)
-    other = {**detector.spec.to_dict(), "fpn_channels": 32}
-    checkpoint.write_file(file, {"spec": other, "model": detector.state_dict()})
+    checkpoint.write_file(file, {**whole, "spec": {**whole["spec"], "fpn_channels": 32}})
     with pytest.raises(UserError, match="do not fit"):
         load_detector(file)
 
