@@ -206,11 +206,19 @@ def _brief(error: Exception) -> str:
 
 
 def export_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, str | float | list]) -> str:
-    """Write backbone.safetensors, its sha256 beside it. meta (arch, method, mean, ...) travels inside."""
+    """Write backbone.safetensors, its sha256 beside it. meta (arch, method, mean, ...) travels inside.
+
+    The same tensors and meta give the same bytes.
+    """
     from safetensors.torch import save
 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = save(content, {key: json.dumps(value) for key, value in meta.items()})
+    size = int.from_bytes(data[:8], "little")
+    # safetensors writes the meta in an order that is random in each process.
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    data = len(header).to_bytes(8, "little") + header + data[8 + size :]
     atomic.make_folder(path.parent)
     return atomic.replace(path, lambda file: file.write(data), hashed=True)
 
