@@ -1,0 +1,398 @@
+"""Runs that are struck by faults, against runs that are not, on a real two-node Slurm on this machine.
+
+    python benchmarks/chaos.py [--methods simclr vicreg finetune] [--workers 0 2] [--faults 20] [--seed 0]
+                               [--parts runs kills overhead] [--results docs/results.md]
+
+runs: one seed, one rank on each node. Each method runs undisturbed twice, then once for each number of
+workers with faults at random steps: kill -9 of a rank, kill -9 inside the write of a checkpoint, USR2, a job
+of a higher partition, a node set down, a slurmd that dies, a power cut, a flipped bit in the newest
+checkpoint. Every logged figure as hex and the sha256 of every result must be those of the undisturbed run.
+kills, overhead: see writes.py.
+
+Needs Debian's slurm-wlm, munge, iproute2 and root, see docs/slurm.md. About half an hour on two idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]
+import writes  # noqa: E402
+from slurm_cluster import NODES, Cluster  # noqa: E402
+
+PRETRAIN = "--arch resnet18 --projector 16 16 --window 96 --image-size 32 --batch-size 4"
+FINETUNE = "--backbone none --arch resnet18 --fpn-channels 32 --window 128 --batch-size 2"
+FLAGS = {
+    "simclr": f"pretrain.slurm simclr {PRETRAIN}",
+    "vicreg": f"pretrain.slurm vicreg {PRETRAIN}",
+    "finetune": f"finetune.slurm {FINETUNE}",
+}
+STEPS = {"simclr": 10, "vicreg": 10, "finetune": 5}  # for each fault
+TAIL = {"simclr": 50, "vicreg": 50, "finetune": 20}  # after the last one, or for delays before
+INTERVAL = 0.3  # seconds between checkpoints
+PRODUCTS = {"simclr": "backbone.safetensors", "vicreg": "backbone.safetensors", "finetune": "model.pt"}
+
+
+class Trial:
+    """One run as a job over both nodes."""
+
+    def __init__(self, site: Cluster, folder: Path, method: str, workers: int, steps: int, partition: str):
+        self.site = site
+        self.exp_dir = folder / "exp"
+        self.log = folder / "log"
+        self.checkpoints = self.exp_dir / "checkpoints"
+        self.metrics = self.exp_dir / "metrics.jsonl"
+        script, *flags = FLAGS[method].split()
+        data = folder.parent / "drawn" / ("" if method == "finetune" else "unlabeled")
+        flags += f"--workers {workers} --steps {steps} --log-every 1 --checkpoint-every {INTERVAL}".split()
+        folder.mkdir()
+        self.job = site.sbatch(
+            "-N2", "-c2", "-p", partition, "-o", self.log, ROOT / "slurm" / script, *flags,
+            "--data-dir", data, "--exp-dir", self.exp_dir,
+            cwd=ROOT, env={"LINEWORK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def steps(self) -> int:
+        """Steps done, as far as logged."""
+        try:
+            lines = self.metrics.read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return 0
+        whole = [line for line in lines if line.endswith("\n")]
+        return json.loads(whole[-1])["step"] + 1 if whole else 0
+
+    def resumed(self) -> list[int]:
+        """The step that each later life went on from."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return [int(step) for step in re.findall(r"^going on from .*/step_(\d+)\.pt$", text, re.M)]
+
+    def saved_since(self, when: float) -> bool:
+        return any(path.stat().st_mtime > when for path in self.checkpoints.glob("step_*[1-9]*.pt"))
+
+    def until(self, there: Callable[[], Any], seconds: float = 120) -> None:
+        """Wait; a job that ends instead has failed the trial."""
+
+        def look() -> bool:
+            if there():
+                return True
+            assert self.site.state(self.job) in ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING"), (
+                self.tail()
+            )
+            return False
+
+        self.site.wait_for(look, seconds, self.tail)
+
+    def tail(self) -> str:
+        return f"{self.site.show(self.job)}\n{self.log.read_text()[-4000:]}"
+
+    def result(self) -> tuple[list[str], dict[str, str]]:
+        """Every logged figure as hex, and the sha256 of the final checkpoint and of the stage's results."""
+        assert self.site.wait(self.job, timeout=300) == "COMPLETED", self.tail()
+        lines = []
+        for line in self.metrics.read_text().splitlines():
+            figures = json.loads(line)
+            lines.append(" ".join(f"{name}={float(value).hex()}" for name, value in figures.items()))
+        final = json.loads((self.exp_dir / "final.json").read_text())
+        newest = self.checkpoints / f"step_{final['step']:08d}.pt.sha256"
+        return lines, {**final["files"], "checkpoint": newest.read_text().split()[0]}
+
+
+# -- faults: each leaves the run dead, or on its way to be
+
+
+def kill_rank(trial: Trial, rng: random.Random) -> None:
+    os.kill(trial.site.ranks(trial.job)[rng.randrange(len(NODES))], 9)
+
+
+def kill_in_write(trial: Trial, rng: random.Random) -> None:
+    """Stopped while the temporary is there, which makes sure of the moment; then killed."""
+    rank_0 = trial.site.ranks(trial.job)[0]
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if list(trial.checkpoints.glob(".step_*.pt.tmp-*")):
+            time.sleep(rng.uniform(0, 0.1))
+            os.kill(rank_0, 19)
+            if list(trial.checkpoints.glob(".step_*.pt.tmp-*")):
+                break
+            os.kill(rank_0, 18)
+    os.kill(rank_0, 9)
+
+
+def usr2(trial: Trial, rng: random.Random) -> None:
+    trial.site.run("scancel", "--signal=USR2", trial.job)
+    trial.until(lambda: trial.site.state(trial.job) == "PENDING")
+
+
+def flip_bit(trial: Trial, rng: random.Random) -> None:
+    """Between two lives."""
+    usr2(trial, rng)
+    newest = max(trial.checkpoints.glob("step_*.pt"))
+    with open(newest, "r+b") as file:
+        place = rng.randrange(newest.stat().st_size)
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << rng.randrange(8)]))
+
+
+def preempt(trial: Trial, rng: random.Random) -> None:
+    other = trial.site.sbatch("-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    assert trial.site.wait(other) == "COMPLETED"
+
+
+def node_down(trial: Trial, rng: random.Random) -> None:
+    node = f"node{rng.choice(NODES)}"
+    trial.site.run("scontrol", "update", f"nodename={node}", "state=down", "reason=chaos")
+    trial.until(lambda: trial.site.state(trial.job) == "PENDING")
+
+    def back() -> bool:  # it may come back of itself; while it is completing it can't be resumed
+        trial.site.call("scontrol", "update", f"nodename={node}", "state=resume")
+        return trial.site.run("sinfo", "-hp", "main", "-n", node, "-o", "%T").strip() == "idle"
+
+    trial.until(back)
+
+
+def slurmd_dies(trial: Trial, rng: random.Random) -> None:
+    """Its rank lives on, and nobody there can end it. Slurm is told at once: the run would go on for 20 s."""
+    k = rng.choice(NODES)
+    trial.site.kill_slurmd(k)
+    trial.site.run("scontrol", "update", f"nodename=node{k}", "state=down", "reason=chaos")
+    trial.until(lambda: trial.site.state(trial.job) == "PENDING")
+    trial.site.start_slurmd(k)
+
+
+def power_cut(trial: Trial, rng: random.Random) -> None:
+    k = rng.choice(NODES)
+    trial.site.power_cut(k)
+    trial.until(lambda: trial.site.state(trial.job) == "PENDING")
+    trial.site.boot(k)
+
+
+FAULTS: dict[str, Callable[[Trial, random.Random], None]] = {
+    "kill -9": kill_rank, "kill -9 in the write": kill_in_write, "USR2": usr2, "flipped bit": flip_bit,
+    "preemption": preempt, "node down": node_down, "slurmd dies": slurmd_dies, "power cut": power_cut,
+}  # fmt: skip
+IN_ALLOCATION = ("kill -9", "kill -9 in the write")  # started again there; the others go through a requeue
+MORE = ["kill -9"] * 5 + ["kill -9 in the write", "USR2"] * 2 + ["flipped bit", "preemption", "node down"]
+
+
+def kinds(faults: int) -> list[str]:
+    """Which ones, for that many: one of each first."""
+    return [*FAULTS, *MORE][:faults]
+
+
+def strike(trial: Trial, kind: str, rng: random.Random) -> dict[str, Any]:
+    """One fault, up to the first step of the next life: steps done again, seconds until a new one."""
+    lives, old = len(trial.resumed()), trial.metrics.stat().st_ino
+    reached = trial.steps()
+    began = time.monotonic()
+    FAULTS[kind](trial, rng)
+
+    def next_life() -> bool:
+        nonlocal reached
+        there = len(trial.resumed()) > lives
+        reached = max(reached, 0 if there else trial.steps())
+        return there
+
+    trial.until(next_life)
+    start = trial.resumed()[-1]
+    trial.until(lambda: trial.metrics.stat().st_ino != old and trial.steps() > start)
+    seconds = time.monotonic() - began
+    if kind == "flipped bit":
+        assert "its sha256 is not the one written beside it" in trial.log.read_text(), trial.tail()
+    print(f"  {kind} at step {reached}: on from {start} after {seconds:.1f} s", flush=True)
+    return {"kind": kind, "redone": reached - start, "seconds": seconds}
+
+
+def storm(trial: Trial, steps: int, faults: int, rng: random.Random, told: list[dict[str, Any]]) -> None:
+    """Strikes, one in `steps` steps, each when its life has saved something: no progress is another story."""
+    shuffled = kinds(faults)
+    rng.shuffle(shuffled)
+    for number, kind in enumerate(shuffled):
+        life = time.time()
+        at = (number + rng.random()) * steps
+        trial.until(lambda: trial.steps() > at and trial.saved_since(life))  # noqa: B023
+        time.sleep(rng.uniform(0, INTERVAL))
+        told.append(strike(trial, kind, rng))
+
+
+def compare(site: Cluster, folder: Path, method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row of the table for each number of workers."""
+    steps = STEPS[method] * options.faults + TAIL[method]
+    wanted = None
+    for number in (0, 1):
+        began = time.monotonic()
+        workers = options.workers[number % len(options.workers)]
+        calm = Trial(site, folder / f"{method}-calm-{number}", method, workers, steps, "main").result()
+        print(f"{method}, workers {workers}, undisturbed: {steps} steps in {time.monotonic() - began:.0f} s")
+        same = wanted in (None, calm)
+        wanted = wanted or calm
+        shutil.rmtree(folder / f"{method}-calm-{number}")
+    assert wanted is not None
+    rows = []
+    for number, workers in enumerate(options.workers):
+        print(f"{method}, workers {workers}, seed {options.seed}", flush=True)
+        rng = random.Random(f"{options.seed} {method} {workers}")
+        began = time.monotonic()
+        place = folder / f"{method}-{workers}"
+        trial = Trial(site, place, method, workers, steps, ("low", "lowgrace")[number % 2])
+        told: list[dict[str, Any]] = []
+        try:
+            storm(trial, STEPS[method], options.faults, rng, told)
+            found = trial.result()
+        except AssertionError as error:
+            print(error, flush=True)
+            found = trial.result() if site.state(trial.job) == "COMPLETED" else ([], {})
+        rows.append({
+            "method": method, "workers": workers, "steps": steps, "told": told, "twice": same,
+            "identical": found == wanted, "sha256": found[1].get(PRODUCTS[method], "none"),
+            "minutes": (time.monotonic() - began) / 60,
+        })  # fmt: skip
+        print(f"  identical: {yes(found == wanted)}", flush=True)
+        site.settle()
+        shutil.rmtree(place)
+    return rows
+
+
+def yes(true: bool) -> str:
+    return "yes" if true else "NO"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = (
+        "method", "workers", "steps", "faults", "steps redone: sum, max",
+        "first new step after a crash, s: median, max", "through a requeue, s: median, max",
+        "undisturbed twice: equal", "with faults: identical", "sha256",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        told = row["told"]
+        struck = ", ".join(f"{n} {kind}" for kind, n in Counter(t["kind"] for t in told).most_common())
+        crash = [t["seconds"] for t in told if t["kind"] in IN_ALLOCATION]
+        requeue = [t["seconds"] for t in told if t["kind"] not in IN_ALLOCATION]
+        redone = [t["redone"] for t in told]
+        lines.append(
+            f"| {row['method']} | {row['workers']} | {row['steps']} | {len(told)}: {struck} | {sum(redone)}, "
+            f"{max(redone, default=0)} | {spread(crash)} | {spread(requeue)} | {yes(row['twice'])} "
+            f"| {yes(row['identical'])} | {row['sha256'][:12]} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{median(seconds):.1f}, {max(seconds):.1f}" if seconds else "-"
+
+
+def machine() -> str:
+    import torch
+
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    slurm = subprocess.run(["/usr/sbin/slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
+    cores = len(os.sched_getaffinity(0))
+    cpu = names[0] if names else platform.machine()
+    return f"{cores} cores of {cpu}, torch {torch.__version__} on CPU, {slurm}"
+
+
+def commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    code = ("cluster", "slurm", "pretraining", "simclr", "vicreg", "detection", "schematics")
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    return git("rev-parse", "--short=10", "HEAD") + (" with changes" if dirty else "")
+
+
+def write_section(path: Path, told: list[str]) -> None:
+    """Between two comments of the page, which is made when there is none; parts not told anew stay."""
+    first, last = "<!-- chaos -->", "<!-- /chaos -->"
+    page = path.read_text() if path.exists() else "# Results\n"
+    if first not in page:
+        page = f"{page.rstrip()}\n\n{first}\n{last}\n"
+    before, _, rest = page.partition(first)
+    section, _, after = rest.partition(last)
+    parts = {}  # by heading
+    for part in [*section.split("### ")[1:], *(text.removeprefix("### ") for text in told)]:
+        parts[part.partition("\n")[0]] = part.strip()
+    text = "\n\n".join(["## Reliability", *(f"### {part}" for part in parts.values())])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}{first}\n{text}\n{last}{after}")
+
+
+def runs(options: argparse.Namespace) -> Iterator[str]:
+    """The table, after each method."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="linework-chaos-") as name:
+        folder = Path(name)
+        draw = ["--sheets", "8", "--unlabeled", "8", "--size", "256", "256"]
+        command = [sys.executable, "-m", "schematics.synthetic", "--out", str(folder / "drawn"), *draw]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        site = Cluster()
+        try:
+            for method in options.methods:
+                rows += compare(site, folder, method, options)
+                options.failed |= not all(
+                    row["identical"] and row["twice"] and len(row["told"]) == options.faults for row in rows
+                )
+                yield f"{TOLD_RUNS.format(interval=INTERVAL)}\n\n{table(rows)}"
+        finally:
+            site.stop()
+
+
+TOLD_RUNS = """\
+### Struck by faults
+
+Two ranks on the two nodes of a real Slurm (`tests/slurm_cluster.py`), ResNet-18, a checkpoint every
+{interval} s, so that a fault often falls into a write. "Identical": every figure of metrics.jsonl as hex, and
+the sha256 of the final checkpoint and of all results, are those of the undisturbed run. The two undisturbed
+runs had different numbers of workers where two are listed. A requeue includes the waits of this site:
+SlurmdTimeout 6 s, KillWait 5 s, 6 s for which a requeued job is held."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", choices=FLAGS, default=list(FLAGS))
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
+    parser.add_argument("--faults", type=int, default=20, help="at most 20")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--parts", nargs="+", choices=("runs", "kills", "overhead"),
+                        default=["runs", "kills", "overhead"])  # fmt: skip
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
+    options = parser.parse_args()
+    options.failed = False
+    words = " ".join(["python benchmarks/chaos.py", *sys.argv[1:]])
+    parts: dict[str, Callable[[], Iterable[str]]] = {
+        "runs": lambda: runs(options),
+        "kills": lambda: [writes.kills(options)],
+        "overhead": lambda: [writes.overhead()],
+    }
+    for name in options.parts:
+        about = (
+            f"`{words}`, commit {commit()}, {time.strftime('%Y-%m-%d')}; {machine()}; load average "
+            f"{os.getloadavg()[0]:.1f} at the start; seed of the faults {options.seed}."
+        )
+        for text in parts[name]():
+            print(text, flush=True)
+            write_section(options.results, [f"{text}\n\n{about}"])
+    return int(options.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
