@@ -66,7 +66,7 @@ class Run:
         self.signals = Signals(ctrl_c=world.launcher != "slurm")
         beat = self.owner.beat if self.owner else lambda: None
         self.heart = Heartbeat(exp_dir / "heartbeat", world.rank, world.size, step_timeout, alongside=beat)
-        self._next_save = time.monotonic() + checkpoint_every
+        self._saved_at = time.monotonic()
         self._saved_step = -1
 
     def __enter__(self) -> Run:
@@ -146,7 +146,9 @@ class Run:
         level: int = self.signals.level
         if self.owner and (self.writer.failed or not self.owner.held):
             level = FAILED
-        late = self.world.main and time.monotonic() >= self._next_save and not self.writer.busy
+        # Earlier by the time to write: a crash in the write then costs no more than the interval.
+        since = time.monotonic() - self._saved_at + self.writer.seconds
+        late = self.world.main and since >= self.checkpoint_every and not self.writer.busy
         level, due = self._agree(step, level, save or (late and not hold))
         self.heart.left()
         if level == FAILED:
@@ -161,8 +163,7 @@ class Run:
         if self.world.main and step != self._saved_step:
             with self.patience(SAVING):  # the one before may still be on its way to the disk
                 self.writer.save(step, state())
-            # Earlier by the time to write: a crash in the next write then costs no more than the interval.
-            self._next_save = time.monotonic() + self.checkpoint_every - self.writer.seconds
+            self._saved_at = time.monotonic()
         self._saved_step = step
         if wait:
             with self.patience(SAVING):
