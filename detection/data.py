@@ -37,7 +37,7 @@ class Augment:
 class SheetReader:
     """Sheets of a split as uint8 [H, W] or [H, W, 3], decoded once while they fit into `cache_bytes`."""
 
-    def __init__(self, split: Split, color_mode: str, cache_bytes: int = 2 << 30):
+    def __init__(self, split: Split, color_mode: str, cache_bytes: int = 1 << 30):
         self.split = split
         self.color_mode = color_mode
         self.free = cache_bytes
@@ -45,6 +45,15 @@ class SheetReader:
 
     def __len__(self) -> int:
         return len(self.split.sheets)
+
+    def preload(self) -> SheetReader:
+        """Decode sheets until the cache is full: once, for all workers that are forked from here."""
+        for index in range(len(self)):
+            before = len(self.cache)
+            self[index]
+            if len(self.cache) == before:
+                break
+        return self
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Colour]:
         """Image and paper colour. Raises DataError for a file that is unreadable or of another size."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -56,9 +56,9 @@ class Config:
     # timm name of the backbone; known from a backbone.safetensors, else resnet50.
     arch: str | None = None
     # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync, but group on several CPU processes.
-    norm: str = "auto"
+    norm: Literal["auto", "sync", "group"] = "auto"
     # mlp: two hidden layers; conv: four convolutions with norm, one hidden layer.
-    head: str = "mlp"
+    head: Literal["mlp", "conv"] = "mlp"
     # Channels of the feature pyramid.
     fpn_channels: int = 256
     # Backbone stages kept as pretrained: 1 is up to stride 4, 4 is all of it.
@@ -77,7 +77,7 @@ class Config:
     # Weight decay.
     wd: float = 0.0005
     # constant, step (times --lr-gamma every --lr-step-size epochs) or cosine (to 0).
-    scheduler: str = "step"
+    scheduler: Literal["constant", "step", "cosine"] = "step"
     lr_step_size: int = 8
     lr_gamma: float = 0.1
     # Steps of linear rise; at most a tenth of the run.
@@ -119,7 +119,7 @@ class Config:
     # auto, cpu or cuda.
     device: str = "auto"
     # auto (bf16 on a GPU), fp32 or bf16; losses are float32.
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     # Seconds between checkpoints; there is one after each epoch besides.
     checkpoint_every: float = 600.0
     # Seconds a step may take before the run is ended as hung.
@@ -186,6 +186,24 @@ def build_optimizer(detector: Detector, momentum: float, wd: float, predictor_lr
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=wd)
 
 
+def begin(
+    detector: Detector, state: dict[str, Any] | None, world: World,
+    *, freeze_stages: int, momentum: float, wd: float, predictor_lr: float, ema_decay: float,
+) -> Progress:  # fmt: skip
+    """The detector on its device with optimizer, guard and averaged weights, anew or as `state` left them."""
+    if detector.spec.norm == "sync" and world.size > 1:
+        detector = convert_sync_batchnorm(detector)
+    detector.to(world.device, memory_format=torch.channels_last).train()
+    detector.backbone.freeze(freeze_stages)
+    ema = ModelEmaV3(detector, ema_decay, use_warmup=True) if ema_decay else None
+    progress = Progress(detector, build_optimizer(detector, momentum, wd, predictor_lr), Guard(), ema)
+    if state:
+        progress.restore(state)
+        progress.guard = Guard(**state["guard"])
+        progress.phases = [Phase(**phase) for phase in state["phases"]]
+    return progress
+
+
 def main(config: Config) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
@@ -208,7 +226,7 @@ def main(config: Config) -> None:
         spec = detector.spec
         if spec.categories != tuple((c.id, c.name) for c in splits[0].categories):
             raise UserError(f"--data-dir {config.data_dir}: {config.exp_dir} was begun with other classes")
-        readers = [SheetReader(split, spec.color_mode) for split in splits]
+        readers = [SheetReader(split, spec.color_mode).preload() for split in splits]
         augment = Augment(True, config.scale_jitter, config.photometric, config.flip, config.rot90)
         windows = TrainingWindows(
             readers[0], spec.window, spec.overlap, config.seed, augment, config.negatives, config.repeat
@@ -222,16 +240,11 @@ def main(config: Config) -> None:
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
 
-        if spec.norm == "sync" and world.size > 1:
-            detector = convert_sync_batchnorm(detector)
-        detector.to(world.device).train()
-        detector.backbone.freeze(config.freeze_stages)
-        optimizer = build_optimizer(detector, config.momentum, config.wd, config.predictor_lr)
-        ema = ModelEmaV3(detector, config.ema_decay, use_warmup=True) if config.ema_decay else None
-        progress = Progress(detector, optimizer, Guard(**state["guard"]) if state else Guard(), ema)
-        if state:
-            progress.restore(state)
-        else:  # something to go back to, and a full disk shows before the first step
+        progress = begin(
+            detector, state, world, freeze_stages=config.freeze_stages, momentum=config.momentum,
+            wd=config.wd, predictor_lr=config.predictor_lr, ema_decay=config.ema_decay,
+        )  # fmt: skip
+        if state is None:  # something to go back to, and a full disk shows before the first step
             run.save(0, progress.state, wait=True)
         wanted = Phase(
             0, config.lr, config.scheduler, config.lr_step_size * per_epoch, config.lr_gamma, total

@@ -100,12 +100,11 @@ class Progress:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """All but the guard, whose counters outlive going back to a checkpoint."""
+        """Weights, averages and place; guard and phases outlive going back to a checkpoint."""
         self.detector.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
-        self.phases = [Phase(**phase) for phase in state["phases"]]
         self.best = dict(state["best"])
         self.step = state["step"]
 
@@ -223,8 +222,7 @@ def parallel(detector: Detector, world: World) -> nn.Module:
     if world.size == 1:
         return detector
     ids = [world.device.index] if world.device.type == "cuda" else None
-    # Synced statistics are equal on all ranks and GroupNorm has none: nothing to broadcast.
-    return DistributedDataParallel(detector, device_ids=ids, broadcast_buffers=False)
+    return DistributedDataParallel(detector, device_ids=ids)
 
 
 def load(windows: TrainingWindows, keys: list, workers: int, pin_memory: bool) -> DataLoader:

@@ -110,27 +110,53 @@ def test_two_and_two_steps_are_four_to_the_last_bit(data, four_steps, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def test_two_processes_train_and_validate_as_one(data, four_steps, tmp_path):
+def two_ranks(*command):
+    """Run a Python command as two ranks on this machine; returns what rank 0 printed."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "detection.finetune", "--device", "cpu", "--data-dir", str(data)]
-    command += ["--exp-dir", str(tmp_path / "run"), "--backbone", "none", "--arch", "resnet10t"]
-    flags = "--norm group --fpn-channels 64 --window 256 --overlap 64 --batch-size 2 --steps 4 --lr 0.02"
-    flags += " --scheduler constant --warmup-steps 0 --workers 0 --validate-every 20 --log-every 1"
-    flags += " --ema-decay 0.9"
     ranks = []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(subprocess.Popen([*command, *flags.split()], env={**CLEAN, **meeting, **place}))
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    one, two = lines_of(four_steps), lines_of(tmp_path / "run")
-    # Four windows on two ranks, three sheets to validate: the shares are unequal.
-    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2, 3, 3]
-    assert two[-1]["valid_AP"] == pytest.approx(one[-1]["valid_AP"], abs=0.02)
-    alone, together = weights_of(four_steps / "last.pt"), weights_of(tmp_path / "run" / "last.pt")
-    for key, tensor in alone.items():
-        assert torch.allclose(tensor, together[key], rtol=1e-3, atol=1e-4), key
+        env = {**CLEAN, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True))
+    printed = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    return printed[0]
+
+
+def test_two_processes_take_the_gradient_of_one(data, four_steps, tmp_path):
+    flags = (
+        "--backbone none --arch resnet10t --norm group --fpn-channels 64 --window 256 --overlap 64 --steps 1"
+    )
+    flags += " --batch-size 2 --lr 0.02 --scheduler constant --warmup-steps 0 --workers 0 --device cpu"
+    where = ["--data-dir", str(data), "--exp-dir", str(tmp_path / "run")]
+    two_ranks("-m", "detection.finetune", *where, *flags.split())
+    one, two = lines_of(four_steps)[0], lines_of(tmp_path / "run")[0]
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+VALIDATE = """
+import json, sys
+from cluster import distributed
+from detection.data import SheetReader
+from detection.loop import validate
+from detection.predict import load_detector
+from schematics.coco import read_split, to_coco
+world = distributed.start("cpu")
+split = read_split(sys.argv[2])
+figures, thresholds = validate(load_detector(sys.argv[1]), SheetReader(split, "gray"), to_coco(split), world)
+print(json.dumps([figures.coco, sorted(thresholds.items())]))
+distributed.stop()
+"""
+
+
+def test_ranks_with_unequal_shares_validate_as_one_process(data, trained, tmp_path):
+    printed = two_ranks("-c", VALIDATE, str(trained / "model.pt"), str(data / "valid"))  # three sheets
+    alone = checkpoint.read(trained / "model.pt")
+    coco, thresholds = json.loads(printed.splitlines()[-1])
+    assert coco == pytest.approx(list(alone["valid"]["coco"].values()), abs=1e-3)
+    assert coco[1] >= 0.5
+    assert dict(thresholds) == pytest.approx(alone["thresholds"], abs=1e-3)
 
 
 def test_a_resumed_run_takes_the_new_rate_and_goes_back_to_steps(data, tmp_path):
