@@ -23,6 +23,10 @@ check: install
 	$(BIN)/mypy evaluate/*.py
 	$(BIN)/mypy slurm/*.py
 
+# Strikes runs by faults on a real two-node Slurm on this machine (slurm-wlm, munge, root); half an hour or more.
+chaos: install
+	$(BIN)/python benchmarks/chaos.py
+
 test: check
 	$(BIN)/python -m pytest tests
 

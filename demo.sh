@@ -13,14 +13,16 @@ stage() { # name command...: show it, run it, keep its time
     times+=("$(printf '%-10s %4d s' "$name" $((SECONDS - start)))")
 }
 
-[ -e "$runs/data" ] || stage draw python -m schematics.synthetic --out "$runs/data" --sheets 80 --seed 0
-stage pretrain python -m vicreg.pretrain --data-dir "$runs/data/unlabeled" --exp-dir "$runs/pretrain" \
-    --arch resnet18 --projector 512 512 512 --batch-size 64 --steps 60 --image-size 96 --window 192
-stage finetune python -m detection.finetune --data-dir "$runs/data" --backbone "$runs/pretrain/backbone.safetensors" \
-    --exp-dir "$runs/finetune" --epochs 10 --batch-size 4
+stage draw python -m schematics.synthetic --out "$runs/data" --sheets 80 --seed 0
+stage pretrain python -m simclr.pretrain --data-dir "$runs/data/unlabeled" --exp-dir "$runs/pretrain" \
+    --arch resnet18 --projector 512 128 --batch-size 32 --lr-scaling sqrt --steps 50 --image-size 64 --window 128
+stage finetune python -m detection.finetune --data-dir "$runs/data" --exp-dir "$runs/finetune" \
+    --backbone "$runs/pretrain/backbone.safetensors" --steps 400 --validate-every 100 --batch-size 4 --lr 0.02 \
+    --scheduler cosine --warmup-steps 30 --window 256 --fpn-channels 128 --log-every 20
 stage evaluate python evaluate/evaluate.py --checkpoint "$runs/finetune/model.pt" --data-dir "$runs/data" \
-    --split test --out "$runs/evaluate"
+    --split test --out "$runs/evaluate" --pictures 3
 
 printf '\nTime of each stage\n'
 printf '  %s\n' "${times[@]}"
-printf 'Detections on three sheets: %s\n' "$(realpath "$runs/evaluate")"
+printf 'Detections on three sheets: %s\n' "$(realpath "$runs/evaluate/pictures")"
+printf 'Report:                     %s\n' "$(realpath "$runs/evaluate/report.html")"
