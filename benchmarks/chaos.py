@@ -330,14 +330,13 @@ def write_section(path: Path, told: list[str]) -> None:
     parts = {}  # by heading
     for part in [*section.split("### ")[1:], *(text.removeprefix("### ") for text in told)]:
         parts[part.partition("\n")[0]] = part.strip()
-    text = "\n\n".join(["## Reliability", *(f"### {part}" for part in parts.values())])
+    text = "\n\n".join([HEAD.format(interval=INTERVAL), *(f"### {part}" for part in parts.values())])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{before}{first}\n{text}\n{last}{after}")
 
 
 def runs(options: argparse.Namespace) -> Iterator[str]:
-    """The table, after each method."""
-    rows: list[dict[str, Any]] = []
+    """A table for each method."""
     with tempfile.TemporaryDirectory(prefix="linework-chaos-") as name:
         folder = Path(name)
         draw = ["--sheets", "8", "--unlabeled", "8", "--size", "256", "256"]
@@ -346,23 +345,24 @@ def runs(options: argparse.Namespace) -> Iterator[str]:
         site = Cluster()
         try:
             for method in options.methods:
-                rows += compare(site, folder, method, options)
+                rows = compare(site, folder, method, options)
                 options.failed |= not all(
                     row["identical"] and row["twice"] and len(row["told"]) == options.faults for row in rows
                 )
-                yield f"{TOLD_RUNS.format(interval=INTERVAL)}\n\n{table(rows)}"
+                yield f"### Struck by faults: {method}\n\n{table(rows)}"
         finally:
             site.stop()
 
 
-TOLD_RUNS = """\
-### Struck by faults
+HEAD = """\
+## Reliability
 
-Two ranks on the two nodes of a real Slurm (`tests/slurm_cluster.py`), timm's test_resnet, a checkpoint
-of 13 MB (pretraining) or 25 MB every {interval} s. "Identical": every figure of metrics.jsonl as hex,
-and the sha256 of the final checkpoint and of all results, are those of the undisturbed run. The two
-undisturbed runs had different numbers of workers where two are listed. A requeue includes the waits of
-this site: SlurmdTimeout 6 s, KillWait 5 s, 6 s for which a requeued job is held."""
+Struck by faults: two ranks on the two nodes of a real Slurm (`tests/slurm_cluster.py`), timm's
+test_resnet, a checkpoint of 13 MB (pretraining) or 25 MB every {interval} s. "Identical": every figure
+of metrics.jsonl as hex, and the sha256 of the final checkpoint and of all results, are those of the
+undisturbed run. The two undisturbed runs had different numbers of workers where two are listed. A
+requeue includes the waits of this site: SlurmdTimeout 6 s, KillWait 5 s, 6 s for which a requeued job is
+held."""
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_run_struck_by_faults_equals_the_undisturbed_one(site, tmp_path):
     page = tmp_path / "results.md"
-    old = "### Struck by faults\n\nold figures\n\n### Another part\n\nother figures\n"
+    old = "### Struck by faults: simclr\n\nold figures\n\n### Another part\n\nother figures\n"
     page.write_text(f"# Results\n\nbefore\n\n<!-- chaos -->\n{old}<!-- /chaos -->\n\nafter\n")
     flags = [
         "--methods",
