@@ -46,7 +46,7 @@ def test_hugging_face_evaluate_is_not_shadowed():
     """Neither evaluate/ nor slurm/ is importable from an installed Linework."""
     code = "import importlib.util as u; print([n for n in ('evaluate', 'slurm') if u.find_spec(n)])"
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", code], cwd="/", capture_output=True, text=True, check=True
     ).stdout
     assert found.strip() == "[]"
 
