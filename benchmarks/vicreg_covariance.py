@@ -1,9 +1,9 @@
-"""Time and memory of the covariance term: ours by the Gram matrix against the D x D product of the published code.
+"""Time and memory of the covariance term: our Gram matrix against the D x D product of the published code.
 
     python benchmarks/vicreg_covariance.py [--n 256] [--d 8192]
 
-Forward and backward of one view, interleaved in one process; prints the medians, their ratio and the bytes of the
-largest product.
+Forward and backward of one view, interleaved in one process; prints the medians, their ratio and the bytes of
+the largest product.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The backbone's keys are torchvision's; the projectors are the papers'; each method batches views its way."""
+"""The backbone has torchvision's keys, the projectors are the papers', each method batches views its way."""
 
 import pytest
 import torch
