@@ -83,7 +83,7 @@ class Trial:
         return [int(step) for step in re.findall(r"^going on from .*/step_(\d+)\.pt$", text, re.M)]
 
     def saved_since(self, when: float) -> bool:
-        return any(path.stat().st_mtime > when for path in self.checkpoints.glob("step_*[1-9]*.pt"))
+        return writes.written_since(self.checkpoints, when)
 
     def until(self, there: Callable[[], Any], seconds: float = 120) -> None:
         """Wait; a job that ends instead has failed the trial."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -82,10 +83,19 @@ def train(exp_dir: Path) -> None:
 def until_written(folder: Path) -> None:
     """Until this life has saved a checkpoint and the next one is on its way to the disk."""
     began = time.time()
-    while not any(path.stat().st_mtime > began for path in folder.glob("step_*.pt")):
+    while not written_since(folder, began):
         time.sleep(0.001)
     while not list(folder.glob(".step_*.pt.tmp-*")):
         time.sleep(0.001)
+
+
+def written_since(folder: Path, when: float) -> bool:
+    """Whether there is a checkpoint later than that, by time.time(); old ones are removed meanwhile."""
+    for path in folder.glob("step_*.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime > when:
+                return True
+    return False
 
 
 def overhead(rounds: int = 5) -> str:
