@@ -98,7 +98,7 @@ def written_since(folder: Path, when: float) -> bool:
     return False
 
 
-def overhead(rounds: int = 5) -> str:
+def overhead(rounds: int = 3) -> str:
     """Seconds that one checkpoint adds to training, as a share of a minute."""
     columns = (
         "state", "size", "step held up by the copy, s", "until durable, s", "added, all cores at work, s",
