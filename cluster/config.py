@@ -22,7 +22,7 @@ from cluster import atomic
 from cluster.atomic import UserError
 from cluster.rendezvous import place
 
-__all__ = ["UserError", "changed", "parse", "run", "save"]
+__all__ = ["UserError", "changed", "parse", "refuse_changes", "run", "save"]
 
 Config = TypeVar("Config")
 USAGE = 2  # exit status of a wrong command line
@@ -114,6 +114,18 @@ def changed(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
         raise UserError(f"{path}: not a saved config ({error}); remove it") from None
     new = _plain(config)
     return {_flag(name): (value, new[name]) for name, value in known.items() if value != new[name]}
+
+
+def refuse_changes(config: Any, exp_dir: Path, free: set[str]) -> None:
+    """Raise UserError where this command is another run than the one in `exp_dir`.
+
+    free: flags that may differ.
+    """
+    path = exp_dir / "config.json"
+    changes = changed(config, path) if path.exists() else {}
+    for flag, (old, new) in changes.items():
+        if flag not in free:
+            raise UserError(f"{flag} {new}: the run in {exp_dir} has {old}; give that, or another --exp-dir")
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -138,17 +138,6 @@ def read_splits(data_dir: Path) -> tuple[Split, Split]:
     return train_split, valid_split
 
 
-def refuse_changes(config: Config) -> None:
-    """Raise UserError where this command is another run than the one in its exp-dir."""
-    path = config.exp_dir / "config.json"
-    changes = configuration.changed(config, path) if path.exists() else {}
-    for flag, (old, new) in changes.items():
-        if flag not in FREE:
-            raise UserError(
-                f"{flag} {new}: the run in {config.exp_dir} has {old}; give that, or another --exp-dir"
-            )
-
-
 def fresh_detector(
     split: Split, backbone: str, arch: str | None, seed: int, **choices: Any
 ) -> tuple[Detector, str]:
@@ -207,7 +196,7 @@ def begin(
 def main(config: Config) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
-    refuse_changes(config)
+    configuration.refuse_changes(config, config.exp_dir, FREE)
     splits = read_splits(config.data_dir)
     build = functools.partial(
         fresh_detector, splits[0], config.backbone, config.arch, config.seed,

@@ -84,7 +84,7 @@ def pretrain(config: PretrainConfig, method: str, loss: Loss, joint: bool, last_
         config.exp_dir, world,
         checkpoint_every=config.checkpoint_every, keep=config.keep, step_timeout=config.step_timeout,
     ) as run:  # fmt: skip
-        refuse_changes(config)
+        configuration.refuse_changes(config, config.exp_dir, FREE)
         with run.patience(24 * 3600):
             store = open_store(config)
         schedule = plan(config, method, len(store))
@@ -164,17 +164,6 @@ def optimize(
         training.restore(saved)
         guard.roll_back(step, start)  # the data up to `step` is passed over
         journal.rewind(start)
-
-
-def refuse_changes(config: PretrainConfig) -> None:
-    """Raise UserError where this command is another run than the one in its exp-dir."""
-    path = config.exp_dir / "config.json"
-    changes = configuration.changed(config, path) if path.exists() else {}
-    for flag, (old, new) in changes.items():
-        if flag not in FREE:
-            raise UserError(
-                f"{flag} {new}: the run in {config.exp_dir} has {old}; give that, or another --exp-dir"
-            )
 
 
 def open_store(config: PretrainConfig) -> WindowStore:
