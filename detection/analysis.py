@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from detection.coco_metrics import Engine
 from detection.counts import Counts, count, count_figures, share
 from detection.curves import Curves, Operating, best_thresholds, curves, operating
 from detection.errors import Kinds, confusion_matrix, delta_ap50, kinds_of
@@ -80,15 +81,15 @@ def analyse(
     thresholds: Mapping[int, float] | None = None,
     resamples: int = 500,
     seed: int = 0,
+    engine: Engine = "pycocotools",
 ) -> Analysis:
     """Analyse COCO results against a COCO ground truth.
 
     limit: detections of a class on a sheet that count, `Figures.max_detections`; None fits it the same way.
     thresholds: score by category id from which a detection counts; for those not named, and for None, the
-    one that maximises F1 here.
-    Raises DataError as `coco_metrics.evaluate` does.
+    one that maximises F1 here. engine, and DataError: as `coco_metrics.evaluate`.
     """
-    matches = match(ground_truth, detections, limit)
+    matches = match(ground_truth, detections, limit, engine)
     best = best_thresholds(matches)
     given = thresholds or {}
     chosen = np.array([given.get(int(n), best[k]) for k, n in enumerate(matches.category_ids)], np.float64)
@@ -119,13 +120,13 @@ def analyse(
 
 
 def fit_thresholds(
-    ground_truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]
+    ground_truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]], engine: Engine = "pycocotools"
 ) -> dict[int, float]:
     """Scores by category id from which a detection should count: those of the highest F1 on these sheets.
 
     Fit them on valid, keep them with the detector, judge them on test. See `curves.best_thresholds`.
     """
-    matches = match(ground_truth, detections)
+    matches = match(ground_truth, detections, engine=engine)
     return dict(zip(matches.category_ids.tolist(), best_thresholds(matches).tolist(), strict=True))
 
 

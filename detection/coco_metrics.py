@@ -1,7 +1,8 @@
 """COCO detection figures: pycocotools as the reference, its known traps closed.
 
-pycocotools stays the engine, so on a clean set the 12 figures are its own to the last bit. What is repaired
-before it sees the data: annotation ids (it never matches id 0 and confuses doubled ids), missing `area`,
+pycocotools stays the engine, so on a clean set the 12 figures are its own to the last bit. hotcoco (the extra
+"fast") is another, 75 to 190 times faster and equal to the bit after the same repairs. What is repaired
+before either sees the data: annotation ids (it never matches id 0 and confuses doubled ids), missing `area`,
 `iscrowd` and `info`, empty predictions, the order of tied scores. What is added: the figures at a limit of
 detections that fits the data (a sheet may hold 250 symbols of one class; COCO counts 100), size bins that fit
 the data, figures per class, and the false positives of classes without ground truth, which COCO lets go free.
@@ -10,24 +11,27 @@ the data, figures per class, and the false positives of classes without ground t
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from schematics.sheets import DataError
+
+Engine = Literal["pycocotools", "hotcoco"]
 
 NAMES = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
     "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large",
 )  # fmt: skip
+# COCO's area ranges in square pixels: all, small, medium, large.
+AREAS = [[0.0, 1e10], [0.0, 32.0**2], [32.0**2, 96.0**2], [96.0**2, 1e10]]
 
 
 @dataclass(frozen=True)
@@ -121,29 +125,35 @@ def evaluate(
     ground_truth: Mapping[str, Any],
     detections: Iterable[Mapping[str, Any]],
     max_detections: int | None = None,
+    engine: Engine = "pycocotools",
 ) -> Figures:
     """Figures of `detections` against `ground_truth`.
 
     ground_truth: a COCO object dict (images, annotations, categories); it is not changed.
     detections: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels, score.
     max_detections: a limit per class and sheet, 100 or more, beside COCO's 100; None fits it to the data.
-    Raises DataError for an image or class the ground truth does not know, and for a number that isn't finite.
+    Raises DataError for an image or class the ground truth does not know, for a number that isn't finite, and
+    for an engine that isn't installed.
     """
-    truth = _repair(ground_truth)
-    found = _prepare(truth, detections)
+    truth = repair(ground_truth)
+    found = prepare(truth, detections)
     limit = max(100, max_detections or fit_max_detections(truth["annotations"]))
     edges = fit_size_bins(truth["annotations"])
-    evaluator = _run(truth, found, limit, edges)
-    coco = tuple(float(value) for value in evaluator.stats)
-
-    everything, last = slice(None), len(evaluator.params.maxDets) - 1
-    fitted = _mean_figures(evaluator, everything, 0, last)
+    # A further limit above 100 and further area ranges leave the standard figures alone: matching goes down
+    # the scores, and each range is matched by itself.
+    limits = sorted({1, 10, 100, limit})
+    bins = [[low**2, float(np.nextafter(high**2, 0))] for low, high in itertools.pairwise(edges)]
+    evaluator = match_boxes(truth, found, limits, AREAS + bins, engine)
+    evaluator.accumulate()
+    arrays, class_ids = evaluator.eval, evaluator.params.catIds
+    everything, last = slice(None), len(limits) - 1
+    fitted = _mean_figures(arrays, everything, 0, last)
     boxes_of = Counter(a["category_id"] for a in truth["annotations"] if not a["iscrowd"])
     found_of = Counter(d["category_id"] for d in found)
     rows = []
     by_id = {c["id"]: c["name"] for c in truth["categories"]}
-    for k, category_id in enumerate(evaluator.params.catIds):
-        figures = _mean_figures(evaluator, slice(k, k + 1), 0, last)
+    for k, category_id in enumerate(class_ids):
+        figures = _mean_figures(arrays, slice(k, k + 1), 0, last)
         rows.append(
             ClassFigures(
                 category_id=int(category_id),
@@ -156,10 +166,10 @@ def evaluate(
             )
         )
     return Figures(
-        coco=coco,
+        coco=_coco_figures(arrays),
         max_detections=limit,
         fitted=fitted,
-        sizes=_size_figures(evaluator, truth["annotations"], edges, last),
+        sizes=_size_figures(arrays, truth["annotations"], edges, last),
         classes=rows,
         false_positives_without_truth={r.name: r.detections for r in rows if not r.boxes and r.detections},
         images=len(truth["images"]),
@@ -187,7 +197,7 @@ def fit_size_bins(annotations: Sequence[Mapping[str, Any]]) -> list[float]:
     return sorted({float(np.floor(sides.min())), *inner.tolist(), float(np.floor(sides.max()) + 1)})
 
 
-def _repair(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
+def repair(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with what pycocotools relies on: ids 1..N, area, iscrowd, info."""
     annotations = []
     for number, annotation in enumerate(ground_truth["annotations"], start=1):
@@ -210,7 +220,7 @@ def _repair(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _prepare(truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def prepare(truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Detections checked, in an order that does not depend on how they came, with ids 1..N and area."""
     images = {image["id"] for image in truth["images"]}
     classes = {category["id"] for category in truth["categories"]}
@@ -234,44 +244,71 @@ def _prepare(truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) 
     ]  # fmt: skip
 
 
-def _run(truth: dict[str, Any], found: list[dict[str, Any]], limit: int, edges: list[float]) -> COCOeval:
-    """pycocotools over the standard settings and the fitted ones at once.
+def match_boxes(
+    truth: Mapping[str, Any],
+    found: list[dict[str, Any]],
+    limits: list[int],
+    areas: list[list[float]],
+    engine: Engine = "pycocotools",
+) -> Any:
+    """The engine's COCOeval after `evaluate`, of what `repair` and `prepare` made.
 
-    A further limit above 100 and further area ranges leave the standard figures alone: matching goes down the
-    scores, and each range is matched by itself.
+    limits: detections of a class on a sheet, ascending. areas: ranges in square pixels.
+    Raises DataError for an engine that isn't installed.
     """
+    kinds = coco_classes(engine)
     with contextlib.redirect_stdout(io.StringIO()):
-        gt, dt = COCO(), COCO()
+        gt, dt = kinds[0](), kinds[0]()
         gt.dataset = truth
         dt.dataset = {**truth, "annotations": found}
         gt.createIndex()
         dt.createIndex()
-        evaluator = COCOeval(gt, dt, "bbox")
-        evaluator.params.maxDets = sorted({1, 10, 100, limit})
-        for low, high in itertools.pairwise(edges):
-            evaluator.params.areaRng.append([low**2, float(np.nextafter(high**2, 0))])
-            evaluator.params.areaRngLbl.append(f"{low:g}-{high:g}")
+        evaluator = kinds[1](gt, dt, "bbox")
+        evaluator.params.maxDets = limits
+        evaluator.params.areaRng = areas
+        evaluator.params.areaRngLbl = [str(n) for n in range(len(areas))]
         evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
     return evaluator
 
 
-def _mean_figures(evaluator: COCOeval, classes: slice, area: int, limit: int) -> dict[str, float]:
+def coco_classes(engine: Engine) -> tuple[Any, Any]:
+    """COCO and COCOeval of an engine. Raises DataError that names the cure where it isn't installed."""
+    homes = {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"), "hotcoco": ("hotcoco", "hotcoco")}
+    try:
+        coco, evaluation = (importlib.import_module(name) for name in homes[engine])
+    except ImportError:
+        raise DataError(f"{engine} is not installed: pip install 'linework[fast]'") from None
+    return coco.COCO, evaluation.COCOeval
+
+
+def _coco_figures(arrays: Mapping[str, Any]) -> tuple[float, ...]:
+    """COCO's 12 as pycocotools' `summarize` takes them from its arrays; the limits begin with 1, 10, 100."""
+    everything = slice(None)
+    of_area = [_mean_figures(arrays, everything, area, 2) for area in range(len(AREAS))]
+    at_limit = [_mean_figures(arrays, everything, 0, limit) for limit in (0, 1, 2)]
+    return (
+        *(of_area[0][name] for name in ("AP", "AP50", "AP75")),
+        *(figures["AP"] for figures in of_area[1:]),
+        *(figures["AR"] for figures in at_limit),
+        *(figures["AR"] for figures in of_area[1:]),
+    )
+
+
+def _mean_figures(arrays: Mapping[str, Any], classes: slice, area: int, limit: int) -> dict[str, float]:
     """AP, AP50, AP75 and AR of some classes, one area range and one limit, each by its index."""
-    precision = evaluator.eval["precision"][:, :, classes, area, limit]  # [IoU, recall, class]
-    recall = evaluator.eval["recall"][:, classes, area, limit]  # [IoU, class]
+    precision = arrays["precision"][:, :, classes, area, limit]  # [IoU, recall, class]
+    recall = arrays["recall"][:, classes, area, limit]  # [IoU, class]
     values = {"AP": precision, "AP50": precision[0], "AP75": precision[5], "AR": recall}
-    return {name: float(v[v > -1].mean()) if (v > -1).any() else -1.0 for name, v in values.items()}
+    return {name: float(np.mean(v[v > -1])) if (v > -1).any() else -1.0 for name, v in values.items()}
 
 
 def _size_figures(
-    evaluator: COCOeval, annotations: Sequence[Mapping[str, Any]], edges: list[float], limit: int
+    arrays: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], edges: list[float], limit: int
 ) -> list[SizeFigures]:
     sides = np.sqrt([a["area"] for a in annotations if not a["iscrowd"]])
     rows = []
     for n, (low, high) in enumerate(itertools.pairwise(edges)):
-        figures = _mean_figures(evaluator, slice(None), 4 + n, limit)
+        figures = _mean_figures(arrays, slice(None), len(AREAS) + n, limit)
         boxes = int(((sides >= low) & (sides < high)).sum())
         rows.append(SizeFigures(low, high, boxes, figures["AP"], figures["AP50"], figures["AR"]))
     return rows

@@ -27,6 +27,7 @@ from cluster.distributed import World
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
+from detection.coco_metrics import Engine, coco_classes
 from detection.data import Augment, SheetReader, TrainingWindows, steps_per_epoch
 from detection.loop import Boundary, Progress, train_to
 from detection.model import Detector, Spec
@@ -40,7 +41,7 @@ from schematics.sheets import DataError
 FREE = {
     "--data-dir", "--exp-dir", "--backbone", "--epochs", "--steps", "--lr", "--scheduler", "--lr-step-size",
     "--lr-gamma", "--clip-grad", "--validate-every", "--patience", "--workers", "--device", "--precision",
-    "--checkpoint-every", "--step-timeout", "--log-every",
+    "--checkpoint-every", "--step-timeout", "--log-every", "--coco-engine",
 }  # fmt: skip
 
 
@@ -55,7 +56,8 @@ class Config:
 
     # timm name of the backbone; known from a backbone.safetensors, else resnet50.
     arch: str | None = None
-    # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync, but group on several CPU processes.
+    # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync for a pretrained backbone, but group on
+    # several CPU processes; group from random weights, where statistics of small batches cost most.
     norm: Literal["auto", "sync", "group"] = "auto"
     # mlp: two hidden layers; conv: four convolutions with norm, one hidden layer.
     head: Literal["mlp", "conv"] = "mlp"
@@ -112,6 +114,8 @@ class Config:
     score_threshold: float = 0.01
     # Detections kept of a window; fitted to the fullest.
     detections_per_image: int | None = None
+    # What computes validation AP: pycocotools, or hotcoco (pip install 'linework[fast]'), equal and faster.
+    coco_engine: Engine = "pycocotools"
 
     # Processes that cut windows, per rank.
     workers: int = 2
@@ -156,12 +160,12 @@ def fresh_detector(
     return detector, f"{audit}\n{describe(spec, split.sheets)}"
 
 
-def choose_norm(norm: str, world: World) -> str:
+def choose_norm(norm: str, backbone: str, world: World) -> str:
     """ "auto" made "sync" or "group". Raises UserError where norm layers can't be synced."""
     on_cpus = world.size > 1 and world.device.type == "cpu"
     if norm == "sync" and on_cpus:
         raise UserError("--norm sync: SyncBatchNorm needs GPUs; give --norm group for several CPU processes")
-    return norm if norm != "auto" else "group" if on_cpus else "sync"
+    return norm if norm != "auto" else "group" if on_cpus or backbone == "none" else "sync"
 
 
 def build_optimizer(detector: Detector, momentum: float, wd: float, predictor_lr: float) -> torch.optim.SGD:
@@ -197,12 +201,13 @@ def main(config: Config) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
     configuration.refuse_changes(config, config.exp_dir, FREE)
+    coco_classes(config.coco_engine)
     splits = read_splits(config.data_dir)
     build = functools.partial(
         fresh_detector, splits[0], config.backbone, config.arch, config.seed,
-        norm=choose_norm(config.norm, world), head=config.head, fpn_channels=config.fpn_channels,
-        window=config.window, overlap=config.overlap, detections=config.detections_per_image,
-        score_threshold=config.score_threshold,
+        norm=choose_norm(config.norm, config.backbone, world),
+        head=config.head, fpn_channels=config.fpn_channels, window=config.window, overlap=config.overlap,
+        detections=config.detections_per_image, score_threshold=config.score_threshold,
     )  # fmt: skip
     # Whatever is wrong with the input shows before the exp-dir is touched.
     fresh = None if checkpoint.listed(config.exp_dir / "checkpoints") else build()
@@ -247,7 +252,7 @@ def main(config: Config) -> None:
             total, windows, config.batch_size, config.workers, progress, world,
             Boundary(
                 progress, run, journal, world, readers[1], per_epoch, total, config.validate_every,
-                config.patience,
+                config.patience, config.coco_engine,
             ),
             lr=functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10)),
             bf16=config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda"),

@@ -21,7 +21,7 @@ from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
 from detection.analysis import fit_thresholds
-from detection.coco_metrics import Figures, evaluate
+from detection.coco_metrics import Engine, Figures, evaluate
 from detection.data import SheetReader, TrainingWindows, batches, collate
 from detection.model import Detector
 from detection.predict import detect, to_results
@@ -122,6 +122,7 @@ class Boundary:
     total: int
     validate_every: int  # epochs
     patience: int  # epochs; 0: never ends early
+    engine: Engine
 
     def __post_init__(self) -> None:
         self.truth = to_coco(self.reader.split)
@@ -134,7 +135,9 @@ class Boundary:
         go_on = step < self.total
         if step % (self.per_epoch * self.validate_every) == 0 or not go_on:
             with self.run.patience(3600):
-                figures, thresholds = validate(self.progress.judged, self.reader, self.truth, self.world)
+                figures, thresholds = validate(
+                    self.progress.judged, self.reader, self.truth, self.world, self.engine
+                )
             better = figures.fitted["AP"] > self.progress.best["AP"]
             if better:
                 self.progress.best = {"AP": figures.fitted["AP"], "step": step}
@@ -153,7 +156,11 @@ class Boundary:
 
 
 def validate(
-    detector: Detector, reader: SheetReader, truth: dict[str, Any], world: World
+    detector: Detector,
+    reader: SheetReader,
+    truth: dict[str, Any],
+    world: World,
+    engine: Engine = "pycocotools",
 ) -> tuple[Figures, dict[int, float]]:
     """COCO figures in sheet coordinates, and the score by category id at which F1 is highest.
 
@@ -168,7 +175,9 @@ def validate(
     detector.train(training)
     found = {image_id: d for share in distributed.gather_objects(mine) for image_id, d in share.items()}
     results = to_results(found, [category_id for category_id, _ in detector.spec.categories])
-    return distributed.on_main(lambda: (evaluate(truth, results), fit_thresholds(truth, results)))
+    return distributed.on_main(
+        lambda: (evaluate(truth, results, engine=engine), fit_thresholds(truth, results, engine))
+    )
 
 
 def write_model(

@@ -1,23 +1,17 @@
-"""Detections matched to truth once, by pycocotools; curves, intervals, errors and counts are read off it.
+"""Detections matched to truth once, as COCO does; curves, intervals, errors and counts are read off it.
 
 Letters: I sheets, K classes, G true boxes, D detections, T IoU thresholds (0.5, 0.55, ..., 0.95).
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from detection.coco_metrics import _prepare, _repair, fit_max_detections
-
-EVERY_AREA = [0.0, 1e10]  # square pixels, COCO's "all"
+from detection.coco_metrics import AREAS, Engine, fit_max_detections, match_boxes, prepare, repair
 
 
 @dataclass(frozen=True)
@@ -73,32 +67,23 @@ class Matches:
 
 
 def match(
-    ground_truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]], limit: int | None = None
+    ground_truth: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    limit: int | None = None,
+    engine: Engine = "pycocotools",
 ) -> Matches:
     """Match as COCO does: down the scores, each detection takes the best free truth of its class.
 
-    ground_truth, detections, limit: as `coco_metrics.evaluate` takes them; limit None fits it to the data.
-    Raises DataError for an image or class the ground truth does not know, and for a number that isn't finite.
+    ground_truth, detections, limit, engine: as `coco_metrics.evaluate` takes them; limit None fits it to the
+    data. Raises DataError as that does.
     """
-    truth = _repair(ground_truth)
-    found = _prepare(truth, detections)
+    truth = repair(ground_truth)
+    found = prepare(truth, detections)
     limit = max(100, limit or fit_max_detections(truth["annotations"]))
-    with contextlib.redirect_stdout(io.StringIO()):
-        gt, dt = COCO(), COCO()
-        gt.dataset = truth
-        dt.dataset = {**truth, "annotations": found}
-        gt.createIndex()
-        dt.createIndex()
-        evaluator = COCOeval(gt, dt, "bbox")
-        evaluator.params.areaRng, evaluator.params.areaRngLbl = [EVERY_AREA], ["all"]
-        evaluator.params.maxDets = [limit]
-        evaluator.evaluate()
-    return _gather(evaluator, truth, found, limit)
+    return _gather(match_boxes(truth, found, [limit], AREAS[:1], engine), truth, found, limit)
 
 
-def _gather(
-    evaluator: COCOeval, truth: Mapping[str, Any], found: list[dict[str, Any]], limit: int
-) -> Matches:
+def _gather(evaluator: Any, truth: Mapping[str, Any], found: list[dict[str, Any]], limit: int) -> Matches:
     image_ids, category_ids = (
         np.array(ids, np.int64) for ids in (evaluator.params.imgIds, evaluator.params.catIds)
     )
@@ -107,8 +92,9 @@ def _gather(
     order, rank = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     match, ignored = [np.empty((len(ious), 0), np.int64)], [np.empty((len(ious), 0), bool)]
     scores = np.array([row["score"] for row in found], np.float64)
+    of_sheets = evaluator.evalImgs
     for label in range(len(category_ids)):
-        results = evaluator.evalImgs[label * len(image_ids) : (label + 1) * len(image_ids)]
+        results = of_sheets[label * len(image_ids) : (label + 1) * len(image_ids)]
         results = [result for result in results if result is not None]
         if not results:
             continue

@@ -1,5 +1,7 @@
 """Training windows: boxes follow their pixels, draws (seed, epoch, sample); ranks share one global batch."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -167,7 +169,7 @@ def test_gray_becomes_three_channels_and_batches_stack():
 
 def test_windows_and_overlap_fit_the_symbols(split):
     assert large_side(split.sheets) == 40
-    assert fit_window(split.sheets) == 704
+    assert fit_window(split.sheets) == 384
     assert fit_overlap(split.sheets, 256) == 56
     choices = {"arch": "resnet18", "norm": "sync", "head": "mlp", "fpn_channels": 64, "overlap": None}
     spec = plan_detector(split, {}, window=256, detections=None, score_threshold=0.01, **choices)
@@ -179,6 +181,17 @@ def test_windows_and_overlap_fit_the_symbols(split):
         window=256, detections=7, score_threshold=0.01, **choices,
     )  # fmt: skip
     assert (given.color_mode, given.mean, given.detections) == ("rgb", (0.5,) * 3, 7)
+
+
+def test_the_window_covers_the_sheets_with_few_pixels(split):
+    """Sheets that fit are seen whole; a few large ones don't make all windows large."""
+
+    def sized(*sizes):
+        return [replace(split.sheets[0], width=width, height=height) for width, height in sizes]
+
+    assert fit_window(sized((500, 400), (480, 500))) == 512, "each whole"
+    assert fit_window(sized((5000, 4000))) == 896, "a large sheet: neighbours share little"
+    assert fit_window(sized(*[(500, 400)] * 20, (1000, 800))) == 512, "most of them whole"
 
 
 def test_the_learning_rate_is_a_function_of_the_step():
