@@ -144,7 +144,8 @@ def evaluate(
     limits = sorted({1, 10, 100, limit})
     bins = [[low**2, float(np.nextafter(high**2, 0))] for low, high in itertools.pairwise(edges)]
     evaluator = match_boxes(truth, found, limits, AREAS + bins, engine)
-    evaluator.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.accumulate()
     arrays, class_ids = evaluator.eval, evaluator.params.catIds
     everything, last = slice(None), len(limits) - 1
     fitted = _mean_figures(arrays, everything, 0, last)
