@@ -87,23 +87,25 @@ def _gather(evaluator: Any, truth: Mapping[str, Any], found: list[dict[str, Any]
     image_ids, category_ids = (
         np.array(ids, np.int64) for ids in (evaluator.params.imgIds, evaluator.params.catIds)
     )
-    ious = evaluator.params.iouThrs
+    ious, recalls = np.array(evaluator.params.iouThrs), np.array(evaluator.params.recThrs)
     # Row n of either list has id n + 1.
     order, rank = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     match, ignored = [np.empty((len(ious), 0), np.int64)], [np.empty((len(ious), 0), bool)]
     scores = np.array([row["score"] for row in found], np.float64)
-    of_sheets = evaluator.evalImgs
-    for label in range(len(category_ids)):
-        results = of_sheets[label * len(image_ids) : (label + 1) * len(image_ids)]
-        results = [result for result in results if result is not None]
-        if not results:
-            continue
-        rows = np.concatenate([np.array(result["dtIds"], np.int64) for result in results]) - 1
+    of_class: dict[int, list] = {}  # one engine goes through the classes first, the other through the sheets
+    for result in filter(None, evaluator.evalImgs):
+        of_class.setdefault(int(result["category_id"]), []).append(result)
+    for results in (of_class[number] for number in category_ids.tolist() if number in of_class):
+        ids, matched, in_crowd = (
+            np.hstack([np.array(result[name]) for result in results])
+            for name in ("dtIds", "dtMatches", "dtIgnore")
+        )
+        rows = ids.astype(np.int64) - 1
         falling = np.argsort(-scores[rows], kind="stable")  # sheets in order where scores tie
         order.append(rows[falling])
         rank.append(np.concatenate([np.arange(len(result["dtIds"])) for result in results])[falling])
-        match.append(np.hstack([result["dtMatches"] for result in results])[:, falling].astype(np.int64) - 1)
-        ignored.append(np.hstack([result["dtIgnore"] for result in results])[:, falling].astype(bool))
+        match.append(matched[:, falling].astype(np.int64) - 1)
+        ignored.append(in_crowd[:, falling].astype(bool))
     rows = np.concatenate(order)
     by_id = {category["id"]: category["name"] for category in truth["categories"]}
     return Matches(
@@ -112,7 +114,7 @@ def _gather(evaluator: Any, truth: Mapping[str, Any], found: list[dict[str, Any]
         names=tuple(str(by_id[number]) for number in category_ids.tolist()),
         limit=limit,
         ious=ious,
-        recalls=evaluator.params.recThrs,
+        recalls=recalls,
         truth=Truth(
             *_places(truth["annotations"], image_ids, category_ids),
             crowd=np.array([row["iscrowd"] for row in truth["annotations"]], bool),

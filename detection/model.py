@@ -210,6 +210,10 @@ class Detector(FasterRCNN):
         self.rpn.fg_bg_sampler = SeededSampler(256, 0.5, salt=0x5EED)
         self.roi_heads.fg_bg_sampler = SeededSampler(spec.rois, 0.25, salt=0xB0C5)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def forward(
         self,
         images: Sequence[Tensor],

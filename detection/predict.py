@@ -31,9 +31,10 @@ from tyro.conf import Positional
 from cluster import atomic, checkpoint, distributed
 from cluster import config as configuration
 from cluster.config import UserError
-from detection.data import MULTIPLE, as_tensor
+from detection.data import as_tensor
 from detection.draw import annotate
 from detection.model import Detector, Spec
+from detection.onnx_detector import OnnxDetector
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, to_color
 from schematics.windows import cut, paper_color, tile_sheet
 
@@ -57,11 +58,14 @@ class Detections:
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept])
 
 
-def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector:
+def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector | OnnxDetector:
     """The detector of a model.pt, ready for `detect`; `detector.thresholds` holds those of its classes.
 
-    Raises UserError for a file that is truncated, not written by `detection.finetune`, or would run code.
+    A .onnx of `detection.export` will do, on the CPU. Raises UserError for a file that is truncated, not
+    written by `detection.finetune`, or would run code.
     """
+    if Path(path).suffix == ".onnx":
+        return OnnxDetector(Path(path))
     state = checkpoint.read(Path(path))
     if not {"model", "spec"} <= set(state):
         raise UserError(f"{path}: not a detector; give the model.pt of `python -m detection.finetune`")
@@ -76,22 +80,21 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
 
 
 @torch.inference_mode()
-def detect(detector: Detector, image: np.ndarray, batch_size: int = 4) -> Detections:
+def detect(detector: Detector | OnnxDetector, image: np.ndarray, batch_size: int = 4) -> Detections:
     """Symbols on one sheet, uint8 [H, W] or [H, W, 3] RGB of any size.
 
-    Windows go through the network `batch_size` at a time, so memory doesn't grow with the sheet.
+    Windows go through the network `batch_size` at a time, so memory doesn't grow with the sheet. A small
+    sheet is padded to a window as in training: GroupNorm's statistics are the window's, paper included.
     """
-    spec, device = detector.spec, next(detector.parameters()).device
+    spec, device = detector.spec, detector.device
     image = to_color(image, spec.color_mode)
     paper = paper_color(image)
     height, width = image.shape[:2]
     tiles = tile_sheet(width, height, spec.window, spec.overlap)
-    # A sheet smaller than a window needs no more than itself, up to the pyramid's stride.
-    rows, columns = (min(spec.window, -(-side // MULTIPLE) * MULTIPLE) for side in (height, width))
-    found = []
+    found: list[dict[str, torch.Tensor]] = []
     for first in range(0, len(tiles), batch_size):
         corners = tiles[first : first + batch_size, :2].tolist()
-        batch = [as_tensor(cut(image, x, y, spec.window, paper)[:rows, :columns]) for x, y in corners]
+        batch = [as_tensor(cut(image, x, y, spec.window, paper)) for x, y in corners]
         found += detector(torch.stack(batch).to(device))
     windows = np.repeat(np.arange(len(tiles)), [len(f["scores"]) for f in found])
     boxes = torch.cat([f["boxes"] for f in found]).double().cpu().numpy() + np.tile(tiles[windows, :2], 2)

@@ -1,0 +1,136 @@
+"""Export a detector to ONNX, and hold the file against torch on your sheets before it is kept.
+
+    pip install 'linework[onnx]'
+    python -m detection.export --checkpoint OUT/model.pt --out detector.onnx SHEETS
+
+The graph takes one window, uint8 [3, S, S], and gives boxes float32 [N, 4] in its pixels, scores [N] and
+labels int64 [N], best first. What else inference needs (window, overlap, classes, thresholds) lies in the
+model's property "linework" as JSON; `detection.predict` and `evaluate.py` take the file as --checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from cluster import atomic
+from cluster import config as configuration
+from cluster.config import UserError
+from detection.model import Detector
+from detection.onnx_detector import INPUT, OUTPUTS, PROPERTY, OnnxDetector
+from detection.predict import Detections, detect, load_detector
+from schematics.sheets import DataError, find_sheets, read_sheet
+
+OPSET = 17
+LEAST_SCORE = 0.05  # below it two runtimes may fill the last places differently
+PIXELS, SCORE = 0.05, 1e-3  # differences that are rounding
+
+
+class OneWindow(nn.Module):
+    """Tensors in and out, as a graph wants them."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, window: Tensor) -> tuple[Tensor, ...]:
+        (found,) = self.detector(window[None])
+        return tuple(found[name] for name in OUTPUTS)
+
+
+def to_onnx(detector: Detector) -> bytes:
+    """The ONNX model of a detector in eval mode on the CPU. Raises UserError where onnx isn't installed."""
+    try:
+        import onnx
+    except ImportError:
+        raise UserError("--out: ONNX needs two packages more: pip install 'linework[onnx]'") from None
+    side = detector.spec.window
+    file: Any = io.BytesIO()
+    window = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # shapes are constants here, as the tracer remarks
+        torch.onnx.export(
+            OneWindow(detector).eval(), (window,), file, input_names=[INPUT], output_names=list(OUTPUTS),
+            dynamic_axes={name: {0: "N"} for name in OUTPUTS}, opset_version=OPSET,
+            dynamo=False,  # the newer exporter can't follow torchvision's NMS (torch 2.14)
+        )  # fmt: skip
+    model = onnx.load_from_string(file.getvalue())
+    about = {"spec": detector.spec.to_dict(), "thresholds": detector.thresholds}
+    onnx.helper.set_model_props(model, {PROPERTY: json.dumps(about)})
+    return model.SerializeToString()
+
+
+def compare(one: Detections, other: Detections) -> tuple[int, float, float]:
+    """Detections of `one` from LEAST_SCORE up without a partner in `other`, and of those with one the largest
+    difference in pixels and in score.
+    """
+    alone, pixels, scores = 0, 0.0, 0.0
+    for box, score, label in zip(one.boxes, one.scores, one.labels, strict=True):
+        if score < LEAST_SCORE:
+            continue
+        apart = abs(other.boxes - box).max(1, initial=0.0)
+        off = abs(other.scores - score)
+        near = (other.labels == label) & (apart <= PIXELS) & (off <= SCORE)
+        if not near.any():
+            alone += 1
+            continue
+        best = np.flatnonzero(near)[apart[near].argmin()]
+        pixels, scores = max(pixels, float(apart[best])), max(scores, float(off[best]))
+    return alone, pixels, scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    # model.pt of a finetuning.
+    checkpoint: Path
+    # The file to write, such as detector.onnx.
+    out: Path
+    # Drawings on which torch and onnxruntime must agree: image files, PDFs, folders of them.
+    sheets: Positional[tuple[Path, ...]] = ()
+
+
+def main(config: ExportConfig) -> None:
+    if not config.sheets:
+        raise UserError("name the sheets on which the file is held against torch, after the flags")
+    sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
+    detector = load_detector(config.checkpoint)
+    if not isinstance(detector, Detector):
+        raise UserError(f"--checkpoint {config.checkpoint}: is exported already; give a model.pt")
+    atomic.make_folder(config.out.parent)
+    # Under another name until it has agreed with torch.
+    trial = config.out.with_name(f".{config.out.name}.trial")
+    try:
+        atomic.replace(trial, lambda file: file.write(to_onnx(detector)), hashed=True)
+        exported, shown, alone, pixels, scores = OnnxDetector(trial), 0, 0, 0.0, 0.0
+        for image in map(read_sheet, sheets):
+            pair = detect(detector, image), detect(exported, image)
+            for one, other in (pair, pair[::-1]):
+                missing, apart, off = compare(one, other)
+                alone, pixels, scores = alone + missing, max(pixels, apart), max(scores, off)
+            shown += int((pair[0].scores >= LEAST_SCORE).sum())
+        if alone:
+            raise UserError(
+                f"{config.out}: not written, {alone} detections of {len(sheets)} sheets are found by one of "
+                "torch and onnxruntime only; try another version of onnxruntime"
+            )
+        atomic.replace(config.out, lambda file: file.write(trial.read_bytes()), hashed=True)
+    finally:
+        trial.unlink(missing_ok=True)
+        atomic.sidecar(trial).unlink(missing_ok=True)
+    print(
+        f"{config.out}: agrees with torch on {len(sheets)} sheets, {shown} detections from score "
+        f"{LEAST_SCORE} up: at most {pixels:.1g} px and {scores:.1g} of score apart"
+    )
+
+
+if __name__ == "__main__":
+    configuration.run(ExportConfig, main, expected=(DataError,))
