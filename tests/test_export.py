@@ -1,5 +1,6 @@
 """An exported detector finds what torch finds, on sheets large and small, or it is not written."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,75 +13,95 @@ from detection.model import Detector, Spec
 from detection.onnx_detector import OnnxDetector
 from detection.predict import Detections, PredictConfig, detect, load_detector
 from detection.predict import main as predict
-from schematics.sheets import find_sheets, read_sheet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """Two sheets of noise: on blank paper a random network is equally sure of many places."""
+    folder = tmp_path_factory.mktemp("noise")
+    for n, shape in enumerate([(150, 260), (128, 120)]):
+        image = np.random.default_rng(n).integers(0, 256, shape, dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{n}.png"), image)
+    return folder
 
 
 def save(folder, norm, seed=0):
-    """A model.pt with random weights that finds something everywhere."""
+    """A model.pt with random weights and running statistics."""
     torch.manual_seed(seed)
     spec = Spec(
-        arch="resnet10t", norm=norm, head="conv", fpn_channels=32, categories=((4, "relay"), (9, "lamp")),
-        color_mode="gray", mean=(0.9,) * 3, std=(0.2,) * 3, window=128, overlap=32,
-        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])), rois=16, proposals=64, detections=20,
+        arch="resnet10t", norm=norm, head="conv", fpn_channels=16, categories=((4, "relay"), (9, "lamp")),
+        color_mode="gray", mean=(0.5,) * 3, std=(0.3,) * 3, window=128, overlap=32,
+        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])), rois=16, proposals=32, detections=20,
         score_threshold=0.05,
     )  # fmt: skip
     detector = Detector(spec).train()
-    for _ in range(3):  # running statistics worth the name
-        image = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
-        target = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1])}
-        detector(image, [target, target], [1, 2])
-    file = folder / f"{norm}-{seed}.pt"
+    image = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1])}
+    detector(image, [target, target], [1, 2])
     state = {"spec": spec.to_dict(), "model": detector.state_dict(), "thresholds": {4: 0.1, 9: 0.2}}
-    checkpoint.write_file(file, state)
-    return file
+    checkpoint.write_file(folder / "model.pt", state)
+    return folder / "model.pt"
 
 
-def exported(file, sheets):
-    out = file.with_suffix(".onnx")
-    export.main(export.ExportConfig(checkpoint=file, out=out, sheets=(sheets / "test",)))
+def export_to(out, file, *sheets):
+    export.main(export.ExportConfig(checkpoint=file, out=out, sheets=sheets))
     return out
 
 
-@pytest.mark.parametrize("norm", ["sync", "group"])
-def test_onnxruntime_finds_what_torch_finds(norm, sheets, tmp_path, capsys):
-    file = save(tmp_path, norm)
-    out = exported(file, sheets)
-    assert "agrees with torch on 4 sheets" in capsys.readouterr().out
-    one, other = load_detector(file), load_detector(out)
-    assert isinstance(other, OnnxDetector)
+@pytest.fixture(scope="module")
+def grouped(noise, tmp_path_factory):
+    """model.pt and detector.onnx in one folder."""
+    folder = tmp_path_factory.mktemp("grouped")
+    return export_to(folder / "detector.onnx", save(folder, "group"), noise)
+
+
+def agrees(out, file, image):
+    found, expected = detect(load_detector(out), image), detect(load_detector(file), image)
+    assert len(expected) > 5
+    return export.compare(expected, found)[0] == export.compare(found, expected)[0] == 0
+
+
+def test_onnxruntime_finds_what_torch_finds(grouped, noise):
+    one, other = load_detector(grouped.with_name("model.pt")), load_detector(grouped)
+    assert isinstance(one, Detector) and isinstance(other, OnnxDetector)
     assert (other.spec, other.thresholds) == (one.spec, one.thresholds)
-    (sheet, *_) = find_sheets(sheets / "valid")
-    large = read_sheet(sheet)
-    for image in (large, large[:90, :70], np.full((300, 40), 255, np.uint8)):
-        found, expected = detect(other, image), detect(one, image)
-        assert len(expected) == len(found) > 5
-        assert export.compare(expected, found)[0] == 0 == export.compare(found, expected)[0]
-    assert not list(tmp_path.glob(".*"))
+    image = np.random.default_rng(7).integers(0, 256, (200, 300), dtype=np.uint8)
+    assert agrees(grouped, grouped.with_name("model.pt"), image)
+    assert agrees(grouped, grouped.with_name("model.pt"), image[:100, :90])
 
 
-def test_predict_takes_the_file(sheets, tmp_path):
-    out = exported(save(tmp_path, "group"), sheets)
-    pages = (sheets / "valid",)
-    for name in ("one", "other"):
-        source = out if name == "one" else out.with_suffix(".pt")
-        predict(PredictConfig(checkpoint=source, out=tmp_path / name, sheets=pages, device="cpu"))
-    counts = [(tmp_path / name / "counts.csv").read_text() for name in ("one", "other")]
-    assert counts[0] == counts[1] and "relay" in counts[0]
+def test_a_detector_with_batch_norm(noise, tmp_path, capsys):
+    out = export_to(tmp_path / "new" / "detector.onnx", save(tmp_path, "sync"), noise)
+    assert "agrees with torch on 2 sheets" in capsys.readouterr().out
+    assert sorted(file.name for file in out.parent.iterdir()) == ["detector.onnx", "detector.onnx.sha256"]
 
 
-def test_a_file_that_disagrees_is_not_written(sheets, tmp_path, monkeypatch):
-    file = save(tmp_path, "group")
-    out = exported(file, sheets)
-    before = out.read_bytes()
+def test_predict_takes_the_file(grouped, noise, tmp_path):
+    for file in (grouped, grouped.with_name("model.pt")):
+        predict(PredictConfig(checkpoint=file, out=tmp_path / file.name, sheets=(noise,), device="cpu"))
+    one, other = ((tmp_path / name / "counts.csv").read_text() for name in ("detector.onnx", "model.pt"))
+    assert one == other and "relay" in one
+
+
+def test_a_file_that_disagrees_is_not_written(grouped, noise, tmp_path, monkeypatch):
+    before = grouped.read_bytes()
     stranger = load_detector(save(tmp_path, "group", seed=1))
     to_onnx = export.to_onnx
     monkeypatch.setattr(export, "to_onnx", lambda _: to_onnx(stranger))
-    with pytest.raises(UserError, match=r"group-0\.onnx: not written, \d+ detections of 4 sheets"):
-        exported(file, sheets)
-    assert out.read_bytes() == before and not list(tmp_path.glob(".*"))
+    with pytest.raises(UserError, match=r"detector\.onnx: not written, \d+ detections of 2 sheets"):
+        export_to(grouped, grouped.with_name("model.pt"), noise)
+    assert grouped.read_bytes() == before and not list(grouped.parent.glob(".*"))
 
 
-def test_what_is_compared():
+def test_what_counts_as_agreement():
     one = Detections(np.array([[0.0, 0, 9, 9], [50, 50, 60, 60]]), np.array([0.9, 0.04]), np.array([1, 2]))
     moved = Detections(one.boxes + 0.01, one.scores - 5e-4, one.labels)
     alone, pixels, score = export.compare(one, moved)
@@ -94,16 +115,15 @@ def test_what_is_compared():
         assert export.compare(one, other)[0] == 1, "only what is from the least score up"
 
 
-def test_bad_input_is_one_line(sheets, tmp_path):
-    file = save(tmp_path, "group")
+def test_bad_input_is_one_line(grouped, noise, tmp_path):
     with pytest.raises(UserError, match="name the sheets"):
-        export.main(export.ExportConfig(checkpoint=file, out=tmp_path / "a.onnx"))
-    out = exported(file, sheets)
+        export_to(tmp_path / "a.onnx", grouped.with_name("model.pt"))
     with pytest.raises(UserError, match=r"give a model\.pt"):
-        export.main(export.ExportConfig(checkpoint=out, out=tmp_path / "a.onnx", sheets=(sheets,)))
-    out.write_bytes(out.read_bytes()[:-9])
-    with pytest.raises(UserError, match="truncated or damaged"):
-        load_detector(out)
-    checkpoint.atomic.replace(out, lambda target: target.write(b"no model"), hashed=True)
+        export_to(tmp_path / "a.onnx", grouped, noise)
+    out = tmp_path / "b.onnx"
+    checkpoint.atomic.replace(out, lambda file: file.write(b"no model"), hashed=True)
     with pytest.raises(UserError, match="not a file of"):
+        load_detector(out)
+    out.write_bytes(b"no mode")
+    with pytest.raises(UserError, match="truncated or damaged"):
         load_detector(out)
