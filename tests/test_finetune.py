@@ -22,7 +22,7 @@ from schematics.coco import find_split, read_split, to_coco
 from schematics.sheets import DataError
 
 HERE = Path(__file__).parents[1]
-LEARN = {"steps": 80, "scheduler": "cosine", "warmup_steps": 5, "scale_jitter": 0.0, "photometric": 0.0}
+LEARN = {"steps": 100, "scheduler": "cosine", "warmup_steps": 5, "scale_jitter": 0.0, "photometric": 0.0}
 FOUR = {"steps": 4, "norm": "group", "ema_decay": 0.9}
 CLEAN = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
@@ -71,7 +71,7 @@ def weights_of(file):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """An exp-dir after 80 steps."""
+    """An exp-dir after 100 steps."""
     exp_dir = tmp_path_factory.mktemp("runs") / "trained"
     main(config_of(data, exp_dir, **LEARN))
     return exp_dir
@@ -82,7 +82,7 @@ def test_a_few_sheets_are_learned_and_the_end_is_signed(trained):
     assert max(line.get("valid_AP50", 0) for line in lines) >= 0.5
     assert lines[0]["loss"] > 2 * lines[-2]["loss"]
     signed = checkpoint.check_final(trained)
-    assert signed["step"] == 80 and set(signed["files"]) == {"model.pt", "last.pt"}
+    assert signed["step"] == 100 and set(signed["files"]) == {"model.pt", "last.pt"}
     best = checkpoint.read(trained / "model.pt")
     assert best["valid"]["fitted"]["AP"] == max(line.get("valid_AP", 0) for line in lines)
 
@@ -90,7 +90,7 @@ def test_a_few_sheets_are_learned_and_the_end_is_signed(trained):
 def test_a_finished_run_says_so_and_touches_nothing(data, trained, capsys):
     before = {file: file.stat().st_mtime_ns for file in trained.glob("*.pt")}
     main(config_of(data, trained, **LEARN))
-    assert "finished at step 80, nothing to do" in capsys.readouterr().out
+    assert "finished at step 100, nothing to do" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in trained.glob("*.pt")}
 
 
@@ -124,15 +124,30 @@ def two_ranks(*command):
     return printed[0]
 
 
+def finetune_over_two_ranks(data, exp_dir, steps):
+    """`four_steps`, for as many steps."""
+    flags = f"""--backbone none --arch resnet10t --norm group --fpn-channels 64 --window 256 --overlap 64
+        --steps {steps} --ema-decay 0.9 --batch-size 2 --lr 0.02 --scheduler constant --warmup-steps 0
+        --validate-every 20 --log-every 1 --workers 0 --device cpu"""
+    where = ["--data-dir", str(data), "--exp-dir", str(exp_dir)]
+    return two_ranks("-m", "detection.finetune", *where, *flags.split())
+
+
 def test_two_processes_take_the_gradient_of_one(data, four_steps, tmp_path):
-    flags = (
-        "--backbone none --arch resnet10t --norm group --fpn-channels 64 --window 256 --overlap 64 --steps 1"
-    )
-    flags += " --batch-size 2 --lr 0.02 --scheduler constant --warmup-steps 0 --workers 0 --device cpu"
-    where = ["--data-dir", str(data), "--exp-dir", str(tmp_path / "run")]
-    two_ranks("-m", "detection.finetune", *where, *flags.split())
+    finetune_over_two_ranks(data, tmp_path / "run", 1)
     one, two = lines_of(four_steps)[0], lines_of(tmp_path / "run")[0]
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(data, four_steps, tmp_path):
+    """Its next step sees the same windows under the same rate, and takes the same gradient."""
+    main(config_of(data, tmp_path / "run", **{**FOUR, "steps": 2}))
+    printed = finetune_over_two_ranks(data, tmp_path / "run", 4)
+    assert "going on at step 2" in printed
+    one, two = ([line for line in lines_of(run) if "loss" in line] for run in (four_steps, tmp_path / "run"))
+    assert [line["step"] for line in two] == [0, 1, 2, 3]
+    assert [line["lr"] for line in two] == [line["lr"] for line in one]
+    assert two[2]["grad_norm"] == pytest.approx(one[2]["grad_norm"], rel=1e-3)
 
 
 VALIDATE = """
