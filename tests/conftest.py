@@ -34,6 +34,17 @@ def slurm(site: Cluster) -> Iterator[Cluster]:
     site.settle()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: small networks are no slower, and other processes are left alone."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn sheets of 256 px: eight in train/, four each in valid/ and test/, eight in unlabeled/."""

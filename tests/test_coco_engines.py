@@ -16,7 +16,7 @@ from schematics.sheets import DataError
 FAST = "hotcoco"
 
 
-def same(truth, detections, **options):
+def check_same(truth, detections, **options):
     """Figures, thresholds and the whole analysis, equal as their texts are: -1, NaN and every bit."""
     figures = [
         json.dumps(evaluate(truth, detections, engine=e, **options).to_dict()) for e in (FAST, "pycocotools")
@@ -36,7 +36,7 @@ def test_random_sets(seed, crowd, ties):
     truth, detections = random_set(seed, crowd=crowd)
     if ties:
         detections = [{**row, "score": round(row["score"], 1)} for row in detections]
-    same(truth, detections)
+    check_same(truth, detections)
 
 
 def squares(*rows, side=20.0):
@@ -99,13 +99,13 @@ ADVERSARIAL = {
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_adversarial_sets(name):
-    same(*ADVERSARIAL[name])
+    check_same(*ADVERSARIAL[name])
 
 
 @pytest.mark.parametrize("limit", [100, 137])
 def test_a_limit_that_is_asked_for(limit):
     truth = grid_set(250)
-    same(truth, perfect(truth), max_detections=limit)
+    check_same(truth, perfect(truth), max_detections=limit)
 
 
 def test_an_engine_that_is_not_installed_is_named_with_its_cure(monkeypatch):

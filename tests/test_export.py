@@ -14,13 +14,7 @@ from detection.onnx_detector import OnnxDetector
 from detection.predict import Detections, PredictConfig, detect, load_detector
 from detection.predict import main as predict
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +51,7 @@ def export_to(out, file, *sheets):
 
 
 @pytest.fixture(scope="module")
-def grouped(noise, tmp_path_factory):
+def grouped(one_thread, noise, tmp_path_factory):
     """model.pt and detector.onnx in one folder."""
     folder = tmp_path_factory.mktemp("grouped")
     return export_to(folder / "detector.onnx", save(folder, "group"), noise)

@@ -27,12 +27,7 @@ FOUR = {"steps": 4, "norm": "group", "ema_decay": 0.9}
 CLEAN = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +65,7 @@ def weights_of(file):
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
+def trained(one_thread, data, tmp_path_factory):
     """An exp-dir after 100 steps."""
     exp_dir = tmp_path_factory.mktemp("runs") / "trained"
     main(config_of(data, exp_dir, **LEARN))
@@ -95,7 +90,7 @@ def test_a_finished_run_says_so_and_touches_nothing(data, trained, capsys):
 
 
 @pytest.fixture(scope="module")
-def four_steps(data, tmp_path_factory):
+def four_steps(one_thread, data, tmp_path_factory):
     exp_dir = tmp_path_factory.mktemp("runs") / "four"
     main(config_of(data, exp_dir, **FOUR))
     return exp_dir
