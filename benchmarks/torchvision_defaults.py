@@ -20,6 +20,7 @@ import random
 import resource
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ from detection.analysis import fit_thresholds  # noqa: E402
 from detection.counts import count  # noqa: E402
 from detection.data import SheetReader  # noqa: E402
 from detection.matching import Matches, match  # noqa: E402
+from detection.plan import fit_overlap, fit_window  # noqa: E402
 from detection.predict import Detections, detect, load_detector, to_results  # noqa: E402
 from detection.resampling import Interval, average_precision, interval, ratio, resample  # noqa: E402
 from detection.schedule import Phase, lr_at  # noqa: E402
 from schematics.coco import Split, find_split, read_split, to_coco, write_split  # noqa: E402
+from schematics.windows import tile_sheet  # noqa: E402
 
 ARMS = ("torchvision", "linework")
 Results = list[dict[str, Any]]
@@ -63,13 +66,25 @@ def choose_sheets(source: Path, folder: Path, sheets: dict[str, int]) -> None:
         write_split(folder / name, drawn, split.categories, rows)
 
 
+class Maps(torch.nn.Module):
+    """A pyramid in bf16 with maps in float32: torchvision rounds anchors and truth to theirs."""
+
+    def __init__(self, pyramid: BackboneWithFPN):
+        super().__init__()
+        self.pyramid, self.out_channels = pyramid, pyramid.out_channels
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return OrderedDict((name, maps.float()) for name, maps in self.pyramid(images).items())
+
+
 def build_torchvision(arch: str, channels: int, classes: int) -> FasterRCNN:
     """fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None) with any ResNet and pyramid."""
     body = get_model(arch, weights=None)
     wide = body.inplanes // 8
     layers = {f"layer{n}": str(n - 1) for n in (1, 2, 3, 4)}
     backbone = BackboneWithFPN(body, layers, [wide, 2 * wide, 4 * wide, 8 * wide], channels)
-    return FasterRCNN(backbone, 1 + classes)
+    return FasterRCNN(Maps(backbone), 1 + classes)
 
 
 def train_torchvision(split: Split, seed: int, options: argparse.Namespace) -> FasterRCNN:
@@ -99,8 +114,7 @@ def train_torchvision(split: Split, seed: int, options: argparse.Namespace) -> F
             })  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, phases, min(options.warmup, options.steps // 10))
-        with torch.autocast(torch.device(options.device).type, torch.bfloat16):
-            loss = torch.stack([value.float() for value in model(images, targets).values()]).sum()
+        loss = torch.stack(list(model(images, targets).values())).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -137,6 +151,14 @@ def find_linework(model: Path, split: Split, device: str) -> Results:
     return to_results(found, [category.id for category in split.categories])
 
 
+def windows_per_step(split: Split, sheets: int) -> int:
+    """As many windows as `sheets` sheets have on average: a step of either shows as much of the drawings."""
+    side = fit_window(split.sheets)
+    overlap = fit_overlap(split.sheets, side)
+    windows = sum(len(tile_sheet(sheet.width, sheet.height, side, overlap)) for sheet in split.sheets)
+    return max(1, round(sheets * windows / len(split.sheets)))
+
+
 def cpu_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
@@ -151,8 +173,9 @@ def make_run(arm: str, seed: int, data: Path, folder: Path, options: argparse.Na
         seconds = cpu_seconds() - began
         found = {name: find_torchvision(model, splits[name]) for name in ("valid", "test")}
     else:
+        batch = windows_per_step(splits["train"], options.batch_size)
         flags = f"""--backbone none --arch {options.arch} --fpn-channels {options.channels} --seed {seed}
-            --steps {options.steps} --batch-size {options.batch_size} --lr {options.lr} --scheduler cosine
+            --steps {options.steps} --batch-size {batch} --lr {options.lr} --scheduler cosine
             --warmup-steps {options.warmup} --wd 0.0001 --workers 0 --precision bf16 --device {options.device}
             --validate-every 1000000"""
         places = ["--data-dir", data, "--exp-dir", folder / "run"]
@@ -219,7 +242,7 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet18", help="a ResNet of torchvision")
     parser.add_argument("--channels", type=int, default=128, help="of the pyramid; torchvision's own is 256")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch-size", type=int, default=2, help="sheets, or windows")
+    parser.add_argument("--batch-size", type=int, default=2, help="sheets, or the windows of as many")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--warmup", type=int, default=15, help="steps; at most a tenth of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

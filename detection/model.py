@@ -137,6 +137,13 @@ class Windows(nn.Module):
         return detections
 
 
+class PixelAnchors(AnchorGenerator):
+    """Anchors in float32: torchvision takes the type of the maps, 4 px apart in bf16."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(image_list, [features[:, :1].float() for features in feature_maps])
+
+
 class ProposalHead(RPNHead):
     """Outputs in float32: under bf16 autocast torchvision decodes boxes in bf16, 4 px apart at x = 1000."""
 
@@ -189,7 +196,7 @@ class Detector(FasterRCNN):
     def __init__(self, spec: Spec):
         pyramid = Pyramid(spec.arch, spec.norm, spec.fpn_channels)
         channels = pyramid.out_channels
-        generator = AnchorGenerator(spec.anchors.sizes, (spec.anchors.ratios,) * len(STRIDES))
+        generator = PixelAnchors(spec.anchors.sizes, (spec.anchors.ratios,) * len(STRIDES))
         super().__init__(
             pyramid,
             rpn_anchor_generator=generator,

@@ -212,6 +212,18 @@ def test_losses_and_boxes_are_float32_under_bf16():
     assert len(inside) and (inside != inside.bfloat16().float()).any()
 
 
+def test_anchors_are_where_they_are_without_bf16():
+    """Under BatchNorm the maps are bf16, in which 700 and 703 are one number."""
+    detector, places = Detector(spec_of()), []
+    generate = detector.rpn.anchor_generator.forward
+    detector.rpn.anchor_generator.forward = lambda *inputs: places.append(generate(*inputs)) or places[-1]
+    images = torch.zeros(1, 3, 64, 1024, dtype=torch.uint8)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            detector.eval()(images)
+    assert torch.equal(places[0][0], places[1][0])
+
+
 def test_sheets_without_symbols_train():
     losses = Detector(spec_of())(windows(), targets([], []), [1, 2])
     assert all(torch.isfinite(loss) for loss in losses.values())
