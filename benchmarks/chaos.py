@@ -75,7 +75,7 @@ class Trial:
             lines = self.metrics.read_text().splitlines(keepends=True)
         except FileNotFoundError:
             return 0
-        whole = [line for line in lines if line.endswith("\n")]
+        whole = [line for line in lines if line.endswith("\n") and '"loss"' in line]  # no validation
         return json.loads(whole[-1])["step"] + 1 if whole else 0
 
     def resumed(self) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 import time
 import warnings
@@ -158,15 +159,20 @@ def plain(state: Any, blocks: dict[str, Tensor] | None = None, where: str = "sta
         for key in state:
             if type(key) not in (str, int):
                 raise TypeError(f"{where}: key {key!r} is neither str nor int")
-        return {key: plain(value, blocks, f"{where}[{key!r}]") for key, value in state.items()}
+        return {_one(key): plain(value, blocks, f"{where}[{key!r}]") for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         items = [plain(value, blocks, f"{where}[{index}]") for index, value in enumerate(state)]
         return tuple(items) if isinstance(state, tuple) else items
     if isinstance(state, numpy.generic):
         state = state.item()
     if state is None or type(state) in (bool, int, float, str):
-        return state
+        return _one(state)
     raise TypeError(f"{where} is a {type(state).__name__}: a checkpoint holds tensors and primitives only")
+
+
+def _one(item: Any) -> Any:
+    """Of equal texts always the same object: a pickle tells them apart, and equal states give equal bytes."""
+    return sys.intern(item) if type(item) is str else item
 
 
 def _copy(tensor: Tensor, blocks: dict[str, Tensor], where: str) -> Tensor:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,7 +22,7 @@ from cluster import atomic
 from cluster.atomic import UserError
 from cluster.rendezvous import place
 
-__all__ = ["UserError", "changed", "parse", "refuse_changes", "run", "save"]
+__all__ = ["UserError", "changed", "parse", "refuse_below", "refuse_changes", "run", "save"]
 
 Config = TypeVar("Config")
 USAGE = 2  # exit status of a wrong command line
@@ -126,6 +126,13 @@ def refuse_changes(config: Any, exp_dir: Path, free: set[str]) -> None:
     for flag, (old, new) in changes.items():
         if flag not in free:
             raise UserError(f"{flag} {new}: the run in {exp_dir} has {old}; give that, or another --exp-dir")
+
+
+def refuse_below(limits: Mapping[str, tuple[float | None, float]]) -> None:
+    """Raise UserError for a flag whose value, the first of a pair, lies under the second; None is allowed."""
+    for flag, (value, least) in limits.items():
+        if value is not None and not value >= least:
+            raise UserError(f"{flag} {value}: give {least} or more")
 
 
 def _plain(config: Any) -> dict[str, Any]:

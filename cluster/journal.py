@@ -58,15 +58,20 @@ class Journal:
         return step % self.every == 0 or step + 1 == self.total_steps
 
     def log(self, step: int, **scalars: float | Tensor) -> None:
-        """Record the figures of step `step` (0-based: the first step of a run is 0)."""
+        """Record the figures of step `step` (0-based: the first step of a run is 0) and tell them."""
+        figures = {name: float(value) for name, value in scalars.items()}
+        self.record(step, **figures)
+        if self.main:
+            self._tell(step, figures)
+
+    def record(self, step: int, **scalars: float) -> None:
+        """Record what was found after `step` steps, as by a validation; a run that resumes there drops it."""
         if not self.main:
             return
-        figures = {name: float(value) for name, value in scalars.items()}
-        line = {"step": step} | {name: _json_float(value) for name, value in figures.items()}
+        line = {"step": step} | {name: _json_float(value) for name, value in scalars.items()}
         self._lines.write(json.dumps(line) + "\n")
-        for name, value in figures.items():
+        for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
-        self._tell(step, figures)
 
     def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor) -> None:
         """TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in [0, 1]."""

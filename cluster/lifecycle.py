@@ -132,6 +132,11 @@ class Run:
         self._saved_step = state["step"]
         return state
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asks this rank to save and stop: what takes long looks here and makes way."""
+        return self.signals.level != GO_ON
+
     def after_step(
         self, step: int, state: Callable[[], State], save: bool = False, hold: bool = False
     ) -> None:

@@ -1,7 +1,7 @@
 """COCO detection figures: pycocotools as the reference, its known traps closed.
 
 pycocotools stays the engine, so on a clean set the 12 figures are its own to the last bit. hotcoco (the extra
-"fast") is another, 75 to 190 times faster and equal to the bit after the same repairs. What is repaired
+"fast") is another, faster and equal to the bit after the same repairs. What is repaired
 before either sees the data: annotation ids (it never matches id 0 and confuses doubled ids), missing `area`,
 `iscrowd` and `info`, empty predictions, the order of tied scores. What is added: the figures at a limit of
 detections that fits the data (a sheet may hold 250 symbols of one class; COCO counts 100), size bins that fit

@@ -101,6 +101,8 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     if not config.sheets:
         raise UserError("name the sheets on which the file is held against torch, after the flags")
+    if config.out.suffix != ".onnx":
+        raise UserError(f"--out {config.out}: give a name that ends in .onnx")
     sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
     detector = load_detector(config.checkpoint)
     if not isinstance(detector, Detector):
@@ -117,6 +119,11 @@ def main(config: ExportConfig) -> None:
                 missing, apart, off = compare(one, other)
                 alone, pixels, scores = alone + missing, max(pixels, apart), max(scores, off)
             shown += int((pair[0].scores >= LEAST_SCORE).sum())
+        if not shown:
+            raise UserError(
+                f"{config.out}: not written, torch finds nothing there from score {LEAST_SCORE} up; "
+                "name sheets with symbols"
+            )
         if alone:
             raise UserError(
                 f"{config.out}: not written, {alone} detections of {len(sheets)} sheets are found by one of "

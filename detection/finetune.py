@@ -29,7 +29,7 @@ from cluster.journal import Journal
 from cluster.lifecycle import Run
 from detection.coco_metrics import Engine, coco_classes
 from detection.data import Augment, SheetReader, TrainingWindows, steps_per_epoch
-from detection.loop import Boundary, Progress, train_to
+from detection.loop import Boundary, Progress, out_of_patience, train_to
 from detection.model import Detector, Spec
 from detection.plan import describe, plan_detector
 from detection.pretrained import load_backbone, read_pretrained
@@ -41,7 +41,7 @@ from schematics.sheets import DataError
 FREE = {
     "--data-dir", "--exp-dir", "--backbone", "--epochs", "--steps", "--lr", "--scheduler", "--lr-step-size",
     "--lr-gamma", "--clip-grad", "--validate-every", "--patience", "--workers", "--device", "--precision",
-    "--checkpoint-every", "--step-timeout", "--log-every", "--coco-engine",
+    "--checkpoint-every", "--keep", "--step-timeout", "--log-every", "--coco-engine",
 }  # fmt: skip
 
 
@@ -124,8 +124,10 @@ class Config:
     device: str = "auto"
     # auto (bf16 on a GPU), fp32 or bf16; losses are float32.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    # Seconds between checkpoints; there is one after each epoch besides.
+    # Seconds between checkpoints; there is one before each validation besides.
     checkpoint_every: float = 600.0
+    # Checkpoints kept.
+    keep: int = 3
     # Seconds a step may take before the run is ended as hung.
     step_timeout: float = 600.0
     # Steps between lines of metrics.jsonl.
@@ -161,11 +163,18 @@ def fresh_detector(
 
 
 def choose_norm(norm: str, backbone: str, world: World) -> str:
-    """ "auto" made "sync" or "group". Raises UserError where norm layers can't be synced."""
+    """ "auto" made "sync" or "group"."""
     on_cpus = world.size > 1 and world.device.type == "cpu"
-    if norm == "sync" and on_cpus:
-        raise UserError("--norm sync: SyncBatchNorm needs GPUs; give --norm group for several CPU processes")
     return norm if norm != "auto" else "group" if on_cpus or backbone == "none" else "sync"
+
+
+def refuse_unsynced(norm: str, world: World) -> None:
+    """Raise UserError where BatchNorm would have to be synced over CPU processes."""
+    if norm == "sync" and world.size > 1 and world.device.type == "cpu":
+        raise UserError(
+            f"--norm sync: {world.size} CPU processes can't sync BatchNorm; give --norm group, or resume in "
+            "one process what was begun in one"
+        )
 
 
 def build_optimizer(detector: Detector, momentum: float, wd: float, predictor_lr: float) -> torch.optim.SGD:
@@ -200,26 +209,39 @@ def begin(
 def main(config: Config) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
+    configuration.refuse_below({
+        "--epochs": (config.epochs, 1), "--steps": (config.steps, 1), "--keep": (config.keep, 1),
+        "--validate-every": (config.validate_every, 1), "--lr-step-size": (config.lr_step_size, 1),
+        "--warmup-steps": (config.warmup_steps, 0), "--patience": (config.patience, 0),
+        "--scale-jitter": (config.scale_jitter, 0), "--photometric": (config.photometric, 0),
+        "--negatives": (config.negatives, 0), "--repeat": (config.repeat, 0),
+        "--detections-per-image": (config.detections_per_image, 1), "--log-every": (config.log_every, 1),
+        "--workers": (config.workers, 0),
+    })  # fmt: skip
     configuration.refuse_changes(config, config.exp_dir, FREE)
     coco_classes(config.coco_engine)
+    norm = choose_norm(config.norm, config.backbone, world)
+    refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)
     build = functools.partial(
         fresh_detector, splits[0], config.backbone, config.arch, config.seed,
-        norm=choose_norm(config.norm, config.backbone, world),
-        head=config.head, fpn_channels=config.fpn_channels, window=config.window, overlap=config.overlap,
-        detections=config.detections_per_image, score_threshold=config.score_threshold,
+        norm=norm, head=config.head, fpn_channels=config.fpn_channels, window=config.window,
+        overlap=config.overlap, detections=config.detections_per_image,
+        score_threshold=config.score_threshold,
     )  # fmt: skip
     # Whatever is wrong with the input shows before the exp-dir is touched.
     fresh = None if checkpoint.listed(config.exp_dir / "checkpoints") else build()
     run = Run(
-        config.exp_dir, world, checkpoint_every=config.checkpoint_every, step_timeout=config.step_timeout
-    )
+        config.exp_dir, world, checkpoint_every=config.checkpoint_every, keep=config.keep,
+        step_timeout=config.step_timeout,
+    )  # fmt: skip
     with run:
         state = run.resume()
         detector, story = (Detector(Spec.from_dict(state["spec"])), "") if state else fresh or build()
         spec = detector.spec
         if spec.categories != tuple((c.id, c.name) for c in splits[0].categories):
             raise UserError(f"--data-dir {config.data_dir}: {config.exp_dir} was begun with other classes")
+        refuse_unsynced(spec.norm, world)
         readers = [SheetReader(split, spec.color_mode).preload() for split in splits]
         augment = Augment(True, config.scale_jitter, config.photometric, config.flip, config.rot90)
         windows = TrainingWindows(
@@ -227,9 +249,9 @@ def main(config: Config) -> None:
         )
         per_epoch = steps_per_epoch(windows, config.batch_size)
         total = config.epochs * per_epoch if config.steps is None else config.steps
-        if total < 1:
-            raise UserError("--epochs or --steps: give 1 or more")
-        if run.finished(total):
+        patience = config.patience * per_epoch
+        ended_early = state is not None and out_of_patience(state["best"], state["step"], patience)
+        if run.finished(state["step"] if state and ended_early else total):
             return
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
@@ -252,13 +274,13 @@ def main(config: Config) -> None:
             total, windows, config.batch_size, config.workers, progress, world,
             Boundary(
                 progress, run, journal, world, readers[1], per_epoch, total, config.validate_every,
-                config.patience, config.coco_engine,
+                patience, config.coco_engine,
             ),
             lr=functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10)),
             bf16=config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda"),
             clip_grad=config.clip_grad,
         )  # fmt: skip
-        run.finish(total, progress.state, ["model.pt", "last.pt"])
+        run.finish(progress.step, progress.state, ["model.pt", "last.pt"])
         journal.close()
     distributed.stop()
 

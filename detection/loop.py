@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from detection.model import Detector
 from detection.predict import detect, to_results
 from detection.schedule import Phase
 from schematics.coco import to_coco
+
+VALIDATING = 6 * 3600.0  # seconds that a validation may take before it counts as hung
 
 
 def train(
@@ -82,6 +84,7 @@ class Progress:
     phases: list[Phase] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=lambda: {"AP": -2.0, "step": 0})
     step: int = 0
+    pending: bool = False  # the validation after `step` is still to come
 
     @property
     def judged(self) -> Detector:
@@ -97,6 +100,7 @@ class Progress:
             "guard": self.guard.state(),
             "phases": [asdict(phase) for phase in self.phases],
             "best": self.best,
+            "pending": self.pending,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -107,6 +111,7 @@ class Progress:
             self.ema.module.load_state_dict(state["ema"])
         self.best = dict(state["best"])
         self.step = state["step"]
+        self.pending = state["pending"]
 
 
 @dataclass
@@ -121,7 +126,7 @@ class Boundary:
     per_epoch: int
     total: int
     validate_every: int  # epochs
-    patience: int  # epochs; 0: never ends early
+    patience: int  # steps; 0: never ends early
     engine: Engine
 
     def __post_init__(self) -> None:
@@ -132,47 +137,66 @@ class Boundary:
         self.progress.step = step
         if self.progress.ema:
             self.progress.ema.update(self.progress.detector, step)
-        go_on = step < self.total
-        if step % (self.per_epoch * self.validate_every) == 0 or not go_on:
-            with self.run.patience(3600):
-                figures, thresholds = validate(
-                    self.progress.judged, self.reader, self.truth, self.world, self.engine
-                )
-            better = figures.fitted["AP"] > self.progress.best["AP"]
-            if better:
-                self.progress.best = {"AP": figures.fitted["AP"], "step": step}
-            waited = step - self.progress.best["step"]
-            go_on = go_on and not (self.patience and waited >= self.patience * self.per_epoch)
-            for name in ["model.pt"] * better + ["last.pt"] * (not go_on):
-                write_model(self.run.exp_dir / name, self.progress.judged, step, figures, thresholds)
-            self.tell(step, figures, better)
-        self.run.after_step(step, self.progress.state)
+        due = step % (self.per_epoch * self.validate_every) == 0 or step >= self.total
+        self.progress.pending, skipping = due, self.progress.guard.skipped > 0
+        # Saved before a validation: what ends the run there costs the validation, and no step.
+        self.run.after_step(step, self.progress.state, save=due and not skipping, hold=skipping)
+        return self.validate() if due else True
+
+    def validate(self) -> bool:
+        """Validate what the steps so far have made, keep the best. False ends the run."""
+        progress = self.progress
+        step = progress.step
+        judged = None
+        while judged is None:
+            with self.run.patience(VALIDATING):
+                judged = validate(
+                    progress.judged, self.reader, self.truth, self.world, self.engine,
+                    leave=lambda: self.run.stopping,
+                )  # fmt: skip
+            if judged is None:
+                self.run.after_step(step, progress.state)  # the signal's: saves and stops
+        figures, thresholds = judged
+        progress.pending = False
+        better = figures.fitted["AP"] > progress.best["AP"]
+        if better:
+            progress.best = {"AP": figures.fitted["AP"], "step": step}
+        go_on = step < self.total and not out_of_patience(progress.best, step, self.patience)
+        for name in ["model.pt"] * better + ["last.pt"] * (not go_on):
+            write_model(self.run.exp_dir / name, progress.judged, step, figures, thresholds)
+        self.tell(step, figures, better)
         return go_on
 
     def tell(self, step: int, figures: Figures, better: bool) -> None:
-        self.journal.log(step - 1, **{f"valid_{name}": value for name, value in figures.fitted.items()})
+        self.journal.record(step, **{f"valid_{name}": value for name, value in figures.fitted.items()})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.fitted.items())
         self.journal.message(f"epoch {step / self.per_epoch:g}: valid {shown}{' (best)' if better else ''}")
 
 
+def out_of_patience(best: Mapping[str, float], step: int, patience: int) -> bool:
+    """Whether validation AP has not risen for `patience` steps; 0 never is."""
+    return 0 < patience <= step - best["step"]
+
+
 def validate(
-    detector: Detector,
-    reader: SheetReader,
-    truth: dict[str, Any],
-    world: World,
-    engine: Engine = "pycocotools",
-) -> tuple[Figures, dict[int, float]]:
+    detector: Detector, reader: SheetReader, truth: dict[str, Any], world: World,
+    engine: Engine = "pycocotools", leave: Callable[[], bool] = lambda: False,
+) -> tuple[Figures, dict[int, float]] | None:  # fmt: skip
     """COCO figures in sheet coordinates, and the score by category id at which F1 is highest.
 
-    Each rank takes a share of the sheets; all get the same answer.
+    Each rank takes a share of the sheets; all get the same answer. None when `leave`, asked on each rank
+    before each of its sheets, says so on any.
     """
     training = detector.training
     detector.eval()
-    sheets = reader.split.sheets
-    mine = {
-        sheets[n].image_id: detect(detector, reader[n][0]) for n in range(world.rank, len(sheets), world.size)
-    }
+    sheets, mine = reader.split.sheets, {}
+    for n in range(world.rank, len(sheets), world.size):
+        if leave():
+            break
+        mine[sheets[n].image_id] = detect(detector, reader[n][0])
     detector.train(training)
+    if distributed.agree(leave())[0]:
+        return None
     found = {image_id: d for share in distributed.gather_objects(mine) for image_id, d in share.items()}
     results = to_results(found, [category_id for category_id, _ in detector.spec.categories])
     return distributed.on_main(
@@ -204,6 +228,8 @@ def train_to(
     """
     model, run, guard = parallel(progress.detector, world), boundary.run, progress.guard
     while True:
+        if progress.pending and not boundary.validate():
+            return
         start, offset = progress.step, guard.offset
         keys = list(batches(windows, batch_size, start + offset, total + offset, world.rank, world.size))
         loader = load(windows, keys, workers, world.device.type == "cuda")
@@ -240,6 +266,7 @@ def load(windows: TrainingWindows, keys: list, workers: int, pin_memory: bool) -
         windows,
         batch_sampler=keys,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # sheets in memory are shared, not copied
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,

@@ -74,10 +74,10 @@ def fit_window(sheets: Sequence[LabelledSheet]) -> int:
     """Side in pixels: the largest of those whose tiles cover the sheets with the fewest pixels, within 5 %.
 
     Large windows pad small sheets, small windows share much with their neighbours. At most LARGEST_WINDOW,
-    unless four times a large symbol is more; never under that.
+    unless four times a large symbol is more; never under that, but no larger than the largest sheet needs.
     """
-    least = max(4 * large_side(sheets), 2 * MULTIPLE)
-    longest = max(max(sheet.width, sheet.height) for sheet in sheets)
+    longest = max(2 * MULTIPLE, *(max(sheet.width, sheet.height) for sheet in sheets))
+    least = min(longest, max(4 * large_side(sheets), 2 * MULTIPLE))
     first, last = (math.ceil(side / MULTIPLE) for side in (least, max(least, min(longest, LARGEST_WINDOW))))
     sides = [MULTIPLE * n for n in range(first, last + 1)]
     pixels = []
@@ -96,6 +96,8 @@ def fit_overlap(sheets: Sequence[LabelledSheet], window: int) -> int:
 def large_side(sheets: Sequence[LabelledSheet]) -> int:
     """The longer side in pixels that 99 % of the boxes stay under."""
     boxes = all_boxes(sheets)
+    if not len(boxes):
+        raise UserError("--data-dir: no box on the training sheets but crowds; label single symbols")
     return math.ceil(np.quantile((boxes[:, 2:] - boxes[:, :2]).max(1), 0.99))
 
 

@@ -81,11 +81,13 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
 
 @torch.inference_mode()
 def detect(detector: Detector | OnnxDetector, image: np.ndarray, batch_size: int = 4) -> Detections:
-    """Symbols on one sheet, uint8 [H, W] or [H, W, 3] RGB of any size.
+    """Symbols on one sheet, uint8 [H, W] or [H, W, 3] RGB of any size. Raises ValueError for another array.
 
     Windows go through the network `batch_size` at a time, so memory doesn't grow with the sheet. A small
     sheet is padded to a window as in training: GroupNorm's statistics are the window's, paper included.
     """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(f"a sheet is uint8 [H, W] or [H, W, 3], not {image.dtype} {list(image.shape)}")
     spec, device = detector.spec, detector.device
     image = to_color(image, spec.color_mode)
     paper = paper_color(image)
@@ -180,12 +182,13 @@ class PredictConfig:
 def main(config: PredictConfig) -> None:
     if not config.sheets:
         raise UserError("name the sheets: image files, PDFs or folders, after the flags")
+    configuration.refuse_below({"--batch-size": (config.batch_size, 1), "--dpi": (config.dpi, 1)})
     device = distributed.start(config.device).device
     sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
     detector = load_detector(config.checkpoint, device)
     names = [name for _, name in detector.spec.categories]
     thresholds = np.array(detector.thresholds) if config.threshold is None else config.threshold
-    (config.out / "pictures").mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(config.out / "pictures")
     images, found, skipped = [], {}, []
     for number, sheet in enumerate(tqdm(sheets, unit="sheet", disable=None), start=1):
         try:
@@ -243,7 +246,8 @@ def picture_name(number: int, sheet: Sheet) -> str:
 
 def save_picture(path: Path, image: np.ndarray, found: Detections, names: Sequence[str]) -> None:
     picture = annotate(image, found.boxes, found.labels, names, found.scores, path.stem)
-    path.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
+    data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
+    atomic.replace(path, lambda file: file.write(data))
 
 
 if __name__ == "__main__":

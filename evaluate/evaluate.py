@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cluster import atomic, distributed
-from cluster.config import UserError, run
+from cluster import atomic, checkpoint, distributed
+from cluster.config import UserError, refuse_below, run
 from detection.analysis import analyse
 from detection.coco_metrics import Engine, coco_classes, evaluate
 from detection.draw import annotate, side_by_side
@@ -45,6 +45,8 @@ class EvaluateConfig:
     pictures: int = 6
     # Score from which a detection is drawn and counted; default: each class's own, best on valid.
     threshold: float | None = None
+    # Measure a model.pt whose finetuning has not signed its end: its best so far.
+    unfinished: bool = False
     # pycocotools, or hotcoco (pip install 'linework[fast]'), equal and faster.
     coco_engine: Engine = "pycocotools"
     # Windows per forward pass.
@@ -54,6 +56,9 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
+    refuse_below({"--batch-size": (config.batch_size, 1)})
+    if not config.unfinished:
+        refuse_unfinished(config.checkpoint)
     device = distributed.start(config.device).device
     coco_classes(config.coco_engine)
     split = read_split(find_split(config.data_dir, config.split))
@@ -64,7 +69,7 @@ def main(config: EvaluateConfig) -> None:
         detector.thresholds if config.threshold is None else [config.threshold] * len(spec.categories)
     )
     out = config.out or config.checkpoint.parent / f"evaluate-{config.split}"
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(out / "pictures")
 
     ids, names = zip(*spec.categories, strict=True)
     found = {}
@@ -95,6 +100,20 @@ def main(config: EvaluateConfig) -> None:
     title = f"{config.data_dir.resolve().name}, {config.split}"
     report = write_report(out / "report.html", split, figures, analysis, title=title, settings=settings)
     print(f"{summary}\nreport: {report}\nbeside it: figures, predictions and pictures")
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raise UserError for a file in the exp-dir of a finetuning that has not signed it."""
+    if not (path.parent / "config.json").exists():
+        return  # a copy: its sha256 is checked, its history is its owner's
+    try:
+        signed = checkpoint.check_final(path.parent)
+    except UserError as error:
+        raise UserError(f"{error}; or give --unfinished to measure {path} as it is") from None
+    if path.suffix == ".pt" and path.name not in signed["files"]:
+        raise UserError(
+            f"{path}: is none of the results that {path.parent / 'final.json'} signs; give model.pt"
+        )
 
 
 def refuse_other_classes(checkpoint: Path, spec: Spec, folder: Path, categories: Sequence[Category]) -> None:

@@ -55,4 +55,10 @@ class Pairs(Dataset):
 
 def load(pairs: Pairs, keys: Iterator[list[Key]], workers: int, pin_memory: bool) -> DataLoader:
     """A loader over the batches named by `keys`, in their order whatever the number of workers."""
-    return DataLoader(pairs, batch_sampler=keys, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        pairs,
+        batch_sampler=keys,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=pin_memory,
+    )

@@ -118,7 +118,8 @@ def progress(stage: Stage) -> tuple[int | None, dict[str, float]]:
     for line in newest_first(stage.folder / "metrics.jsonl"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a half-written line
             entry = json.loads(line)
-            step = int(entry["step"]) + 1 if step is None else step  # the journal counts from 0
+            if step is None and "loss" in entry:
+                step = int(entry["step"]) + 1  # the journal counts from 0
             figures = {name: float(entry[name]) for name in FIGURES if name in entry} | figures
     return step, figures
 

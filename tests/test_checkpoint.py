@@ -67,6 +67,14 @@ def test_round_trip_keeps_types_and_bits(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt", "model.pt.sha256"]
 
 
+def test_equal_states_give_equal_bytes(tmp_path):
+    """Also when one has been read from a file, where equal texts are one object or several."""
+    group, other = {"lr": 0.1, "step": 2}, {"".join(["l", "r"]): 0.2, "kind": "".join(["st", "ep"])}
+    first = checkpoint.write(tmp_path / "first", 1, {"groups": [group, other], "w": torch.ones(3)}, keep=1)
+    again = checkpoint.write(tmp_path / "again", 1, checkpoint.read(first), keep=1)
+    assert first.read_bytes() == again.read_bytes()
+
+
 def test_a_slice_is_saved_without_its_storage(tmp_path):
     checkpoint.write_file(tmp_path / "slice.pt", {"row": torch.zeros(1000, 1000)[3]})
     assert (tmp_path / "slice.pt").stat().st_size < 10_000

@@ -192,6 +192,7 @@ def test_the_window_covers_the_sheets_with_few_pixels(split):
     assert fit_window(sized((500, 400), (480, 500))) == 512, "each whole"
     assert fit_window(sized((5000, 4000))) == 896, "a large sheet: neighbours share little"
     assert fit_window(sized(*[(500, 400)] * 20, (1000, 800))) == 512, "most of them whole"
+    assert fit_window(sized((120, 100))) == 128, "no larger than the sheets, whatever the symbols"
 
 
 def test_the_learning_rate_is_a_function_of_the_step():

@@ -109,11 +109,17 @@ def test_what_counts_as_agreement():
         assert export.compare(one, other)[0] == 1, "only what is from the least score up"
 
 
-def test_bad_input_is_one_line(grouped, noise, tmp_path):
+def test_bad_input_is_one_line(grouped, noise, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="name the sheets"):
         export_to(tmp_path / "a.onnx", grouped.with_name("model.pt"))
     with pytest.raises(UserError, match=r"give a model\.pt"):
         export_to(tmp_path / "a.onnx", grouped, noise)
+    with pytest.raises(UserError, match=r"ends in \.onnx"):
+        export_to(grouped.with_name("model.pt"), grouped.with_name("model.pt"), noise)
+    cv2.imwrite(str(tmp_path / "blank.png"), np.full((40, 40), 255, np.uint8))
+    monkeypatch.setattr(export, "LEAST_SCORE", 1.0)
+    with pytest.raises(UserError, match="torch finds nothing there"):
+        export_to(tmp_path / "a.onnx", grouped.with_name("model.pt"), tmp_path / "blank.png")
     out = tmp_path / "b.onnx"
     checkpoint.atomic.replace(out, lambda file: file.write(b"no model"), hashed=True)
     with pytest.raises(UserError, match="not a file of"):

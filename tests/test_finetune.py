@@ -19,7 +19,7 @@ from detection.finetune import Config, main
 from detection.predict import PredictConfig
 from detection.predict import main as predict
 from schematics.coco import find_split, read_split, to_coco
-from schematics.sheets import DataError
+from schematics.sheets import DataError, read_sheet
 
 HERE = Path(__file__).parents[1]
 LEARN = {"steps": 100, "scheduler": "cosine", "warmup_steps": 5, "scale_jitter": 0.0, "photometric": 0.0}
@@ -200,6 +200,8 @@ def test_a_loss_that_stays_non_finite_ends_the_run_and_names_the_sheets(data, tm
         ({"arch": "resnet19"}, UserError, "--arch resnet19"),
         ({"window": 100}, UserError, "--window 100"),
         ({"overlap": 256}, UserError, "--overlap 256"),
+        ({"validate_every": 0}, UserError, "--validate-every 0: give 1 or more"),
+        ({"lr_step_size": 0}, UserError, "--lr-step-size 0: give 1 or more"),
         ({"data_dir": Path("nowhere")}, DataError, "nowhere"),
     ],
 )
@@ -262,6 +264,27 @@ class Writes:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+def test_evaluate_asks_for_the_signed_end(trained, data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "final.json").unlink()
+    done = report(run / "model.pt", data, tmp_path / "out", "--split", "valid")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "final.json: absent, that stage has not finished" in done.stderr and "--unfinished" in done.stderr
+    done = report(run / "model.pt", data, tmp_path / "out", "--split", "valid", "--unfinished")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lines_of_the_readme_find_symbols(trained, data, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "checkpoints" / "detector")
+    monkeypatch.chdir(tmp_path)
+    lines = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
+    first = lines.index("from detection.predict import detect, load_detector")
+    names = {"image": read_sheet(next((data / "train").glob("*.png")))}
+    exec("\n".join(lines[first : first + 3]), names)
+    assert 0 < len(names["found"]) < 20
 
 
 def test_evaluate_refuses_what_is_no_checkpoint_in_one_line(data, tmp_path):

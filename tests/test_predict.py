@@ -96,6 +96,12 @@ def test_detections_lie_on_the_sheet_best_first_and_do_not_depend_on_the_batch(d
     assert len(found.above(found.scores[5])) == 6
 
 
+@pytest.mark.parametrize("image", [np.zeros((9, 9)), np.zeros((9, 9, 4), np.uint8), np.zeros(9, np.uint8)])
+def test_an_array_that_is_no_sheet_is_refused(detector, image):
+    with pytest.raises(ValueError, match=r"a sheet is uint8 \[H, W\] or \[H, W, 3\], not"):
+        detect(detector, image)
+
+
 def test_gray_and_colour_sheets_and_small_ones(detector):
     small = sheet(40, 50)
     gray, colour = detect(detector, small), detect(detector, np.stack([small] * 3, 2))

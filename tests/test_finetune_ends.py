@@ -1,0 +1,92 @@
+"""How a finetuning ends and goes on: signals in a validation, patience, checkpoints around skipped steps."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from test_finetune import config_of, lines_of, weights_of
+
+from cluster import checkpoint
+from cluster.config import UserError
+from cluster.distributed import World
+from detection import loop
+from detection.finetune import main, refuse_unsynced
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EPOCH = 4  # steps: eight windows, two a step
+
+
+@pytest.fixture
+def config(sheets, tmp_path):
+    return config_of(sheets, tmp_path / "run", window=256, overlap=64, steps=2 * EPOCH, validate_every=1)
+
+
+def test_a_signal_in_a_validation_saves_at_once_and_the_validation_is_made_up_for(config, monkeypatch):
+    main(config)
+    parts = dataclasses.replace(config, exp_dir=config.exp_dir.with_name("parts"))
+    calls = iter(range(1000))
+
+    def detect_and_signal(*arguments):
+        if next(calls) == 1:  # the second sheet of the first validation
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(0.5)  # for the thread that takes it
+        return detect(*arguments)
+
+    detect = loop.detect
+    monkeypatch.setattr(loop, "detect", detect_and_signal)
+    with pytest.raises(SystemExit) as stopped:
+        main(parts)
+    assert stopped.value.code == 75 and next(calls) == 2, "the other sheets can wait"
+    assert checkpoint.listed(parts.exp_dir / "checkpoints")[0][0] == EPOCH
+    assert not any("valid_AP" in line for line in lines_of(parts.exp_dir))
+    main(parts)
+    assert lines_of(parts.exp_dir) == lines_of(config.exp_dir)
+    assert sum("valid_AP" in line for line in lines_of(parts.exp_dir)) == 2
+    for name in ("model.pt", "last.pt"):
+        one, other = weights_of(config.exp_dir / name), weights_of(parts.exp_dir / name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_patience_ends_a_run_where_it_stands_and_more_patience_goes_on(config, capsys):
+    still = dataclasses.replace(config, lr=0.0, steps=4 * EPOCH, patience=1)
+    main(still)
+    assert checkpoint.check_final(still.exp_dir)["step"] == 2 * EPOCH, "the second validation was no better"
+    assert len([line for line in lines_of(still.exp_dir) if "loss" in line]) == 2 * EPOCH
+    capsys.readouterr()
+    main(still)
+    assert f"finished at step {2 * EPOCH}, nothing to do" in capsys.readouterr().out
+    main(dataclasses.replace(still, patience=3))
+    assert checkpoint.check_final(still.exp_dir)["step"] == 4 * EPOCH
+    assert [line["step"] for line in lines_of(still.exp_dir) if "loss" in line] == list(range(4 * EPOCH))
+
+
+def test_nothing_is_saved_while_steps_are_skipped(config, monkeypatch):
+    """Every step is due for a checkpoint; what to go back to must not be the bad state."""
+    once = iter(range(1000))
+    forward = loop.nn.utils.clip_grad_norm_
+
+    def spoilt(parameters, limit):
+        norm = forward(parameters, limit)
+        return norm * float("nan") if 2 <= next(once) <= 4 else norm
+
+    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", spoilt)
+    saved = []
+    write = checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *a: saved.append(a[1]) or write(*a))
+    main(dataclasses.replace(config, checkpoint_every=0.0, keep=20))
+    assert [step for step in saved if step <= 4][:4] == [0, 1, 2, 3], saved
+    steps = [line["step"] for line in lines_of(config.exp_dir) if "loss" in line]
+    assert steps == list(range(2 * EPOCH))
+    final = json.loads((config.exp_dir / "final.json").read_text())
+    assert final["step"] == 2 * EPOCH
+
+
+def test_batch_norm_is_not_taken_to_several_cpu_processes():
+    refuse_unsynced("sync", World())
+    refuse_unsynced("group", World(size=2))
+    with pytest.raises(UserError, match="2 CPU processes can't sync BatchNorm"):
+        refuse_unsynced("sync", World(size=2))
