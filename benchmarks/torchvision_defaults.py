@@ -1,13 +1,14 @@
 """torchvision's Faster R-CNN as it comes, against Linework's, on the same sheets, steps, rates and seeds.
 
     python benchmarks/torchvision_defaults.py --data-dir DATA --out OUT [--arch resnet18] [--channels 128]
-        [--steps 150] [--batch-size 2] [--lr 0.01] [--seeds 0 1 2] [--valid 30] [--test 100] [--device cpu]
+        [--steps 150] [--batch-size 2] [--lr 0.01] [--seeds 0 1 2] [--train N] [--valid 30] [--test 100]
 
-Both start from random weights and draw on all of train/, with SGD, a linear warm-up and a cosine.
+Both start from random weights, with SGD, a linear warm-up and a cosine.
 torchvision: whole sheets at 800/1333, its anchors, norm, sampling, mean and std, and the mirroring of its
-reference recipe. Linework: `python -m detection.finetune` with what it fits by itself. Score thresholds for
-the counts are those of the best F1 on valid, for both. Runs whose predictions are in OUT are not made again,
-so several processes may share the seeds; the table holds the seeds that the command names.
+reference recipe; its pyramid in bf16, the rest in float32. Linework: `python -m detection.finetune` with what
+it fits by itself, in bf16; its CPU seconds hold the start of a process and a validation. Score thresholds
+for the counts are those of the best F1 on valid, for both. Runs whose predictions are in OUT are not made
+again, so several processes may share the seeds; the table holds the seeds that the command names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -53,17 +55,37 @@ def choose_sheets(source: Path, folder: Path, sheets: dict[str, int]) -> None:
     for name, most in sheets.items():
         if (folder / name).exists():
             continue
+        partial = folder / f".{name}-{os.getpid()}"
         split = read_split(find_split(source, name))
         document = to_coco(split)
         drawn = random.Random(0).sample(document["images"], min(most, len(split.sheets)))
         kept = {image["id"] for image in drawn}
         paths = {sheet.image_id: sheet.path.resolve() for sheet in split.sheets}
         rows = [row for row in document["annotations"] if row["image_id"] in kept]
-        (folder / name).mkdir(parents=True)
+        partial.mkdir(parents=True)
         for image in drawn:
             image["file_name"] = f"{image['id']}{paths[image['id']].suffix}"
-            (folder / name / image["file_name"]).symlink_to(paths[image["id"]])
-        write_split(folder / name, drawn, split.categories, rows)
+            (partial / image["file_name"]).symlink_to(paths[image["id"]])
+        write_split(partial, drawn, split.categories, rows)
+        try:
+            partial.rename(folder / name)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+
+
+def refuse_other_options(out: Path, options: argparse.Namespace) -> None:
+    """End with a line where OUT holds runs that were made with other options."""
+    given = {
+        name: str(value) for name, value in vars(options).items() if name not in ("out", "seeds", "arms")
+    }
+    path = out / "options.json"
+    known = json.loads(path.read_text()) if path.exists() else given
+    for name, value in given.items():
+        if known.get(name) != value:
+            flag = name.replace("_", "-")
+            sys.exit(f"error: --{flag} {value}: the runs in {out} have {known.get(name)}; take another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, json.dumps(given, indent=2) + "\n")
 
 
 class Maps(torch.nn.Module):
@@ -247,13 +269,17 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=15, help="steps; at most a tenth of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--valid", type=int, default=30, help="sheets, drawn at random")
+    parser.add_argument("--train", type=int, default=10**6, help="at most so many sheets, drawn at random")
+    parser.add_argument("--valid", type=int, default=30)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    refuse_other_options(options.out, options)
     data = options.out / "data"
-    choose_sheets(options.data_dir, data, {"train": 10**9, "valid": options.valid, "test": options.test})
+    choose_sheets(
+        options.data_dir, data, {"train": options.train, "valid": options.valid, "test": options.test}
+    )
     for seed in options.seeds:
         for arm in options.arms:
             folder = options.out / f"{arm}-{seed}"

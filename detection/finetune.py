@@ -5,7 +5,7 @@
 DATA holds train/ and valid/ with COCO annotations (a raw Roboflow export will do). OUT/model.pt is the best
 epoch by validation AP, OUT/last.pt the last one. The same command again goes on where it stopped; with
 another --lr or --scheduler it begins a new phase of the learning rate there. Recipe: arXiv 1911.05722,
-appendix: all layers trained, every norm layer synced, mean and std of pretraining. docs/detection.md has
+appendix: all layers trained, every norm layer synced, mean and std of pretraining. docs/results.md has
 times and results.
 """
 
@@ -56,8 +56,7 @@ class Config:
 
     # timm name of the backbone; known from a backbone.safetensors, else resnet50.
     arch: str | None = None
-    # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync for a pretrained backbone, but group on
-    # several CPU processes; group from random weights, where statistics of small batches cost most.
+    # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync, but group on several CPU processes.
     norm: Literal["auto", "sync", "group"] = "auto"
     # mlp: two hidden layers; conv: four convolutions with norm, one hidden layer.
     head: Literal["mlp", "conv"] = "mlp"
@@ -162,10 +161,10 @@ def fresh_detector(
     return detector, f"{audit}\n{describe(spec, split.sheets)}"
 
 
-def choose_norm(norm: str, backbone: str, world: World) -> str:
+def choose_norm(norm: str, world: World) -> str:
     """ "auto" made "sync" or "group"."""
     on_cpus = world.size > 1 and world.device.type == "cpu"
-    return norm if norm != "auto" else "group" if on_cpus or backbone == "none" else "sync"
+    return norm if norm != "auto" else "group" if on_cpus else "sync"
 
 
 def refuse_unsynced(norm: str, world: World) -> None:
@@ -220,7 +219,7 @@ def main(config: Config) -> None:
     })  # fmt: skip
     configuration.refuse_changes(config, config.exp_dir, FREE)
     coco_classes(config.coco_engine)
-    norm = choose_norm(config.norm, config.backbone, world)
+    norm = choose_norm(config.norm, world)
     refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)
     build = functools.partial(
