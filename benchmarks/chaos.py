@@ -382,7 +382,7 @@ def main() -> int:
     parts: dict[str, Callable[[], Iterable[str]]] = {
         "runs": lambda: runs(options),
         "kills": lambda: [writes.kills(options)],
-        "overhead": lambda: [writes.overhead()],
+        "overhead": lambda: [writes.overhead(options)],
     }
     for name in options.parts:
         about = (
