@@ -1,4 +1,4 @@
-"""The short form of benchmarks/chaos.py: four faults a method, and what it writes into the page of results."""
+"""The short form of benchmarks/chaos.py: four faults a method, and what it writes into its page."""
 
 import subprocess
 import sys
