@@ -5,10 +5,13 @@ from __future__ import annotations
 import colorsys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from cluster import atomic
 
 LONGEST = (1000, 2400)  # pixels a picture's longer side is brought to, from below and from above
 NAMED = 150  # boxes up to which each one carries its name; above, the legend must do
@@ -95,3 +98,9 @@ def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str) ->
         pen.rectangle((x, y + 2, x + 14, y + 16), fill=colour_of(label))
         pen.text((x + 20, y), text, fill="black", font=font)
     return np.asarray(strip)
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """An RGB picture, whole or not at all. Raises UserError where the disk is full or refuses."""
+    data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
+    atomic.replace(path, lambda file: file.write(data))

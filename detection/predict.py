@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torchvision.ops import nms
@@ -32,7 +31,7 @@ from cluster import atomic, checkpoint, distributed
 from cluster import config as configuration
 from cluster.config import UserError
 from detection.data import as_tensor
-from detection.draw import annotate
+from detection.draw import annotate, write_png
 from detection.model import Detector, Spec
 from detection.onnx_detector import OnnxDetector
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, to_color
@@ -241,13 +240,12 @@ def to_counts(images: list[dict], found: Mapping[int, Detections], names: Sequen
 
 def picture_name(number: int, sheet: Sheet) -> str:
     page = "" if sheet.page is None else f"-page{sheet.page}"
-    return f"{number:04}-{sheet.path.stem}{page}.png"
+    return f"{number:04}-{sheet.path.stem[:100]}{page}.png"
 
 
 def save_picture(path: Path, image: np.ndarray, found: Detections, names: Sequence[str]) -> None:
     picture = annotate(image, found.boxes, found.labels, names, found.scores, path.stem)
-    data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
-    atomic.replace(path, lambda file: file.write(data))
+    write_png(path, picture)
 
 
 if __name__ == "__main__":

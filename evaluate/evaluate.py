@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from cluster import atomic, checkpoint, distributed
 from cluster.config import UserError, refuse_below, run
 from detection.analysis import analyse
 from detection.coco_metrics import Engine, coco_classes, evaluate
-from detection.draw import annotate, side_by_side
+from detection.draw import annotate, side_by_side, write_png
 from detection.model import Spec
 from detection.predict import Detections, detect, load_detector, to_results
 from detection.report import write_report
@@ -134,7 +133,7 @@ def draw(
     """Truth beside prediction, as one PNG."""
     truth = annotate(image, sheet.boxes, sheet.labels, names, title=f"Truth: {sheet.file_name}")
     prediction = annotate(image, found.boxes, found.labels, names, found.scores, title="Found")
-    cv2.imwrite(str(path), cv2.cvtColor(side_by_side(truth, prediction), cv2.COLOR_RGB2BGR))
+    write_png(path, side_by_side(truth, prediction))
 
 
 if __name__ == "__main__":
