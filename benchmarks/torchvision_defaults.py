@@ -79,7 +79,7 @@ def refuse_other_options(out: Path, options: argparse.Namespace) -> None:
         name: str(value) for name, value in vars(options).items() if name not in ("out", "seeds", "arms")
     }
     path = out / "options.json"
-    known = json.loads(path.read_text()) if path.exists() else given
+    known = json.loads(path.read_text()) if path.exists() else {} if list(out.glob("*/found.json")) else given
     for name, value in given.items():
         if known.get(name) != value:
             flag = name.replace("_", "-")
@@ -96,7 +96,7 @@ class Maps(torch.nn.Module):
         self.pyramid, self.out_channels = pyramid, pyramid.out_channels
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.autocast(images.device.type, torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.training):
             return OrderedDict((name, maps.float()) for name, maps in self.pyramid(images).items())
 
 

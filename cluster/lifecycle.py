@@ -90,6 +90,7 @@ class Run:
                 return False
             step = checkpoint.check_final(self.exp_dir)["step"]
             if total_steps is not None and step < total_steps:
+                (self.exp_dir / "final.json").unlink()  # it signs a shorter run, whose files will change
                 return False
             print(f"{self.exp_dir}: finished at step {step}, nothing to do", flush=True)
             return True

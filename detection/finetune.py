@@ -249,8 +249,11 @@ def main(config: Config) -> None:
         per_epoch = steps_per_epoch(windows, config.batch_size)
         total = config.epochs * per_epoch if config.steps is None else config.steps
         patience = config.patience * per_epoch
-        ended_early = state is not None and out_of_patience(state["best"], state["step"], patience)
-        if run.finished(state["step"] if state and ended_early else total):
+        length = total
+        if state and (config.exp_dir / "final.json").exists():  # it may have ended early, by its best model
+            best = checkpoint.read(config.exp_dir / "model.pt")
+            length = state["step"] if out_of_patience(best, state["step"], patience) else total
+        if run.finished(length):
             return
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
@@ -269,6 +272,7 @@ def main(config: Config) -> None:
         journal = Journal(config.exp_dir, world, total, progress.step, every=config.log_every)
         journal.message(story or f"going on at step {progress.step}")
         journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
+        progress.pending |= progress.step >= total
         train_to(
             total, windows, config.batch_size, config.workers, progress, world,
             Boundary(

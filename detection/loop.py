@@ -109,9 +109,9 @@ class Progress:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
-        self.best = dict(state["best"])
+        self.best = max(self.best, dict(state["best"]), key=lambda best: best["AP"])
         self.step = state["step"]
-        self.pending = state["pending"]
+        self.pending = state.get("pending", False)
 
 
 @dataclass
@@ -157,11 +157,11 @@ class Boundary:
             if judged is None:
                 self.run.after_step(step, progress.state)  # the signal's: saves and stops
         figures, thresholds = judged
-        progress.pending = False
         better = figures.fitted["AP"] > progress.best["AP"]
         if better:
             progress.best = {"AP": figures.fitted["AP"], "step": step}
         go_on = step < self.total and not out_of_patience(progress.best, step, self.patience)
+        progress.pending = not go_on  # of the last one a longer run makes sure again
         for name in ["model.pt"] * better + ["last.pt"] * (not go_on):
             write_model(self.run.exp_dir / name, progress.judged, step, figures, thresholds)
         self.tell(step, figures, better)

@@ -15,7 +15,6 @@ from typing import Any
 import timm
 import torch
 from timm.layers import BatchNormAct2d, GroupNormAct
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -255,8 +254,6 @@ def _build_body(arch: str) -> Any:
     body = timm.create_model(arch, pretrained=False, num_classes=0)
     if not hasattr(body, "forward_intermediates"):
         raise UserError(f"--arch {arch}: timm gives no intermediate maps of it; take a ResNet or a ConvNeXt")
-    if isinstance(body, ResNet):  # timm begins with residual branches that give zero, which is slow to learn
-        body.init_weights(zero_init_last=False)
     return body
 
 

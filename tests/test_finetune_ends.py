@@ -1,7 +1,6 @@
 """How a finetuning ends and goes on: signals in a validation, patience, checkpoints around skipped steps."""
 
 import dataclasses
-import json
 import os
 import signal
 import time
@@ -65,24 +64,55 @@ def test_patience_ends_a_run_where_it_stands_and_more_patience_goes_on(config, c
 
 
 def test_nothing_is_saved_while_steps_are_skipped(config, monkeypatch):
-    """Every step is due for a checkpoint; what to go back to must not be the bad state."""
-    once = iter(range(1000))
-    forward = loop.nn.utils.clip_grad_norm_
+    """Every step is due for a checkpoint, but the state to go back to must not be the bad one."""
+    calls = iter(range(1000))
+    clip = loop.nn.utils.clip_grad_norm_
 
     def spoilt(parameters, limit):
-        norm = forward(parameters, limit)
-        return norm * float("nan") if 2 <= next(once) <= 4 else norm
+        norm = clip(parameters, limit)
+        return norm * float("nan") if 2 <= next(calls) <= 4 else norm
 
     monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", spoilt)
-    saved = []
+    skipped = []
     write = checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *a: saved.append(a[1]) or write(*a))
+    monkeypatch.setattr(
+        checkpoint, "write", lambda *a: skipped.append((a[1], a[2]["guard"]["skipped"])) or write(*a)
+    )
     main(dataclasses.replace(config, checkpoint_every=0.0, keep=20))
-    assert [step for step in saved if step <= 4][:4] == [0, 1, 2, 3], saved
+    assert len(skipped) > 2 and all(count == 0 for _, count in skipped), skipped
     steps = [line["step"] for line in lines_of(config.exp_dir) if "loss" in line]
     assert steps == list(range(2 * EPOCH))
-    final = json.loads((config.exp_dir / "final.json").read_text())
-    assert final["step"] == 2 * EPOCH
+    assert checkpoint.check_final(config.exp_dir)["step"] == 2 * EPOCH
+
+
+def test_a_finished_run_that_is_made_longer_equals_the_long_one(config, monkeypatch):
+    """Also where a signal stops it in a validation: the marker of its shorter end must not be in the way."""
+    long = dataclasses.replace(config, exp_dir=config.exp_dir.with_name("long"))
+    main(long)
+    main(dataclasses.replace(config, steps=EPOCH))
+    detect, calls = loop.detect, iter(range(1000))
+
+    def detect_and_signal(*arguments):
+        if next(calls) == 5:  # in the second validation, after four sheets that made sure of the first
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(0.5)
+        return detect(*arguments)
+
+    monkeypatch.setattr(loop, "detect", detect_and_signal)
+    with pytest.raises(SystemExit):
+        main(config)
+    assert not (config.exp_dir / "final.json").exists()
+    main(config)
+    assert lines_of(config.exp_dir) == lines_of(long.exp_dir)
+    finals = [checkpoint.check_final(run.exp_dir) for run in (config, long)]
+    assert finals[0]["files"] == finals[1]["files"] and finals[0]["step"] == finals[1]["step"] == 2 * EPOCH
+
+
+def test_patience_counts_from_the_best_model_of_a_finished_run(config):
+    """Its last checkpoint is from before the validation that found the best."""
+    main(dataclasses.replace(config, steps=EPOCH))
+    main(dataclasses.replace(config, steps=4 * EPOCH, patience=1))
+    assert checkpoint.check_final(config.exp_dir)["step"] > EPOCH
 
 
 def test_batch_norm_is_not_taken_to_several_cpu_processes():
