@@ -56,7 +56,8 @@ class Config:
 
     # timm name of the backbone; known from a backbone.safetensors, else resnet50.
     arch: str | None = None
-    # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync, but group on several CPU processes.
+    # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync for a pretrained backbone, but group on
+    # several CPU processes; group from random weights.
     norm: Literal["auto", "sync", "group"] = "auto"
     # mlp: two hidden layers; conv: four convolutions with norm, one hidden layer.
     head: Literal["mlp", "conv"] = "mlp"
@@ -161,10 +162,10 @@ def fresh_detector(
     return detector, f"{audit}\n{describe(spec, split.sheets)}"
 
 
-def choose_norm(norm: str, world: World) -> str:
+def choose_norm(norm: str, backbone: str, world: World) -> str:
     """ "auto" made "sync" or "group"."""
     on_cpus = world.size > 1 and world.device.type == "cpu"
-    return norm if norm != "auto" else "group" if on_cpus else "sync"
+    return norm if norm != "auto" else "group" if on_cpus or backbone == "none" else "sync"
 
 
 def refuse_unsynced(norm: str, world: World) -> None:
@@ -219,7 +220,7 @@ def main(config: Config) -> None:
     })  # fmt: skip
     configuration.refuse_changes(config, config.exp_dir, FREE)
     coco_classes(config.coco_engine)
-    norm = choose_norm(config.norm, world)
+    norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)
     build = functools.partial(
