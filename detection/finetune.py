@@ -206,6 +206,18 @@ def begin(
     return progress
 
 
+def length_of(exp_dir: Path, state: dict[str, Any] | None, patience: int, total: int) -> int:
+    """Steps after which the run counts as finished: `total`, or fewer where its patience (in steps) ran out.
+
+    Its last checkpoint is from before its last validation, so the best step is asked of model.pt.
+    """
+    if state and patience and (exp_dir / "final.json").exists():
+        best = checkpoint.read(exp_dir / "model.pt")
+        if out_of_patience(best, state["step"], patience):
+            return state["step"]
+    return total
+
+
 def main(config: Config) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
@@ -250,11 +262,7 @@ def main(config: Config) -> None:
         per_epoch = steps_per_epoch(windows, config.batch_size)
         total = config.epochs * per_epoch if config.steps is None else config.steps
         patience = config.patience * per_epoch
-        length = total
-        if state and (config.exp_dir / "final.json").exists():  # it may have ended early, by its best model
-            best = checkpoint.read(config.exp_dir / "model.pt")
-            length = state["step"] if out_of_patience(best, state["step"], patience) else total
-        if run.finished(length):
+        if run.finished(length_of(config.exp_dir, state, patience, total)):
             return
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
