@@ -223,6 +223,11 @@ def main(config: Config) -> None:
     distributed.per_rank(config.batch_size, world)
     configuration.refuse_below({
         "--epochs": (config.epochs, 1), "--steps": (config.steps, 1), "--keep": (config.keep, 1),
+        "--fpn-channels": (config.fpn_channels, 1), "--lr": (config.lr, 0), "--wd": (config.wd, 0),
+        "--predictor-lr": (config.predictor_lr, 0), "--momentum": (config.momentum, 0),
+        "--lr-gamma": (config.lr_gamma, 0), "--clip-grad": (config.clip_grad, 1e-6),
+        "--ema-decay": (config.ema_decay, 0), "--score-threshold": (config.score_threshold, 0),
+        "--checkpoint-every": (config.checkpoint_every, 0), "--step-timeout": (config.step_timeout, 1),
         "--validate-every": (config.validate_every, 1), "--lr-step-size": (config.lr_step_size, 1),
         "--warmup-steps": (config.warmup_steps, 0), "--patience": (config.patience, 0),
         "--scale-jitter": (config.scale_jitter, 0), "--photometric": (config.photometric, 0),

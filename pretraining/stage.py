@@ -80,6 +80,19 @@ def pretrain(config: PretrainConfig, method: str, loss: Loss, joint: bool, last_
     """
     world = distributed.start(config.device, config.exp_dir)
     share = distributed.per_rank(config.batch_size, world)
+    configuration.refuse_below({
+        "--epochs": (config.epochs, 1), "--steps": (config.steps, 1),
+        "--projector": (min(config.projector, default=0), 1),
+        "--base-lr": (config.base_lr, 0), "--warmup-epochs": (config.warmup_epochs, 0),
+        "--min-lr-ratio": (config.min_lr_ratio, 0), "--momentum": (config.momentum, 0),
+        "--weight-decay": (config.weight_decay, 0), "--clip-grad": (config.clip_grad, 1e-6),
+        "--image-size": (config.image_size, 1), "--window": (config.window, 1),
+        "--stride": (config.stride, 1), "--strength": (config.strength, 0), "--dpi": (config.dpi, 1),
+        "--workers": (config.workers, 0),
+        "--checkpoint-every": (config.checkpoint_every, 0), "--keep": (config.keep, 1),
+        "--checkpoint-epochs": (config.checkpoint_epochs, 0), "--log-every": (config.log_every, 1),
+        "--embed-every": (config.embed_every, 0), "--step-timeout": (config.step_timeout, 1),
+    })  # fmt: skip
     with Run(
         config.exp_dir, world,
         checkpoint_every=config.checkpoint_every, keep=config.keep, step_timeout=config.step_timeout,
@@ -195,9 +208,8 @@ def plan(config: PretrainConfig, method: str, windows: int) -> Schedule:
             "take a smaller batch, or more windows by a smaller --stride"
         )
     total = config.epochs * per_epoch if config.steps is None else config.steps
-    if total < 1:
-        raise UserError(f"--{'epochs' if config.steps is None else 'steps'} {total}: give 1 or more")
-    base = config.base_lr or base_lr(method, config.batch_size, total / per_epoch)
+    published = base_lr(method, config.batch_size, total / per_epoch)
+    base = published if config.base_lr is None else config.base_lr
     peak = peak_lr(base, config.batch_size, config.lr_scaling)
     warmup = min(round(config.warmup_epochs * per_epoch), total // 10)
     return Schedule(per_epoch, total, warmup, peak, peak * config.min_lr_ratio)

@@ -202,6 +202,8 @@ def test_a_loss_that_stays_non_finite_ends_the_run_and_names_the_sheets(data, tm
         ({"overlap": 256}, UserError, "--overlap 256"),
         ({"validate_every": 0}, UserError, "--validate-every 0: give 1 or more"),
         ({"lr_step_size": 0}, UserError, "--lr-step-size 0: give 1 or more"),
+        ({"lr": -0.1}, UserError, "--lr -0.1: give 0 or more"),
+        ({"clip_grad": 0.0}, UserError, "--clip-grad 0.0: give 1e-06 or more"),
         ({"data_dir": Path("nowhere")}, DataError, "nowhere"),
     ],
 )

@@ -18,7 +18,7 @@ from cluster.config import UserError
 from pretraining.config import PretrainConfig
 from pretraining.data import batch_keys
 from pretraining.features import load_backbone
-from pretraining.stage import pretrain
+from pretraining.stage import plan, pretrain
 from schematics.sheets import DataError
 from simclr.loss import nt_xent
 from vicreg.loss import vicreg_loss
@@ -159,13 +159,23 @@ def test_a_loss_that_stays_not_finite_ends_the_run_naming_step_files_and_checkpo
     [
         ({"batch_size": 4096}, "--batch-size 4096: the pool has"),
         ({"arch": "resnet5O"}, "--arch resnet5O: .*near: .*resnet50"),
-        ({"steps": 0}, "--steps 0"),
+        ({"steps": 0}, "--steps 0: give 1 or more"),
+        ({"workers": -1}, "--workers -1: give 0 or more"),
+        ({"image_size": 0}, "--image-size 0: give 1 or more"),
+        ({"projector": (0, 8)}, "--projector 0: give 1 or more"),
+        ({"base_lr": -0.1}, "--base-lr -0.1: give 0 or more"),
+        ({"keep": 0}, "--keep 0: give 1 or more"),
     ],
 )
 def test_flags_that_cannot_work_are_one_line(config, change, words):
     with pytest.raises(UserError, match=words):
         run(dataclasses.replace(config, **change))
     assert not (config.exp_dir / "backbone.safetensors").exists()
+
+
+def test_a_rate_of_zero_is_no_request_for_the_published_one(config):
+    schedule = plan(dataclasses.replace(config, base_lr=0.0), "simclr", windows=64)
+    assert schedule.peak == 0 < plan(config, "simclr", windows=64).peak
 
 
 def test_a_pool_without_drawings_is_one_line(config, tmp_path):
