@@ -2,8 +2,10 @@
 
     python benchmarks/torchvision_defaults.py --data-dir DATA --out OUT [--arch resnet18] [--channels 128]
         [--steps 150] [--batch-size 2] [--lr 0.01] [--seeds 0 1 2] [--train N] [--valid 30] [--test 100]
+        [--backbone FILE]
 
-Both start from random weights, with SGD, a linear warm-up and a cosine.
+Both start from random weights, with SGD, a linear warm-up and a cosine. FILE, a backbone.safetensors of that
+arch, adds Linework from pretrained weights.
 torchvision: whole sheets at 800/1333, its anchors, norm, sampling, mean and std, and the mirroring of its
 reference recipe; its pyramid in bf16, the rest in float32. Linework: `python -m detection.finetune` with what
 it fits by itself, in bf16; its CPU seconds hold the start of a process and a validation. Score thresholds
@@ -23,6 +25,8 @@ import shutil
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +50,7 @@ from detection.schedule import Phase, lr_at  # noqa: E402
 from schematics.coco import Split, find_split, read_split, to_coco, write_split  # noqa: E402
 from schematics.windows import tile_sheet  # noqa: E402
 
-ARMS = ("torchvision", "linework")
+ARMS = ("torchvision", "linework", "pretrained")
 Results = list[dict[str, Any]]
 
 
@@ -75,9 +79,8 @@ def choose_sheets(source: Path, folder: Path, sheets: dict[str, int]) -> None:
 
 def refuse_other_options(out: Path, options: argparse.Namespace) -> None:
     """End with a line where OUT holds runs that were made with other options."""
-    given = {
-        name: str(value) for name, value in vars(options).items() if name not in ("out", "seeds", "arms")
-    }
+    free = ("out", "seeds", "arms", "backbone")
+    given = {name: str(value) for name, value in vars(options).items() if name not in free}
     path = out / "options.json"
     known = json.loads(path.read_text()) if path.exists() else {} if list(out.glob("*/found.json")) else given
     for name, value in given.items():
@@ -196,11 +199,12 @@ def make_run(arm: str, seed: int, data: Path, folder: Path, options: argparse.Na
         found = {name: find_torchvision(model, splits[name]) for name in ("valid", "test")}
     else:
         batch = windows_per_step(splits["train"], options.batch_size)
-        flags = f"""--backbone none --arch {options.arch} --fpn-channels {options.channels} --seed {seed}
+        backbone = options.backbone if arm == "pretrained" else "none"
+        flags = f"""--arch {options.arch} --fpn-channels {options.channels} --seed {seed}
             --steps {options.steps} --batch-size {batch} --lr {options.lr} --scheduler cosine
             --warmup-steps {options.warmup} --wd 0.0001 --workers 0 --precision bf16 --device {options.device}
             --validate-every 1000000"""
-        places = ["--data-dir", data, "--exp-dir", folder / "run"]
+        places = ["--backbone", backbone, "--data-dir", data, "--exp-dir", folder / "run"]
         command = [sys.executable, "-m", "detection.finetune", *flags.split(), *map(str, places)]
         subprocess.run(command, cwd=ROOT, check=True)
         seconds = cpu_seconds() - began  # with the validation at the end
@@ -230,12 +234,12 @@ def exact_counts(matches: Matches, thresholds: dict[int, float], weights: np.nda
     return ratio(counts.exact.sum(1).astype(float), counts.pairs.sum(1).astype(float), weights)
 
 
-def table(data: Path, out: Path, seeds: list[int]) -> str:
-    """Means over the seeds with the 95 % bootstrap interval over sheets, the seeds' range, the gain."""
+def table(data: Path, out: Path, seeds: list[int], arms: Sequence[str]) -> str:
+    """Means over the seeds with the 95 % bootstrap interval over sheets, the seeds' range, the gains."""
     valid, test = (read_split(find_split(data, name)) for name in ("valid", "test"))
     weights = resample(len(test.sheets), 500)
     mean, lines, cost = {}, [], {}
-    for arm in ARMS:
+    for arm in arms:
         runs = [json.loads((out / f"{arm}-{seed}" / "found.json").read_text()) for seed in seeds]
         judged = [judge(run, valid, test, weights) for run in runs]
         cost[arm] = float(np.mean([run["cpu_seconds"] for run in runs]))
@@ -245,9 +249,10 @@ def table(data: Path, out: Path, seeds: list[int]) -> str:
             of_seeds = [float(each[name][0]) for each in judged]
             cells.append(f"{spread(draws)} ({min(of_seeds):.3f} to {max(of_seeds):.3f})")
         lines.append(f"| {arm} | {' | '.join(cells)} | {cost[arm]:.0f} |")
-    gains = [str(spread(mean["linework"][name] - mean["torchvision"][name])) for name in mean["linework"]]
-    lines.append(f"| gain | {' | '.join(gains)} | x {cost['linework'] / cost['torchvision']:.2f} |")
-    head = ["", *mean["linework"], "CPU s a training"]
+    for before, arm in pairwise(arms):
+        gains = [str(spread(mean[arm][name] - mean[before][name])) for name in mean[arm]]
+        lines.append(f"| {arm} - {before} | {' | '.join(gains)} | x {cost[arm] / cost[before]:.2f} |")
+    head = ["", *mean[arms[0]], "CPU s a training"]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
 
 
@@ -268,12 +273,16 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--warmup", type=int, default=15, help="steps; at most a tenth of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--backbone", type=Path, help="backbone.safetensors for the arm `pretrained`")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that can run")
     parser.add_argument("--train", type=int, default=10**6, help="at most so many sheets, drawn at random")
     parser.add_argument("--valid", type=int, default=30)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    arms = options.arms or [arm for arm in ARMS if arm != "pretrained" or options.backbone]
+    if "pretrained" in arms and not (options.backbone and options.backbone.exists()):
+        parser.error(f"--backbone {options.backbone}: give the file of a finished pretraining")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     refuse_other_options(options.out, options)
     data = options.out / "data"
@@ -281,12 +290,12 @@ def main() -> None:
         options.data_dir, data, {"train": options.train, "valid": options.valid, "test": options.test}
     )
     for seed in options.seeds:
-        for arm in options.arms:
+        for arm in arms:
             folder = options.out / f"{arm}-{seed}"
             if not (folder / "found.json").exists():
                 make_run(arm, seed, data, folder, options)
-    if set(options.arms) == set(ARMS):
-        print(table(data, options.out, options.seeds))
+    if len(arms) > 1:
+        print(table(data, options.out, options.seeds, arms))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,13 @@ KEEP = 0.6  # share of a symbol that makes it a target where a window's edge cut
 
 @dataclass(frozen=True)
 class Augment:
-    """What a training window may undergo; all zero or False: nothing but its place on the sheet."""
+    """What a training window may undergo; all zero or False: nothing but its place on the sheet.
+
+    Every other window keeps its scale, every other its tones: inference sees native lines, none resampled.
+    """
 
     shift: bool = False  # move the tile by up to half its free way
-    scale: float = 0.0  # log-uniform in [1 / (1 + scale), 1 + scale]
+    scale: float = 0.0  # log-uniform in [1 / (1 + scale), 1 + scale], or none
     photometric: float = 0.0  # strength of brightness, contrast, blur and noise, 0 to 1
     flip: bool = False  # left-right and up-down
     rot90: bool = False  # quarter turns
@@ -130,7 +133,8 @@ class TrainingWindows(Dataset):
         sheet = self.reader.split.sheets[sheet_index]
         image, paper = self.reader[sheet_index]
 
-        scale = float(np.exp(rng.uniform(-1, 1) * np.log1p(self.augment.scale)))
+        exponent = rng.uniform(-1, 1) * (rng.random() < 0.5)
+        scale = float(np.exp(exponent * np.log1p(self.augment.scale)))
         reach = round(self.side / scale)  # pixels of the sheet that the window shows
         if self.augment.shift:
             x = _shift(rng, x, self.side, reach, self.stride, sheet.width)
@@ -222,10 +226,10 @@ def turn(
 
 
 def photometric(window: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Contrast, brightness, blur and noise as scanners and screens differ; hue carries meaning and stays."""
+    """Every other window with contrast, brightness, blur, noise as scanners differ; hue has a meaning."""
     contrast, brightness = 1 + strength * rng.uniform(-0.5, 0.5), strength * rng.uniform(-50, 50)
     blur, noise = rng.random() < 0.3 * strength, rng.random() < 0.5 * strength
-    if not strength:
+    if not strength or rng.random() < 0.5:
         return window
     if blur:
         window = cv2.GaussianBlur(window, (0, 0), float(rng.uniform(0.3, 0.8)))

@@ -97,9 +97,9 @@ class Config:
     window: int | None = None
     # Pixels that neighbouring windows share; fitted to the symbols.
     overlap: int | None = None
-    # Windows are seen at 1 / (1 + s) to 1 + s of their size, antialiased.
+    # Every other window is seen at 1 / (1 + s) to 1 + s of its size, antialiased.
     scale_jitter: float = 0.1
-    # Strength of brightness, contrast, blur and noise, 0 to 1.
+    # Strength of brightness, contrast, blur and noise, 0 to 1, in every other window.
     photometric: float = 0.3
     # Mirror windows; harmful where orientation tells classes apart.
     flip: bool = False

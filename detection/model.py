@@ -153,11 +153,20 @@ class ProposalHead(RPNHead):
 
 
 class Predictor(FastRCNNPredictor):
-    """Outputs in float32, for the same reason, and so the losses are."""
+    """One box regression for all classes (arXiv 1605.06409, 2), as few labels hardly teach one for each.
+
+    Outputs in float32, for the same reason as above, and so the losses are.
+    """
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__(channels, classes)
+        self.classes = classes
+        self.bbox_pred = nn.Linear(channels, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, channels] -> scores [N, classes], offsets [N, 4 classes] as torchvision expects them."""
         scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
+        return scores.float(), deltas.float().repeat(1, self.classes)
 
 
 class SeededSampler:

@@ -151,11 +151,24 @@ def test_turns_and_mirrors_are_exact():
     assert same is window and unmoved is box
 
 
-def test_photometric_changes_colours_only_as_asked():
+def test_photometric_changes_every_other_window_and_only_as_asked():
     window = np.full((64, 64), 200, np.uint8)
     assert photometric(window, np.random.default_rng(0), 0.0) is window
-    changed = photometric(window, np.random.default_rng(0), 0.5)
-    assert changed.dtype == np.uint8 and changed.shape == window.shape and (changed != window).any()
+    seen = [photometric(window, np.random.default_rng(n), 0.5) for n in range(200)]
+    assert 80 <= sum(other is window for other in seen) <= 120
+    assert 80 <= sum((other != 200).any() for other in seen) <= 120
+    assert all(other.dtype == np.uint8 and other.shape == (64, 64) for other in seen)
+
+
+def test_every_other_window_keeps_its_native_scale(split):
+    windows = training_windows(split, Augment(scale=0.2))
+    tile = next(n for n, (sheet, _, _) in enumerate(windows.tiles.tolist()) if sheet == 1)
+    corners = [windows[epoch, 0, tile][1]["boxes"][0] for epoch in range(200)]
+    sides = torch.stack([box[2:] - box[:2] for box in corners])
+    native = (sides == 40).all(1)
+    assert 80 <= int(native.sum()) <= 120
+    assert sides[~native].min() >= 40 / 1.21 and sides[~native].max() <= 40 * 1.21
+    assert len(set(sides[~native][:, 0].tolist())) > 20
 
 
 def test_gray_becomes_three_channels_and_batches_stack():

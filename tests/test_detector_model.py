@@ -212,6 +212,19 @@ def test_losses_and_boxes_are_float32_under_bf16():
     assert len(inside) and (inside != inside.bfloat16().float()).any()
 
 
+def test_a_box_of_one_class_teaches_the_regression_of_all():
+    predictor = Detector(spec_of()).roi_heads.box_predictor
+    features = torch.randn(5, 1024, generator=torch.Generator().manual_seed(0))
+    before = predictor(features)[1].reshape(5, 3, 4)
+    loss = (before[:, 1] - 1).square().sum()  # of class 1 alone
+    (grad,) = torch.autograd.grad(loss, [predictor.bbox_pred.bias])
+    with torch.no_grad():
+        predictor.bbox_pred.bias -= 0.01 * grad
+    after = predictor(features)[1].reshape(5, 3, 4)
+    assert (after[:, 2] > before[:, 2]).all()
+    assert torch.equal(after[:, 2], after[:, 1])
+
+
 def test_anchors_are_where_they_are_without_bf16():
     """Under BatchNorm the maps are bf16, in which 700 and 703 are one number."""
     detector, places = Detector(spec_of()), []
