@@ -226,7 +226,7 @@ def turn(
 
 
 def photometric(window: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Every other window with contrast, brightness, blur, noise as scanners differ; hue has a meaning."""
+    """Every other window in tones, blur and noise of another scanner; hue carries meaning and stays."""
     contrast, brightness = 1 + strength * rng.uniform(-0.5, 0.5), strength * rng.uniform(-50, 50)
     blur, noise = rng.random() < 0.3 * strength, rng.random() < 0.5 * strength
     if not strength or rng.random() < 0.5:
