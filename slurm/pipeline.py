@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,24 +42,46 @@ def submit(args: argparse.Namespace) -> None:
         if not folder.exists():
             raise UserError(f"{flag} {folder}: no such folder")
     run_dir = args.run_dir
-    if (run_dir / "pipeline.json").exists():
-        refuse_twice(run_dir, args.method)
+    record = stages.read_record(run_dir) if (run_dir / "pipeline.json").exists() else {}
+    if record:
+        refuse_twice(run_dir, record, args.method)
     flags = {name: getattr(args, name) for name in stages.STAGES}
     sbatch = {"": args.sbatch, **{name: getattr(args, f"sbatch_{name}") for name in stages.STAGES}}
     chain = stages.chain(run_dir, args.data_dir, args.unlabeled, args.method, flags, sbatch)
-    while chain and chain[0].finished():
+    arguments = {stage.name: stage.arguments for stage in chain}
+    while chain and is_done(chain[0], record.get("arguments", {})):
         print(f"{chain.pop(0).name}: finished")
     if args.dry_run:
         dry_run(chain, run_dir, args.local)
     elif chain:
         code = stages.snapshot(run_dir)
         environment = stages.job_environment(os.environ)
-        (run_here if args.local else submit_chain)(chain, run_dir, code, environment, args.method)
+        write = functools.partial(stages.write_record, run_dir, args.method, again(), arguments)
+        if args.local:
+            write({})
+            run_here(chain, code, environment)
+        else:
+            submit_chain(chain, run_dir, code, environment, record.get("jobs", {}), write)
 
 
-def refuse_twice(run_dir: Path, method: str) -> None:
+def is_done(stage: stages.Stage, recorded: Mapping[str, list[str]]) -> bool:
+    """Whether a stage is finished as the flags have it; evaluate is made again with others.
+
+    Raises UserError for another stage that is finished with other flags: later ones were made from it.
+    """
+    same = recorded.get(stage.name, stage.arguments) == stage.arguments
+    if not stage.finished() or stage.name == "evaluate":
+        return same and stage.finished()
+    if not same:
+        raise UserError(
+            f"{stage.name} is finished, made with {shlex.join(recorded[stage.name])}; "
+            "give these flags again, or another --run-dir"
+        )
+    return True
+
+
+def refuse_twice(run_dir: Path, record: Mapping[str, Any], method: str) -> None:
     """Raise UserError when jobs of an earlier submission live, or when it was for another method."""
-    record = stages.read_record(run_dir)
     jobs = status.jobs_of(record, run_dir / "code")
     alive = [f"{name} (job {job.id} {job.state})" for name, job in jobs.items() if job.alive]
     if alive:
@@ -72,12 +96,15 @@ def refuse_twice(run_dir: Path, method: str) -> None:
 
 
 def submit_chain(
-    chain: list[stages.Stage], run_dir: Path, code: Path, environment: dict[str, str], method: str
-) -> None:
-    """One sbatch a stage, each waiting for the one before. Leaves no job behind when one is refused."""
+    chain: list[stages.Stage], run_dir: Path, code: Path, environment: dict[str, str],
+    known: Mapping[str, str], write: Callable[[dict[str, str]], None],
+) -> None:  # fmt: skip
+    """One sbatch a stage, each waiting for the one before. Leaves no job behind when one is refused.
+
+    known: jobs of stages that are finished, kept for their logs.
+    """
     (run_dir / "logs").mkdir(exist_ok=True)
-    known = (run_dir / "pipeline.json").exists()
-    jobs = stages.read_record(run_dir)["jobs"] if known else {}  # of stages that are finished, for their logs
+    jobs = dict(known)
     new: list[str] = []
     for stage in chain:
         argv = stages.command(stage, run_dir, code, after=new[-1] if new else None)
@@ -89,16 +116,13 @@ def submit_chain(
             raise UserError(f"sbatch refused {stage.name} ({reason}); no job is left of it: check --sbatch")
         new.append(answer.stdout.strip().split(";")[0])
         jobs[stage.name] = new[-1]
-        stages.write_record(run_dir, method, again(), jobs)
+        write(jobs)
         print(f"{stage.name}: job {new[-1]}" + (f", after {new[-2]}" if len(new) > 1 else ""))
     print(f"see:  {again('status', '--run-dir', str(run_dir))}")
 
 
-def run_here(
-    chain: list[stages.Stage], run_dir: Path, code: Path, environment: dict[str, str], method: str
-) -> None:
+def run_here(chain: list[stages.Stage], code: Path, environment: dict[str, str]) -> None:
     """The stages one after the other, without Slurm, up to the first that fails."""
-    stages.write_record(run_dir, method, again(), {})
     for stage in chain:
         print(f"{stage.name}: {shlex.join(stages.local_command(stage, code))}", flush=True)
         ended = wait(subprocess.Popen(stages.local_command(stage, code), cwd=code, env=environment))

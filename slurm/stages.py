@@ -134,13 +134,16 @@ def commit() -> str | None:
         return None
 
 
-def write_record(run_dir: Path, method: str, resubmit: str, jobs: Mapping[str, str]) -> None:
-    """RUN_DIR/pipeline.json: what was submitted, from which commit, as which jobs."""
+def write_record(
+    run_dir: Path, method: str, resubmit: str, arguments: Mapping[str, list[str]], jobs: Mapping[str, str]
+) -> None:
+    """RUN_DIR/pipeline.json: what was submitted, from which commit, each stage with what, as which jobs."""
     record = {
         "method": method,
         "commit": commit(),
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": resubmit,
+        "arguments": dict(arguments),
         "jobs": dict(jobs),
     }
     atomic.write_text(run_dir / "pipeline.json", json.dumps(record, indent=2) + "\n")

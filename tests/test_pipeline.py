@@ -154,6 +154,16 @@ def test_local_chain_stops_at_the_first_failure_and_goes_on_there(work):
     )
 
 
+def test_a_finished_stage_is_not_skipped_with_other_flags(work):
+    assert pipeline(work, "submit", "--local", "--finetune", "--epochs 2").returncode == 0
+    error = one_line_of_error(pipeline(work, "submit", "--local", "--finetune", "--epochs 4"))
+    assert "finetune is finished, made with " in error and "--epochs 2" in error
+    again = pipeline(work, "submit", "--local", "--finetune", "--epochs 2", "--evaluate", "--split test")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("pretrain: finished\nfinetune: finished\nevaluate: bash ")
+    assert "--split test" in again.stdout
+
+
 def test_chain_waits_in_order_and_status_shows_its_figures(slurm, work):
     done = pipeline(work, "submit", "--method", "simclr", slurm=slurm)
     assert done.returncode == 0, done.stderr
