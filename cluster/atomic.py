@@ -93,8 +93,8 @@ def replace(
 
 
 def write_text(path: Path, text: str) -> None:
-    """`replace` for a short text."""
-    replace(path, lambda file: file.write(text.encode()))
+    """`replace` for a short text; names of files in it keep their bytes, UTF-8 or not."""
+    replace(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def sidecar(path: Path) -> Path:

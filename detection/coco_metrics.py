@@ -68,7 +68,7 @@ class Figures:
     fitted: dict[str, float]
     sizes: list[SizeFigures]
     classes: list[ClassFigures]
-    false_positives_without_truth: dict[str, int]
+    false_positives_without_truth: dict[str, int]  # by class, "name (id)" where classes share a name
     images: int
     boxes: int
     detections: int
@@ -111,7 +111,7 @@ class Figures:
         stray = self.false_positives_without_truth
         if stray:
             named = ", ".join(f"{name} {count}" for name, count in stray.items())
-            lines.append(f"detections of classes without ground truth, not in any AP: {named}")
+            lines.append(f"detections at every score of classes without ground truth, not in any AP: {named}")
         lines.append(f"{'class':<32} {'boxes':>6} {'found':>6} {'AP':>6} {'AP50':>6} {'AP75':>6}")
         for row in self.classes:
             lines.append(
@@ -172,11 +172,26 @@ def evaluate(
         fitted=fitted,
         sizes=_size_figures(arrays, truth["annotations"], edges, last),
         classes=rows,
-        false_positives_without_truth={r.name: r.detections for r in rows if not r.boxes and r.detections},
+        false_positives_without_truth=_stray(rows, evaluator),
         images=len(truth["images"]),
         boxes=sum(boxes_of.values()),
         detections=len(found),
     )
+
+
+def _stray(rows: Sequence[ClassFigures], evaluator: Any) -> dict[str, int]:
+    """Detections of classes without boxes to find; what lies in a crowd is not counted."""
+    in_crowd: Counter[int] = Counter()
+    for sheet in filter(None, evaluator.evalImgs):
+        if list(sheet["aRng"]) == AREAS[0]:
+            in_crowd[int(sheet["category_id"])] += int(np.sum(np.asarray(sheet["dtIgnore"])[0]))
+    stray: Counter[str] = Counter()
+    shared = Counter(row.name for row in rows)
+    for row in rows:
+        if not row.boxes:
+            name = row.name if shared[row.name] == 1 else f"{row.name} ({row.category_id})"
+            stray[name] = row.detections - in_crowd[row.category_id]
+    return {name: count for name, count in stray.items() if count}
 
 
 def fit_max_detections(annotations: Sequence[Mapping[str, Any]]) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from cluster import atomic
 
 LONGEST = (1000, 2400)  # pixels a picture's longer side is brought to, from below and from above
+DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # Latin, Greek, Cyrillic
 NAMED = 150  # boxes up to which each one carries its name; above, the legend must do
 
 
@@ -34,10 +38,15 @@ def annotate(
 ) -> np.ndarray:
     """A picture [h, w, 3] of the sheet with boxes [N, 4], and above it `title` and a legend with counts.
 
-    names: of labels 1..K. The sheet is scaled so that its longer side suits a screen.
+    names: of labels 1..K; "class 3" stands for one that no font here can write. The sheet is scaled so that
+    its longer side suits a screen.
     """
     canvas, factor = _canvas(image)
-    font = ImageFont.load_default(size=12)
+    file = find_font("".join(sorted({*"".join(names), *title})))
+    known = _characters(file)
+    names = [name if known.issuperset(name) else f"class {k}" for k, name in enumerate(names, 1)]
+    title = "".join(letter if letter in known else "?" for letter in title)
+    font = ImageFont.truetype(file, size=12)
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
     for box, label in zip((boxes * factor).tolist(), labels.tolist(), strict=True):
@@ -46,7 +55,26 @@ def annotate(
         for n, (x0, y0, _, y1) in enumerate((boxes * factor).tolist()):
             text = names[labels[n] - 1] + ("" if scores is None else f" {100 * scores[n]:.0f}")
             _tag(pen, x0, y0, y1, text, colour_of(int(labels[n])), font, picture.size)
-    return np.vstack([_legend(picture.width, labels, names, title), np.asarray(picture)])
+    return np.vstack([_legend(picture.width, labels, names, title, file), np.asarray(picture)])
+
+
+@functools.cache
+def find_font(letters: str) -> Path:
+    """The file of a font with all these letters: DejaVu, or else one of the system's; DejaVu if none has."""
+    if _characters(DEJAVU).issuperset(letters):
+        return DEJAVU
+    from matplotlib.font_manager import findSystemFonts  # takes a while, and few need it
+
+    files = map(Path, sorted(findSystemFonts()))
+    return next((file for file in files if _characters(file).issuperset(letters)), DEJAVU)
+
+
+@functools.cache
+def _characters(file: Path) -> frozenset[str]:
+    try:
+        return frozenset(map(chr, FT2Font(str(file)).get_charmap()))
+    except (OSError, RuntimeError):  # a bitmap font, or a broken one
+        return frozenset()
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -69,7 +97,7 @@ def _canvas(image: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _tag(
     pen: ImageDraw.ImageDraw, x: float, top: float, bottom: float, text: str,
-    colour: tuple[int, int, int], font: ImageFont.ImageFont | ImageFont.FreeTypeFont, size: tuple[int, int],
+    colour: tuple[int, int, int], font: ImageFont.FreeTypeFont, size: tuple[int, int],
 ) -> None:  # fmt: skip
     """The name on its box's upper edge; below the box where it would leave the sheet."""
     width, height = pen.textlength(text, font=font) + 6, 15
@@ -79,9 +107,9 @@ def _tag(
     pen.text((x + 3, y), text, fill="white", font=font)
 
 
-def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str) -> np.ndarray:
+def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str, file: Path) -> np.ndarray:
     """A strip [h, width, 3]: the title, then each class that occurs with its count."""
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.truetype(file, size=14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places, x, y = [], 8, 32 if title else 6
     for label, count in Counter(labels.tolist()).most_common():
@@ -93,7 +121,7 @@ def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str) ->
         x += extent
     strip = Image.new("RGB", (width, y + 26), "white")
     pen = ImageDraw.Draw(strip)
-    pen.text((8, 6), title, fill="black", font=ImageFont.load_default(size=18))
+    pen.text((8, 6), title, fill="black", font=ImageFont.truetype(file, size=18))
     for x, y, label, text in places:
         pen.rectangle((x, y + 2, x + 14, y + 16), fill=colour_of(label))
         pen.text((x + 20, y), text, fill="black", font=font)

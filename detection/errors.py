@@ -97,7 +97,7 @@ def delta_ap50(matches: Matches) -> dict[str, float]:
     rest; both, duplicate and background are dropped; missed boxes are no longer asked for. All detections
     count, not only those above a threshold, as AP does. Kinds in the order of KINDS.
     """
-    kinds = kinds_of(matches)
+    kinds = kinds_of(matches, matches.found.rank < matches.limit)
     score, label = matches.found.score, matches.found.label
     right, counted = kinds.found == FOUND, kinds.found != LEFT_OUT
     boxes = matches.positives.sum(0)
@@ -115,7 +115,8 @@ def delta_ap50(matches: Matches) -> dict[str, float]:
         gains[KINDS[kind]] = _ap50(*arrays, boxes, matches.recalls) - before
     unseen = np.bincount(matches.truth.label[kinds.truth == MISSED], minlength=len(boxes))
     asked = (score[counted], label[counted], right[counted], boxes - unseen, matches.recalls)
-    gains[KINDS[MISSED]] = _ap50(*asked) - before
+    all_missed = unseen.any() and not (boxes - unseen).any()  # nothing is left to ask for
+    gains[KINDS[MISSED]] = (1.0 if all_missed else _ap50(*asked)) - before
     return {kind: gains[kind] for kind in KINDS[1:]}
 
 

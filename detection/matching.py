@@ -5,6 +5,7 @@ Letters: I sheets, K classes, G true boxes, D detections, T IoU thresholds (0.5,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Matches:
     image_ids: np.ndarray  # int64 [I], ascending
     category_ids: np.ndarray  # int64 [K], ascending
     names: tuple[str, ...]  # [K]
-    limit: int  # detections of a class on a sheet; what came after it is not in `found`
+    limit: int  # detections of a class on a sheet that AP takes, by rank; the rest counts elsewhere
     ious: np.ndarray  # float64 [T]
     recalls: np.ndarray  # float64 [R], where precision is read: 0, 0.01, ..., 1
     truth: Truth
@@ -80,7 +81,9 @@ def match(
     truth = repair(ground_truth)
     found = prepare(truth, detections)
     limit = max(100, limit or fit_max_detections(truth["annotations"]))
-    return _gather(match_boxes(truth, found, [limit], AREAS[:1], engine), truth, found, limit)
+    # Matching goes down the scores: what comes after the limit leaves the matches before it alone.
+    most = max(Counter((row["image_id"], row["category_id"]) for row in found).values(), default=0)
+    return _gather(match_boxes(truth, found, [max(limit, most)], AREAS[:1], engine), truth, found, limit)
 
 
 def _gather(evaluator: Any, truth: Mapping[str, Any], found: list[dict[str, Any]], limit: int) -> Matches:

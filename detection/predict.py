@@ -15,9 +15,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,8 @@ class PredictConfig:
     sheets: Positional[tuple[Path, ...]] = ()
     # Score from which a detection counts; default: each class's own, best on the validation split.
     threshold: float | None = None
+    # Replace the predictions of an earlier run in --out.
+    overwrite: bool = False
     # Print predictions.json on stdout, and nothing else there.
     json: bool = False
     # Write an annotated PNG a sheet.
@@ -182,13 +185,21 @@ def main(config: PredictConfig) -> None:
     if not config.sheets:
         raise UserError("name the sheets: image files, PDFs or folders, after the flags")
     configuration.refuse_below({"--batch-size": (config.batch_size, 1), "--dpi": (config.dpi, 1)})
+    refuse_no_score(config.threshold)
+    pictures = config.out / "pictures"
+    if (config.out / "predictions.json").exists() and not config.overwrite:
+        raise UserError(f"--out {config.out}: holds predictions; name another folder, or give --overwrite")
     device = distributed.start(config.device).device
     sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
+    own = pictures.resolve()  # an earlier run's, where --out lies among the sheets
+    sheets = [sheet for sheet in sheets if sheet.path.resolve().parent != own]
     detector = load_detector(config.checkpoint, device)
     names = [name for _, name in detector.spec.categories]
     thresholds = np.array(detector.thresholds) if config.threshold is None else config.threshold
-    atomic.make_folder(config.out / "pictures")
-    images, found, skipped = [], {}, []
+    atomic.make_folder(pictures)
+    for picture in pictures.glob("[0-9][0-9][0-9][0-9]*.png"):
+        picture.unlink()
+    images, read, found, skipped = [], list[str](), {}, []
     for number, sheet in enumerate(tqdm(sheets, unit="sheet", disable=None), start=1):
         try:
             image = read_sheet(sheet, config.dpi)
@@ -196,13 +207,15 @@ def main(config: PredictConfig) -> None:
             skipped.append(str(error))
             continue
         height, width = image.shape[:2]
-        images.append({"id": number, "file_name": sheet.name, "width": width, "height": height})
+        place = replace(sheet, path=Path(os.path.relpath(sheet.path.resolve(), config.out.resolve()))).name
+        images.append({"id": number, "file_name": place, "width": width, "height": height})
+        read.append(sheet.name)
         found[number] = detect(detector, image, config.batch_size).above(thresholds)
         if config.pictures:
-            save_picture(config.out / "pictures" / picture_name(number, sheet), image, found[number], names)
+            save_picture(pictures / picture_name(number, sheet), image, found[number], names)
     text = json.dumps(to_document(images, found, detector.spec.categories))
     atomic.write_text(config.out / "predictions.json", text)
-    atomic.write_text(config.out / "counts.csv", to_counts(images, found, names))
+    atomic.write_text(config.out / "counts.csv", to_counts(read, list(found.values()), names))
     if config.json:
         print(text)
     else:
@@ -214,10 +227,19 @@ def main(config: PredictConfig) -> None:
         raise SystemExit(1)
 
 
+def refuse_no_score(threshold: float | None) -> None:
+    """Raise UserError for a --threshold that no score can be compared with."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold:g}: scores lie between 0 and 1")
+
+
 def to_document(
     images: list[dict], found: Mapping[int, Detections], categories: Sequence[tuple[int, str]]
 ) -> dict[str, Any]:
-    """A COCO document of what was found: annotations with a score, ready to be corrected as labels."""
+    """A COCO document of what was found: annotations with a score, ready to be corrected as labels.
+
+    images: their file_name is relative to the folder that the document goes to.
+    """
     rows = to_results(found, [category_id for category_id, _ in categories])
     annotations = [
         {"id": n, **row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
@@ -227,20 +249,21 @@ def to_document(
     return {"info": {}, "images": images, "categories": classes, "annotations": annotations}
 
 
-def to_counts(images: list[dict], found: Mapping[int, Detections], names: Sequence[str]) -> str:
+def to_counts(sheets: Sequence[str], found: Sequence[Detections], names: Sequence[str]) -> str:
     """CSV with a row a sheet, a column a class and their sum."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["sheet", *names, "total"])
-    for image in images:
-        labels = found[image["id"]].labels
-        writer.writerow([image["file_name"], *np.bincount(labels, minlength=len(names) + 1)[1:], len(labels)])
+    for sheet, detections in zip(sheets, found, strict=True):
+        numbers = np.bincount(detections.labels, minlength=len(names) + 1)[1:]
+        writer.writerow([sheet, *numbers, len(detections)])
     return table.getvalue()
 
 
 def picture_name(number: int, sheet: Sheet) -> str:
     page = "" if sheet.page is None else f"-page{sheet.page}"
-    return f"{number:04}-{sheet.path.stem[:100]}{page}.png"
+    stem = os.fsencode(sheet.path.stem)[:150].decode(errors="ignore")  # a name may have 255 bytes
+    return f"{number:04}-{stem}{page}.png"
 
 
 def save_picture(path: Path, image: np.ndarray, found: Detections, names: Sequence[str]) -> None:

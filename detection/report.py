@@ -26,6 +26,10 @@ from schematics.coco import Split
 TEMPLATE, STYLE, SCRIPT = (Path(__file__).with_name(f"report.{kind}") for kind in ("html.j2", "css", "js"))
 LISTED = 200  # sheets in the table of counts, the worst
 
+CHOSEN_HERE = (
+    "of the highest F1 on these very sheets, so F1 and counts are flattered; judge them on another split"
+)
+
 MEANING = {
     "found": "Right class, in its place (IoU 0.5 or more).",
     "class": "In its place, but called by another class.",
@@ -44,12 +48,14 @@ def write_report(
     analysis: Analysis,
     *,
     title: str,
+    thresholds_from: str = "",
     settings: Mapping[str, object] = {},
     most_sheets: int = 12,
 ) -> Path:
     """Write the page to `path`, whole or not at all, and return `path`.
 
     figures, analysis: of the same detections on `split`, with the same limit.
+    thresholds_from: where the thresholds of the analysis are from, in words.
     settings: what a reader needs to get the same figures again; shown as given, in its order.
     most_sheets: sheets in the gallery, half of them the worst by F1 and half the best.
     Raises DataError for a sheet that can't be read, UserError where the file can't be written.
@@ -66,6 +72,7 @@ def write_report(
         script_sha256=digest,
         figures=figures,
         analysis=analysis,
+        thresholds_from=thresholds_from or ("given" if analysis.thresholds_given else CHOSEN_HERE),
         settings=settings,
         kinds=KINDS,
         meaning=MEANING,
@@ -109,15 +116,15 @@ def _headline(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
 
 def _errors(analysis: Analysis) -> list[dict[str, Any]]:
     counts, gains = analysis.kinds.counts(), analysis.delta_ap50
-    widest = max([0.0, *(gain for gain in gains.values() if gain > 0)]) or 1.0
-    total = sum(max(gain, 0.0) for gain in gains.values()) or 1.0
+    drawn = {kind: gain if gain > 0 else 0.0 for kind, gain in gains.items()}  # 0 for NaN: without any box
+    widest, total = max(drawn.values()) or 1.0, sum(drawn.values()) or 1.0
     return [
         {
             "kind": KINDS.index(kind),
             "name": kind,
             "gain": gain,
-            "bar": 100 * max(gain, 0.0) / widest,
-            "part": 100 * max(gain, 0.0) / total,
+            "bar": 100 * drawn[kind] / widest,
+            "part": 100 * drawn[kind] / total,
             "count": counts[kind],
         }
         for kind, gain in gains.items()

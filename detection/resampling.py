@@ -57,7 +57,7 @@ def average_precision(
 ) -> dict[str, np.ndarray]:
     """AP, AP50 and AP75 of each weighting of the sheets, [B], and AP50 by class, "AP50_class" [B, K].
 
-    weights: int64 [B, I], None is one set of every sheet once. NaN where a set has no truth.
+    weights: int64 [B, I], None is one set of every sheet once. limit: as below. NaN where a set has no truth.
     """
     if weights is None:
         weights = np.ones((1, len(matches.image_ids)), np.int64)
@@ -81,16 +81,15 @@ def _mean(precision: np.ndarray) -> float:
 def precision_at_recall(matches: Matches, weights: np.ndarray, limit: int | None = None) -> np.ndarray:
     """float64 [B, T, R, K]: pycocotools' eval["precision"] when sheet i is there weights[b, i] times.
 
-    -1 for a class without truth in the set. Equal to pycocotools on the set written out, to the last bit, as
-    long as no two scores of a class tie.
+    limit: detections of a class on a sheet, None for matches.limit. -1 for a class without truth in the set.
+    Equal to pycocotools on the set written out, to the last bit, as long as no two scores of a class tie.
     """
     shape = (len(weights), len(matches.ious), len(matches.recalls), len(matches.category_ids))
     precision = np.full(shape, -1.0)
     positives = weights @ matches.positives  # [B, K]
     for label in range(len(matches.category_ids)):
         rows = np.arange(len(matches.found.score))[matches.of_class(label)]
-        if limit is not None:
-            rows = rows[matches.found.rank[rows] < limit]
+        rows = rows[matches.found.rank[rows] < (limit or matches.limit)]
         held = max(1, CELLS // max(1, len(rows)))
         for first in range(0, len(weights), held):
             part = slice(first, first + held)

@@ -24,8 +24,8 @@ from detection.analysis import analyse
 from detection.coco_metrics import Engine, coco_classes, evaluate
 from detection.draw import annotate, side_by_side, write_png
 from detection.model import Spec
-from detection.predict import Detections, detect, load_detector, to_results
-from detection.report import write_report
+from detection.predict import Detections, detect, load_detector, refuse_no_score, to_results
+from detection.report import CHOSEN_HERE, write_report
 from schematics.coco import Category, LabelledSheet, find_split, read_split, to_coco
 from schematics.sheets import DataError, read_sheet
 
@@ -56,6 +56,7 @@ class EvaluateConfig:
 
 def main(config: EvaluateConfig) -> None:
     refuse_below({"--batch-size": (config.batch_size, 1)})
+    refuse_no_score(config.threshold)
     if not config.unfinished:
         refuse_unfinished(config.checkpoint)
     device = distributed.start(config.device).device
@@ -67,8 +68,16 @@ def main(config: EvaluateConfig) -> None:
     thresholds = (
         detector.thresholds if config.threshold is None else [config.threshold] * len(spec.categories)
     )
+    if config.threshold is not None:
+        thresholds_from = f"--threshold {config.threshold:g} for all classes"
+    elif config.split == "valid":
+        thresholds_from = f"the detector's, {CHOSEN_HERE}"
+    else:
+        thresholds_from = "the detector's, of the highest F1 on its validation sheets"
     out = config.out or config.checkpoint.parent / f"evaluate-{config.split}"
     atomic.make_folder(out / "pictures")
+    for picture in (out / "pictures").glob("[0-9][0-9].png"):  # of an earlier run, perhaps of more sheets
+        picture.unlink()
 
     ids, names = zip(*spec.categories, strict=True)
     found = {}
@@ -89,6 +98,7 @@ def main(config: EvaluateConfig) -> None:
         "window": spec.window, "overlap": spec.overlap, "score_threshold": spec.score_threshold,
         "detections_per_window": spec.detections,
         "max_detections": sorted({1, 10, 100, figures.max_detections}), "coco_engine": config.coco_engine,
+        "thresholds": thresholds_from,
         "torch": torch.__version__,
     }  # fmt: skip
     metrics = {"settings": settings, **figures.to_dict(), "analysis": analysis.to_dict()}
@@ -97,7 +107,10 @@ def main(config: EvaluateConfig) -> None:
     atomic.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     atomic.write_text(out / "validation_results.txt", summary)
     title = f"{config.data_dir.resolve().name}, {config.split}"
-    report = write_report(out / "report.html", split, figures, analysis, title=title, settings=settings)
+    report = write_report(
+        out / "report.html", split, figures, analysis,
+        title=title, thresholds_from=thresholds_from, settings=settings,
+    )  # fmt: skip
     print(f"{summary}\nreport: {report}\nbeside it: figures, predictions and pictures")
 
 

@@ -199,6 +199,9 @@ def _decode(sheet: Sheet) -> np.ndarray:
     if not data:
         raise DataError(f"{sheet.name}: empty file; copy or export it again")
     with _open(BytesIO(data), sheet.page) as picture:
+        if picture.format == "TIFF" and sheet.page is None:
+            _tiff_pages(picture)  # raises where it is cut between its pages, which left it without numbers
+            picture.seek(0)
         if not _is_whole(data, picture):
             raise DataError(f"{sheet.name}: truncated; copy or export it again")
         turn = _orientation(picture)

@@ -307,6 +307,18 @@ def test_an_analysis_agrees_with_the_figures_and_goes_into_json():
     assert table["intervals"]["F1"]["value"] == pytest.approx(f1)
 
 
+def test_counts_are_not_cut_at_the_limit_of_ap():
+    rows = [found(10, 3, 0.9, *SYMBOL)] + [found(10, 3, 0.8, 400, 2 * n, 9, 9) for n in range(299)]
+    rows += [found(10, 7, 0.8, 600, 2 * n, 9, 9) for n in range(250)]
+    truth = truth_of([(3, *SYMBOL)])
+    analysis = analyse(truth, rows, thresholds=dict.fromkeys(CLASSES, 0.5), resamples=5)
+    assert analysis.matches.limit == 100
+    assert analysis.counts.found.tolist() == [[300, 250, 0]]
+    assert analysis.operating.found.tolist() == [300, 250, 0]
+    assert analysis.confusion[-1].tolist() == [299, 250, 0, 0]
+    assert analysis.intervals["AP50"].value == evaluate(truth, rows).fitted["AP50"]
+
+
 def test_an_analysis_does_not_depend_on_the_order_of_detections():
     truth, detections = jittered(6, ties=True)
     first = analyse(truth, detections, resamples=20).to_dict()
@@ -339,6 +351,7 @@ def test_nothing_found_is_analysed_too():
     assert analysis.intervals["AP50"].value == 0
     assert analysis.intervals["exact_sheets"].value == 0.5
     assert analysis.kinds.counts()["missed"] == 1 and analysis.delta_ap50["background"] == 0
+    assert analysis.delta_ap50["missed"] == 1, "the one error there is"
     assert analysis.sheet_f1[0] == 0 and np.isnan(analysis.sheet_f1[1])
 
 

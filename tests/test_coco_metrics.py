@@ -149,6 +149,22 @@ def test_trap_4_false_positives_of_a_class_without_truth_are_reported():
     assert "symbols 3" in figures.details()
 
 
+@pytest.mark.parametrize("engine", ["pycocotools", "hotcoco"])
+def test_strays_are_counted_by_class_and_not_in_crowds(engine):
+    truth = grid_set(4)
+    truth["categories"] += [
+        {"id": 8, "name": "relay"},
+        {"id": 9, "name": "relay"},
+        {"id": 10, "name": "lamp"},
+    ]
+    crowd = {"id": 99, "image_id": 1, "category_id": 10, "bbox": [0, 0, 50, 50], "area": 2500, "iscrowd": 1}
+    truth["annotations"].append(crowd)
+    strays = [(8, 0), (8, 20), (9, 40), (10, 10), (10, 200)]  # the fourth lies in the crowd of lamps
+    rows = [{"image_id": 1, "category_id": c, "bbox": [x, x, 9, 9], "score": 0.9} for c, x in strays]
+    figures = evaluate(truth, perfect(truth)[:4] + rows, engine=engine)
+    assert figures.false_positives_without_truth == {"relay (8)": 2, "relay (9)": 1, "lamp": 1}
+
+
 def test_trap_5_no_predictions_and_missing_fields():
     truth = grid_set(4)
     with pytest.raises(IndexError):

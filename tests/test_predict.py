@@ -1,5 +1,10 @@
 """Detections of windows become detections of the sheet: cut ones give way, nested ones stay."""
 
+import csv
+import os
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -9,7 +14,18 @@ from cluster.config import UserError
 from detection.anchors import fit_anchors
 from detection.draw import annotate, side_by_side
 from detection.model import Detector, Spec
-from detection.predict import Detections, detect, load_detector, merge, to_results
+from detection.predict import (
+    Detections,
+    PredictConfig,
+    detect,
+    load_detector,
+    main,
+    merge,
+    picture_name,
+    to_results,
+)  # fmt: skip
+from schematics.coco import read_split
+from schematics.sheets import Sheet
 from schematics.windows import tile_sheet
 
 WIDTH, HEIGHT = 180, 100
@@ -163,3 +179,69 @@ def test_pictures_show_every_box_in_its_place():
     assert not coloured[200:240, 500:600].any()
     both = side_by_side(picture, annotate(image, boxes[:0], labels[:0], ["relay", "lamp"]))
     assert both.shape[1] == 2 * 1000 + 12
+
+
+def test_pictures_name_classes_in_other_scripts():
+    image, box = np.full((200, 400), 255, np.uint8), np.array([[100.0, 50, 140, 90]])
+    names = ["реле", "лист", "µ", "Ω", "继电器", "接触器", "\udcf6"]
+    drawn = [annotate(image, box, np.array([1]), [name, *names])[:-500].tobytes() for name in names]
+    assert len(set(drawn[:4])) == 4, "no two look alike"
+    alone = [annotate(image, box, np.array([k + 1]), names)[:-500] for k in range(len(names))]
+    glyphs = {(strip.min(2) < 60).tobytes() for strip in alone}
+    assert len(glyphs) == len(names)
+
+
+@pytest.fixture
+def found_on(detector, tmp_path):
+    """Predict into tmp_path/drawings/found, beside a drawing, as a user may."""
+    state = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "thresholds": {4: 0.0, 9: 0.0}}
+    checkpoint.write_file(tmp_path / "model.pt", state)
+    drawings = tmp_path / "drawings"
+    drawings.mkdir()
+    cv2.imwrite(str(drawings / "a.png"), sheet(150, 290))
+
+    def run(*sheets, **options):
+        config = {"checkpoint": tmp_path / "model.pt", "out": drawings / "found", "device": "cpu", **options}
+        main(PredictConfig(sheets=sheets or (drawings,), **config))
+        return list(csv.reader((drawings / "found" / "counts.csv").read_text(errors="replace").splitlines()))
+
+    run.drawings = drawings
+    return run
+
+
+def test_an_earlier_run_is_neither_overwritten_unasked_nor_read_as_drawings(found_on):
+    first = found_on()
+    assert len(first) == 2 and int(first[1][-1]) > 0
+    with pytest.raises(UserError, match="holds predictions; name another folder, or give --overwrite"):
+        found_on()
+    assert found_on(overwrite=True) == first
+    cv2.imwrite(str(found_on.drawings / "0.png"), sheet(150, 290))
+    assert [row[0] for row in found_on(found_on.drawings / "0.png", overwrite=True)[1:]] == [
+        str(found_on.drawings / "0.png")
+    ]
+    assert [file.name for file in (found_on.drawings / "found" / "pictures").iterdir()] == ["0001-0.png"]
+
+
+def test_what_was_found_is_a_split_that_our_own_reader_takes(found_on):
+    total = int(found_on()[1][-1])
+    split = read_split(found_on.drawings / "found")
+    assert [one.path.resolve() for one in split.sheets] == [(found_on.drawings / "a.png").resolve()]
+    assert len(split.sheets[0].boxes) == total
+
+
+def test_names_of_files_may_be_long_or_not_utf_8(found_on):
+    long, latin = "图" * 80 + ".png", os.fsdecode(b"gr\xf6\xdfe.png")
+    assert len(os.fsencode(picture_name(1, Sheet(Path(long))))) < 200
+    (found_on.drawings / "a.png").rename(found_on.drawings / long)
+    cv2.imwrite(str(found_on.drawings / "b.png"), sheet(150, 290))
+    (found_on.drawings / "b.png").rename(found_on.drawings / latin)
+    assert len(found_on()) == 3
+    assert len(list((found_on.drawings / "found" / "pictures").iterdir())) == 2
+    assert b"gr\xf6\xdfe.png" in (found_on.drawings / "found" / "counts.csv").read_bytes()
+
+
+@pytest.mark.parametrize("threshold", [50.0, -0.1, float("nan")])
+def test_a_threshold_is_a_score(found_on, threshold):
+    with pytest.raises(UserError, match=r"--threshold .*: scores lie between 0 and 1"):
+        found_on(threshold=threshold)
+    assert not (found_on.drawings / "found").exists()

@@ -181,6 +181,17 @@ def test_pages_of_a_tiff_without_its_thumbnail(tmp_path):
     assert [int(read_sheet(sheet)[0, 0]) for sheet in sheets] == [0, 180]
 
 
+def test_a_tiff_cut_between_its_pages_loses_none_in_silence(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 60, 80), dtype=np.uint8)
+    frames = [Image.fromarray(page) for page in noise]
+    frames[0].save(tmp_path / "set.tif", save_all=True, append_images=frames[1:])
+    whole = (tmp_path / "set.tif").read_bytes()
+    for share in (0.5, 0.9):
+        (tmp_path / "set.tif").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(DataError, match=r"set\.tif"):
+            [read_sheet(sheet) for sheet in find_sheets(tmp_path)]
+
+
 def test_pages_of_a_pdf_at_the_resolution_asked_for(tmp_path):
     pages = [Image.new("RGB", (144, 72), "red"), Image.new("L", (72, 144), 0)]
     pages[0].save(tmp_path / "plan.pdf", save_all=True, append_images=pages[1:], resolution=72)
