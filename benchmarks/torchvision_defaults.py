@@ -39,6 +39,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
 from cluster import atomic  # noqa: E402
+from cluster.atomic import file_hash  # noqa: E402
 from detection.analysis import fit_thresholds  # noqa: E402
 from detection.counts import count  # noqa: E402
 from detection.data import SheetReader  # noqa: E402
@@ -212,7 +213,14 @@ def make_run(arm: str, seed: int, data: Path, folder: Path, options: argparse.Na
         found = {name: find_linework(model, splits[name], options.device) for name in ("valid", "test")}
     folder.mkdir(parents=True, exist_ok=True)
     found_and_cost = {**found, "cpu_seconds": seconds, "threads": torch.get_num_threads()}
+    if arm == "pretrained":
+        found_and_cost["backbone"] = file_hash(options.backbone)
     atomic.write_text(folder / "found.json", json.dumps(found_and_cost))
+
+
+def backbone_of(folder: Path) -> str:
+    """The sha256 of the backbone that a run of the arm `pretrained` began with."""
+    return json.loads((folder / "found.json").read_text())["backbone"]
 
 
 def judge(run: dict[str, Any], valid: Split, test: Split, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -280,6 +288,8 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    options.out = options.out.absolute()  # finetuning runs in another folder
+    options.backbone = options.backbone and options.backbone.absolute()
     arms = options.arms or [arm for arm in ARMS if arm != "pretrained" or options.backbone]
     if "pretrained" in arms and not (options.backbone and options.backbone.exists()):
         parser.error(f"--backbone {options.backbone}: give the file of a finished pretraining")
@@ -294,6 +304,8 @@ def main() -> None:
             folder = options.out / f"{arm}-{seed}"
             if not (folder / "found.json").exists():
                 make_run(arm, seed, data, folder, options)
+            elif arm == "pretrained" and backbone_of(folder) != file_hash(options.backbone):
+                sys.exit(f"error: --backbone {options.backbone}: {folder} has another; take another --out")
     if len(arms) > 1:
         print(table(data, options.out, options.seeds, arms))
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -22,9 +23,10 @@ from cluster import atomic
 from cluster.atomic import UserError
 from cluster.rendezvous import place
 
-__all__ = ["UserError", "changed", "parse", "refuse_below", "refuse_changes", "run", "save"]
+__all__ = ["UserError", "changed", "parse", "refuse_changes", "refuse_outside", "run", "save"]
 
 Config = TypeVar("Config")
+LARGEST_SEED = 2**63 - 1
 USAGE = 2  # exit status of a wrong command line
 CRASH = 70  # of what nobody expected: worth starting again from the last checkpoint, unlike an exit 1
 
@@ -47,7 +49,10 @@ def run(
     except known as error:
         if place().rank:  # all ranks may say the same: rank 0 says it, and its end ends the others
             time.sleep(3)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = str(error)
+        if "Original Traceback" in said:  # out of a DataLoader's worker: the last line is the error's own
+            said = said.strip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {' '.join(said.split())}", file=sys.stderr)
         end(1)
     except SystemExit as stop:
         if not isinstance(stop.code, int):  # None, or a text that the interpreter prints
@@ -128,11 +133,20 @@ def refuse_changes(config: Any, exp_dir: Path, free: set[str]) -> None:
             raise UserError(f"{flag} {new}: the run in {exp_dir} has {old}; give that, or another --exp-dir")
 
 
-def refuse_below(limits: Mapping[str, tuple[float | None, float]]) -> None:
-    """Raise UserError for a flag whose value, the first of a pair, lies under the second; None is allowed."""
-    for flag, (value, least) in limits.items():
-        if value is not None and not value >= least:
+def refuse_outside(
+    limits: Mapping[str, tuple[float | None, float] | tuple[float | None, float, float]],
+) -> None:
+    """Raise UserError for a flag whose value, the first of a tuple, lies under the second or above the third.
+
+    None is allowed; not a number and infinity are not.
+    """
+    for flag, (value, least, *most) in limits.items():
+        if value is None:
+            continue
+        if not least <= value < math.inf:
             raise UserError(f"{flag} {value}: give {least} or more")
+        if most and value > most[0]:
+            raise UserError(f"{flag} {value}: give {most[0]} or less")
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def per_rank(global_batch: int, world: World, flag: str = "--batch-size") -> int
     """This rank's part of a global batch (law 2). Raises UserError when the ranks do not divide it."""
     if global_batch < 1 or global_batch % world.size:
         below = global_batch // world.size * world.size
-        near = " or ".join(str(size) for size in (below, below + world.size) if size > 0)
+        near = " or ".join(str(size) for size in (below, below + world.size) if size > 0) or world.size
         raise UserError(f"{flag} {global_batch} is not divisible by {world.size} ranks; give {near}")
     return global_batch // world.size
 

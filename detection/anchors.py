@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 STRIDES = (4, 8, 16, 32, 64)
+MOST = 5.0  # log2 of an anchor's height / width
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ def fit_anchors(boxes: np.ndarray, max_ratios: int = 3) -> Anchors:
     if not len(width):
         return Anchors(tuple(sizes), (0.5, 1.0, 2.0))
     quantiles = (np.arange(max_ratios) + 0.5) / max_ratios
-    ratios = [float(r) for r in 2 ** np.quantile(np.log2(height / width), quantiles)]
+    ratios = [float(r) for r in 2 ** np.quantile(np.log2(height / width), quantiles).clip(-MOST, MOST)]
     kept = ratios[:1]
     for ratio in ratios[1:]:
         if ratio > 1.15 * kept[-1]:
             kept.append(ratio)
-    return Anchors(tuple(sizes), tuple(round(ratio, 3) for ratio in kept))
+    return Anchors(tuple(sizes), tuple(float(f"{ratio:.3g}") for ratio in kept))
 
 
 def best_iou(anchors: Anchors, boxes: np.ndarray) -> np.ndarray:

@@ -50,12 +50,9 @@ class SheetReader:
         return len(self.split.sheets)
 
     def preload(self) -> SheetReader:
-        """Decode sheets until the cache is full: once, for all workers that are forked from here."""
+        """Decode each sheet now: DataError comes early; what fits stays, for workers forked from here."""
         for index in range(len(self)):
-            before = len(self.cache)
             self[index]
-            if len(self.cache) == before:
-                break
         return self
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Colour]:

@@ -206,35 +206,38 @@ def begin(
     return progress
 
 
-def length_of(exp_dir: Path, state: dict[str, Any] | None, patience: int, total: int) -> int:
+def length_of(exp_dir: Path, patience: int, total: int) -> int:
     """Steps after which the run counts as finished: `total`, or fewer where its patience (in steps) ran out.
 
-    Its last checkpoint is from before its last validation, so the best step is asked of model.pt.
+    Its last checkpoint, if it is kept at all, is from before its last validation: model.pt knows the best.
     """
-    if state and patience and (exp_dir / "final.json").exists():
-        best = checkpoint.read(exp_dir / "model.pt")
-        if out_of_patience(best, state["step"], patience):
-            return state["step"]
+    if patience and (exp_dir / "final.json").exists():
+        step = checkpoint.check_final(exp_dir)["step"]
+        if out_of_patience(checkpoint.read(exp_dir / "model.pt"), step, patience):
+            return min(step, total)
     return total
 
 
 def main(config: Config) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
-    configuration.refuse_below({
+    configuration.refuse_outside({
         "--epochs": (config.epochs, 1), "--steps": (config.steps, 1), "--keep": (config.keep, 1),
         "--fpn-channels": (config.fpn_channels, 1), "--lr": (config.lr, 0), "--wd": (config.wd, 0),
         "--predictor-lr": (config.predictor_lr, 0), "--momentum": (config.momentum, 0),
         "--lr-gamma": (config.lr_gamma, 0), "--clip-grad": (config.clip_grad, 1e-6),
-        "--ema-decay": (config.ema_decay, 0), "--score-threshold": (config.score_threshold, 0),
+        "--ema-decay": (config.ema_decay, 0, 1), "--score-threshold": (config.score_threshold, 0, 1),
         "--checkpoint-every": (config.checkpoint_every, 0), "--step-timeout": (config.step_timeout, 1),
         "--validate-every": (config.validate_every, 1), "--lr-step-size": (config.lr_step_size, 1),
         "--warmup-steps": (config.warmup_steps, 0), "--patience": (config.patience, 0),
-        "--scale-jitter": (config.scale_jitter, 0), "--photometric": (config.photometric, 0),
-        "--negatives": (config.negatives, 0), "--repeat": (config.repeat, 0),
+        "--scale-jitter": (config.scale_jitter, 0), "--photometric": (config.photometric, 0, 1),
+        "--negatives": (config.negatives, 0), "--repeat": (config.repeat, 0, 1),
+        "--seed": (config.seed, 0, configuration.LARGEST_SEED),
         "--detections-per-image": (config.detections_per_image, 1), "--log-every": (config.log_every, 1),
         "--workers": (config.workers, 0),
     })  # fmt: skip
+    if config.freeze_stages and config.backbone == "none":
+        raise UserError(f"--freeze-stages {config.freeze_stages}: random weights would stay random; give 0")
     configuration.refuse_changes(config, config.exp_dir, FREE)
     coco_classes(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
@@ -267,7 +270,7 @@ def main(config: Config) -> None:
         per_epoch = steps_per_epoch(windows, config.batch_size)
         total = config.epochs * per_epoch if config.steps is None else config.steps
         patience = config.patience * per_epoch
-        if run.finished(length_of(config.exp_dir, state, patience, total)):
+        if run.finished(length_of(config.exp_dir, patience, total)):
             return
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")

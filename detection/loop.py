@@ -104,8 +104,18 @@ class Progress:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Weights, averages and place; guard and phases outlive going back to a checkpoint."""
-        self.detector.load_state_dict(state["model"])
+        """Weights, averages and place; guard and phases outlive going back to a checkpoint.
+
+        Raises UserError for a checkpoint of another version's detector.
+        """
+        try:
+            self.detector.load_state_dict(state["model"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"--exp-dir: its checkpoint is not of this version's detector ({reason}); "
+                "end the run with the code that began it, or take another folder"
+            ) from None
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])

@@ -71,9 +71,9 @@ class Pyramid(nn.Module):
     def __init__(self, arch: str, norm: str, channels: int):
         super().__init__()
         self.body = _build_body(arch)
-        stage_channels = _probe_stages(self.body, arch)
         if norm == "group":
             _group(self.body)
+        stage_channels = _probe_stages(self.body, arch)
         self.fpn = FeaturePyramidNetwork(
             stage_channels,
             channels,
@@ -138,7 +138,21 @@ class Windows(nn.Module):
 
 
 class PixelAnchors(AnchorGenerator):
-    """Anchors in float32: torchvision takes the type of the maps, 4 px apart in bf16."""
+    """Anchors in float32, as they were fitted.
+
+    torchvision takes the type of the maps, 4 px apart in bf16, and rounds half sides to whole pixels, which
+    leaves nothing of thin anchors.
+    """
+
+    def generate_anchors(
+        self, scales: Sequence[float], aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ) -> Tensor:  # fmt: skip
+        """[ratios x scales, 4] xyxy about the origin."""
+        sides = torch.tensor(scales, dtype=dtype, device=device)
+        root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        half = torch.stack([(1 / root)[:, None] * sides, root[:, None] * sides], 2).reshape(-1, 2) / 2
+        return torch.cat([-half, half], 1)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         return super().forward(image_list, [features[:, :1].float() for features in feature_maps])
@@ -260,7 +274,10 @@ def _build_body(arch: str) -> Any:
     """The backbone exactly as pretraining builds it: same keys, same shapes."""
     if not timm.is_model(arch):
         raise UserError(f"--arch {arch}: timm has no such model; `python -m timm.list_models` names them")
-    body = timm.create_model(arch, pretrained=False, num_classes=0)
+    try:
+        body = timm.create_model(arch, pretrained=False, num_classes=0)
+    except RuntimeError as error:  # a tag that this model doesn't have
+        raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from None
     if not hasattr(body, "forward_intermediates"):
         raise UserError(f"--arch {arch}: timm gives no intermediate maps of it; take a ResNet or a ConvNeXt")
     return body

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 
 from cluster.config import UserError
@@ -17,6 +18,7 @@ from schematics.sheets import read_sheet
 from schematics.windows import tile_sheet
 
 LARGEST_WINDOW = 1024  # px; chosen unless symbols or flags ask for more
+WIDEST_WINDOW = 2048  # px; what large symbols may ask for
 SAMPLED = 64  # sheets looked at for colours
 
 
@@ -30,15 +32,17 @@ def plan_detector(
     window, overlap, detections: None fits them. Raises UserError for a window the pyramid can't take.
     """
     sheets = split.sheets
-    window = window or fit_window(sheets)
+    window = fit_window(sheets) if window is None else window
     if window % MULTIPLE or window < 2 * MULTIPLE:
         raise UserError(f"--window {window}: give a multiple of {MULTIPLE}, {2 * MULTIPLE} or more")
     overlap = fit_overlap(sheets, window) if overlap is None else overlap
-    if not 0 <= overlap < window:
-        raise UserError(f"--overlap {overlap}: give 0 to {window - 1}, less than --window")
+    if not 0 <= overlap <= window * 3 // 4:
+        raise UserError(f"--overlap {overlap}: give 0 to {window * 3 // 4}, three quarters of --window")
     color_mode = meta.get("color_mode") or fit_color_mode(sheets)
     colors = (meta["mean"], meta["std"]) if "mean" in meta else fit_colors(split, color_mode)
     counts = boxes_per_window(sheets, window, overlap)
+    if not any(counts):
+        raise UserError(f"--window {window}: no window shows {KEEP:.0%} of any symbol; give a larger one")
     return Spec(
         arch=arch,
         norm=norm,
@@ -60,12 +64,15 @@ def plan_detector(
 
 def describe(spec: Spec, sheets: Sequence[LabelledSheet]) -> str:
     """What was chosen, in lines for a log."""
+    boxes = all_boxes(sheets)
+    too_large = int(((boxes[:, 2:] - boxes[:, :2]).max(1) > spec.window).sum())
     sizes = " ".join("/".join(f"{size:g}" for size in level) for level in spec.anchors.sizes)
     return (
         f"{spec.arch}, {spec.norm} norm, head {spec.head}, {spec.color_mode}, K = {len(spec.categories)}\n"
         f"windows of {spec.window} px, {spec.overlap} px shared; in each at most {spec.proposals} proposals, "
         f"{spec.rois} sampled in training, {spec.detections} detections\n"
-        f"anchors of {sizes} px, height/width {' '.join(f'{ratio:g}' for ratio in spec.anchors.ratios)}\n"
+        + (f"{too_large} of {len(boxes)} boxes are larger than a window\n" if too_large else "")
+        + f"anchors of {sizes} px, height/width {' '.join(f'{ratio:g}' for ratio in spec.anchors.ratios)}\n"
         + recall_table(spec.anchors, all_boxes(sheets))
     )
 
@@ -74,10 +81,11 @@ def fit_window(sheets: Sequence[LabelledSheet]) -> int:
     """Side in pixels: the largest of those whose tiles cover the sheets with the fewest pixels, within 5 %.
 
     Large windows pad small sheets, small windows share much with their neighbours. At most LARGEST_WINDOW,
-    unless four times a large symbol is more; never under that, but no larger than the largest sheet needs.
+    unless four times a large symbol is more; never under that, but no larger than the largest sheet needs,
+    nor than WIDEST_WINDOW.
     """
     longest = max(2 * MULTIPLE, *(max(sheet.width, sheet.height) for sheet in sheets))
-    least = min(longest, max(4 * large_side(sheets), 2 * MULTIPLE))
+    least = min(longest, WIDEST_WINDOW, max(4 * large_side(sheets), 2 * MULTIPLE))
     first, last = (math.ceil(side / MULTIPLE) for side in (least, max(least, min(longest, LARGEST_WINDOW))))
     sides = [MULTIPLE * n for n in range(first, last + 1)]
     pixels = []
@@ -141,11 +149,11 @@ def fit_colors(split: Split, color_mode: str) -> tuple[list[float], list[float]]
     reader = SheetReader(split, color_mode, cache_bytes=0)
     means, squares = [], []
     for index in _sampled(len(reader)):
-        pixels = reader[index][0].astype(np.float32) / 255
-        means.append(np.broadcast_to(pixels.mean((0, 1)), 3))
-        squares.append(np.broadcast_to((pixels**2).mean((0, 1)), 3))
-    mean = np.array(means, np.float64).mean(0)
-    variance = np.array(squares, np.float64).mean(0) - mean**2
+        mean, std = (figures[:, 0] / 255 for figures in cv2.meanStdDev(reader[index][0]))
+        means.append(np.broadcast_to(mean, 3))
+        squares.append(np.broadcast_to(mean**2 + std**2, 3))
+    mean = np.mean(means, axis=0)
+    variance = np.mean(squares, axis=0) - mean**2
     return mean.tolist(), np.sqrt(np.maximum(variance, 1e-4)).tolist()
 
 

@@ -184,7 +184,7 @@ class PredictConfig:
 def main(config: PredictConfig) -> None:
     if not config.sheets:
         raise UserError("name the sheets: image files, PDFs or folders, after the flags")
-    configuration.refuse_below({"--batch-size": (config.batch_size, 1), "--dpi": (config.dpi, 1)})
+    configuration.refuse_outside({"--batch-size": (config.batch_size, 1), "--dpi": (config.dpi, 1)})
     refuse_no_score(config.threshold)
     pictures = config.out / "pictures"
     if (config.out / "predictions.json").exists() and not config.overwrite:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from cluster import atomic, checkpoint, distributed
-from cluster.config import UserError, refuse_below, run
+from cluster.config import UserError, refuse_outside, run
 from detection.analysis import analyse
 from detection.coco_metrics import Engine, coco_classes, evaluate
 from detection.draw import annotate, side_by_side, write_png
@@ -55,7 +55,7 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    refuse_below({"--batch-size": (config.batch_size, 1)})
+    refuse_outside({"--batch-size": (config.batch_size, 1)})
     refuse_no_score(config.threshold)
     if not config.unfinished:
         refuse_unfinished(config.checkpoint)

@@ -80,7 +80,10 @@ def pretrain(config: PretrainConfig, method: str, loss: Loss, joint: bool, last_
     """
     world = distributed.start(config.device, config.exp_dir)
     share = distributed.per_rank(config.batch_size, world)
-    configuration.refuse_below({
+    unsynced = world.device.type == "cpu" and not joint  # each rank and view by itself
+    if config.batch_size < 2 or (unsynced and share < 2):
+        raise UserError(f"--batch-size {config.batch_size}: BatchNorm needs 2 windows; give {2 * world.size}")
+    configuration.refuse_outside({
         "--epochs": (config.epochs, 1), "--steps": (config.steps, 1),
         "--projector": (min(config.projector, default=0), 1),
         "--base-lr": (config.base_lr, 0), "--warmup-epochs": (config.warmup_epochs, 0),
@@ -88,7 +91,7 @@ def pretrain(config: PretrainConfig, method: str, loss: Loss, joint: bool, last_
         "--weight-decay": (config.weight_decay, 0), "--clip-grad": (config.clip_grad, 1e-6),
         "--image-size": (config.image_size, 1), "--window": (config.window, 1),
         "--stride": (config.stride, 1), "--strength": (config.strength, 0), "--dpi": (config.dpi, 1),
-        "--workers": (config.workers, 0),
+        "--workers": (config.workers, 0), "--seed": (config.seed, 0, configuration.LARGEST_SEED),
         "--checkpoint-every": (config.checkpoint_every, 0), "--keep": (config.keep, 1),
         "--checkpoint-epochs": (config.checkpoint_epochs, 0), "--log-every": (config.log_every, 1),
         "--embed-every": (config.embed_every, 0), "--step-timeout": (config.step_timeout, 1),

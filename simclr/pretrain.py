@@ -11,7 +11,7 @@ BatchNorm on each layer, temperature 0.1. Times and figures: docs/results.md.
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.config import refuse_below, run
+from cluster.config import refuse_outside, run
 from pretraining.config import PretrainConfig
 from pretraining.stage import pretrain
 from schematics.sheets import DataError
@@ -27,7 +27,7 @@ class SimCLRConfig(PretrainConfig):
 
 
 def main(config: SimCLRConfig) -> None:
-    refuse_below({"--temperature": (config.temperature, 1e-6)})
+    refuse_outside({"--temperature": (config.temperature, 1e-6)})
     pretrain(config, "simclr", partial(nt_xent, temperature=config.temperature), joint=True, last_norm=True)
 
 

@@ -48,15 +48,17 @@ def submit(args: argparse.Namespace) -> None:
     flags = {name: getattr(args, name) for name in stages.STAGES}
     sbatch = {"": args.sbatch, **{name: getattr(args, f"sbatch_{name}") for name in stages.STAGES}}
     chain = stages.chain(run_dir, args.data_dir, args.unlabeled, args.method, flags, sbatch)
-    arguments = {stage.name: stage.arguments for stage in chain}
-    while chain and is_done(chain[0], record.get("arguments", {})):
-        print(f"{chain.pop(0).name}: finished")
+    while chain and is_done(chain[0], flags, record.get("flags", flags)):
+        print(f"{'# ' * args.dry_run}{chain.pop(0).name}: finished")
     if args.dry_run:
         dry_run(chain, run_dir, args.local)
     elif chain:
         code = stages.snapshot(run_dir)
         environment = stages.job_environment(os.environ)
-        write = functools.partial(stages.write_record, run_dir, args.method, again(), arguments)
+        (run_dir / "evaluate" / "metrics.json").unlink(
+            missing_ok=True
+        )  # of another detector or with other flags
+        write = functools.partial(stages.write_record, run_dir, args.method, again(), flags)
         if args.local:
             write({})
             run_here(chain, code, environment)
@@ -64,20 +66,20 @@ def submit(args: argparse.Namespace) -> None:
             submit_chain(chain, run_dir, code, environment, record.get("jobs", {}), write)
 
 
-def is_done(stage: stages.Stage, recorded: Mapping[str, list[str]]) -> bool:
-    """Whether a stage is finished as the flags have it; evaluate is made again with others.
+def is_done(stage: stages.Stage, flags: Mapping[str, str], recorded: Mapping[str, str]) -> bool:
+    """Whether a stage is finished, with the flags it was made with; evaluate is made again with others.
 
     Raises UserError for another stage that is finished with other flags: later ones were made from it.
     """
-    same = recorded.get(stage.name, stage.arguments) == stage.arguments
-    if not stage.finished() or stage.name == "evaluate":
-        return same and stage.finished()
-    if not same:
-        raise UserError(
-            f"{stage.name} is finished, made with {shlex.join(recorded[stage.name])}; "
-            "give these flags again, or another --run-dir"
-        )
-    return True
+    if not stage.finished():
+        return False
+    same = stages.split(flags[stage.name], "") == stages.split(recorded[stage.name], "")
+    if same or stage.name == "evaluate":
+        return same
+    raise UserError(
+        f'--{stage.name} "{flags[stage.name]}": {stage.name} is finished, made with '
+        f'"{recorded[stage.name]}"; give these flags again, or another --run-dir'
+    )
 
 
 def refuse_twice(run_dir: Path, record: Mapping[str, Any], method: str) -> None:

@@ -135,7 +135,7 @@ def commit() -> str | None:
 
 
 def write_record(
-    run_dir: Path, method: str, resubmit: str, arguments: Mapping[str, list[str]], jobs: Mapping[str, str]
+    run_dir: Path, method: str, resubmit: str, flags: Mapping[str, str], jobs: Mapping[str, str]
 ) -> None:
     """RUN_DIR/pipeline.json: what was submitted, from which commit, each stage with what, as which jobs."""
     record = {
@@ -143,7 +143,7 @@ def write_record(
         "commit": commit(),
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": resubmit,
-        "arguments": dict(arguments),
+        "flags": dict(flags),
         "jobs": dict(jobs),
     }
     atomic.write_text(run_dir / "pipeline.json", json.dumps(record, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """A frozen dataclass is the command line: help, one line for every mistake, saved beside the run."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -98,6 +99,31 @@ def test_exit_status_of_main(error, status, line, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1:] == ([line] if line else [])
     assert status == 70 or len(lines) <= 1
+
+
+LOADING = """
+import dataclasses, torch
+from cluster import config
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    data_dir: str
+
+class Sheets(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        raise config.UserError("a.png: truncated; copy it again")
+
+config.run(Stage, lambda _: list(torch.utils.data.DataLoader(Sheets(), num_workers=1)))
+"""
+
+
+def test_an_error_out_of_a_loader_s_worker_is_one_line_too(tmp_path):
+    (tmp_path / "stage.py").write_text(LOADING)
+    command = [sys.executable, tmp_path / "stage.py", "--data-dir", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    assert (done.returncode, done.stderr) == (1, "error: a.png: truncated; copy it again\n")
 
 
 def test_run_calls_main_once(monkeypatch):

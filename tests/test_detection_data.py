@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.config import UserError
 from detection.data import (
     KEEP,
     Augment,
@@ -21,9 +22,10 @@ from detection.data import (
     steps_per_epoch,
     turn,
 )  # fmt: skip
-from detection.plan import fit_overlap, fit_window, large_side, plan_detector
+from detection.plan import fit_colors, fit_overlap, fit_window, large_side, plan_detector
 from detection.schedule import Phase, continue_phases, lr_at
 from schematics.coco import Category, read_split, write_split
+from schematics.sheets import DataError
 
 EVERYTHING = Augment(shift=True, scale=0.2, photometric=0.5, flip=True, rot90=True)
 
@@ -206,6 +208,41 @@ def test_the_window_covers_the_sheets_with_few_pixels(split):
     assert fit_window(sized((5000, 4000))) == 896, "a large sheet: neighbours share little"
     assert fit_window(sized(*[(500, 400)] * 20, (1000, 800))) == 512, "most of them whole"
     assert fit_window(sized((120, 100))) == 128, "no larger than the sheets, whatever the symbols"
+
+
+def test_a_title_block_does_not_make_the_window_the_sheet(split):
+    title = np.array([[0.0, 0, 2000, 2000]])
+    large = [replace(split.sheets[0], width=5000, height=4000, boxes=title, labels=np.array([1]),
+                     crowd=np.zeros(1, bool))]  # fmt: skip
+    assert fit_window(large) == 2048
+    choices = {"arch": "resnet18", "norm": "sync", "head": "mlp", "fpn_channels": 64, "detections": None}
+    one = replace(split, sheets=large)
+    meta = {"color_mode": "gray", "mean": [0.9] * 3, "std": [0.2] * 3}
+    with pytest.raises(UserError, match="--window 256: no window shows 60% of any symbol"):
+        plan_detector(one, meta, window=256, overlap=None, score_threshold=0.01, **choices)
+    with pytest.raises(UserError, match="--overlap 250: give 0 to 192"):
+        plan_detector(split, meta, window=256, overlap=250, score_threshold=0.01, **choices)
+    with pytest.raises(UserError, match="--window 0"):
+        plan_detector(split, meta, window=0, overlap=None, score_threshold=0.01, **choices)
+
+
+def test_colours_are_measured_exactly_on_large_sheets(split, tmp_path):
+    sheet = np.full((3000, 4000, 3), (200, 220, 255), np.uint8)
+    sheet[:300] = 0
+    cv2.imwrite(str(tmp_path / "a.png"), sheet[..., ::-1])
+    large = replace(split.sheets[0], path=tmp_path / "a.png", width=4000, height=3000)
+    mean, std = fit_colors(replace(split, sheets=[large]), "rgb")
+    assert mean == pytest.approx([0.9 * 200 / 255, 0.9 * 220 / 255, 0.9], abs=1e-9)
+    assert std == pytest.approx([0.3 * 200 / 255, 0.3 * 220 / 255, 0.3], abs=1e-9)
+
+
+def test_a_damaged_sheet_shows_before_training_though_it_fits_no_cache(split, tmp_path):
+    data = bytearray(split.sheets[2].path.read_bytes())
+    data[len(data) // 2 :] = b""
+    (tmp_path / "cut.png").write_bytes(data)
+    sheets = [*split.sheets[:2], replace(split.sheets[2], path=tmp_path / "cut.png")]
+    with pytest.raises(DataError, match=r"cut\.png"):
+        SheetReader(replace(split, sheets=sheets), "gray", cache_bytes=0).preload()
 
 
 def test_the_learning_rate_is_a_function_of_the_step():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import time
 
@@ -113,6 +114,15 @@ def test_patience_counts_from_the_best_model_of_a_finished_run(config):
     main(dataclasses.replace(config, steps=EPOCH))
     main(dataclasses.replace(config, steps=4 * EPOCH, patience=1))
     assert checkpoint.check_final(config.exp_dir)["step"] > EPOCH
+
+
+def test_a_run_that_ran_out_of_patience_is_finished_without_its_checkpoints(config):
+    ended = dataclasses.replace(config, lr=0.0, steps=4 * EPOCH, patience=1)
+    main(ended)
+    signed = checkpoint.check_final(config.exp_dir)
+    shutil.rmtree(config.exp_dir / "checkpoints")
+    main(ended)
+    assert checkpoint.check_final(config.exp_dir) == signed and signed["step"] < 4 * EPOCH
 
 
 def test_batch_norm_is_not_taken_to_several_cpu_processes():

@@ -157,11 +157,27 @@ def test_local_chain_stops_at_the_first_failure_and_goes_on_there(work):
 def test_a_finished_stage_is_not_skipped_with_other_flags(work):
     assert pipeline(work, "submit", "--local", "--finetune", "--epochs 2").returncode == 0
     error = one_line_of_error(pipeline(work, "submit", "--local", "--finetune", "--epochs 4"))
-    assert "finetune is finished, made with " in error and "--epochs 2" in error
+    assert '--finetune "--epochs 4": finetune is finished, made with "--epochs 2"' in error
     again = pipeline(work, "submit", "--local", "--finetune", "--epochs 2", "--evaluate", "--split test")
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("pretrain: finished\nfinetune: finished\nevaluate: bash ")
     assert "--split test" in again.stdout
+
+
+def test_an_evaluation_that_fails_leaves_no_older_figures(work):
+    assert pipeline(work, "submit", "--local").returncode == 0
+    failing = ("submit", "--local", "--evaluate", "--fail")
+    for _ in range(2):
+        assert "error: evaluate ended with exit code 1" in pipeline(work, *failing).stderr
+    assert not told(work)["evaluate"]["finished"]
+
+
+def test_a_chain_goes_on_in_a_folder_that_was_moved(work):
+    assert pipeline(work, "submit", "--local").returncode == 0
+    (work / "run").rename(work / "moved")
+    (work / "run").symlink_to(work / "moved")
+    done = pipeline(work, "submit", "--local")
+    assert (done.returncode, done.stdout.count("finished")) == (0, 3), done.stderr
 
 
 def test_chain_waits_in_order_and_status_shows_its_figures(slurm, work):
