@@ -133,20 +133,19 @@ def refuse_changes(config: Any, exp_dir: Path, free: set[str]) -> None:
             raise UserError(f"{flag} {new}: the run in {exp_dir} has {old}; give that, or another --exp-dir")
 
 
-def refuse_outside(
-    limits: Mapping[str, tuple[float | None, float] | tuple[float | None, float, float]],
-) -> None:
-    """Raise UserError for a flag whose value, the first of a tuple, lies under the second or above the third.
+def refuse_outside(config: Any, limits: Mapping[str, tuple[float, ...]]) -> None:
+    """Raise UserError for a field whose value lies under the first of its limits, or above the second.
 
-    None is allowed; not a number and infinity are not.
+    Of a tuple each value is looked at. None is allowed; infinity and what is not a number are not.
     """
-    for flag, (value, least, *most) in limits.items():
-        if value is None:
-            continue
-        if not least <= value < math.inf:
-            raise UserError(f"{flag} {value}: give {least} or more")
-        if most and value > most[0]:
-            raise UserError(f"{flag} {value}: give {most[0]} or less")
+    for name, (least, *most) in limits.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            flag = f"--{name.replace('_', '-')} {number}"
+            if not least <= number < math.inf:
+                raise UserError(f"{flag}: give {least} or more")
+            if most and number > most[0]:
+                raise UserError(f"{flag}: give {most[0]} or less")
 
 
 def _plain(config: Any) -> dict[str, Any]:

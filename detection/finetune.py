@@ -45,6 +45,17 @@ FREE = {
 }  # fmt: skip
 
 
+# Least, and for some the largest, that a number may be.
+LIMITS = {
+    "epochs": (1,), "steps": (1,), "keep": (1,), "fpn_channels": (1,), "lr": (0,), "wd": (0,),
+    "predictor_lr": (0,), "momentum": (0,), "lr_gamma": (0,), "clip_grad": (1e-6,), "ema_decay": (0, 1),
+    "score_threshold": (0, 1), "checkpoint_every": (0,), "step_timeout": (1,), "validate_every": (1,),
+    "lr_step_size": (1,), "warmup_steps": (0,), "patience": (0,), "scale_jitter": (0,),
+    "photometric": (0, 1), "negatives": (0,), "repeat": (0, 1), "seed": (0, configuration.LARGEST_SEED),
+    "detections_per_image": (1,), "log_every": (1,), "workers": (0,),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     # Labelled sheets: train/ and valid/ with COCO annotations.
@@ -221,21 +232,7 @@ def length_of(exp_dir: Path, patience: int, total: int) -> int:
 def main(config: Config) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
-    configuration.refuse_outside({
-        "--epochs": (config.epochs, 1), "--steps": (config.steps, 1), "--keep": (config.keep, 1),
-        "--fpn-channels": (config.fpn_channels, 1), "--lr": (config.lr, 0), "--wd": (config.wd, 0),
-        "--predictor-lr": (config.predictor_lr, 0), "--momentum": (config.momentum, 0),
-        "--lr-gamma": (config.lr_gamma, 0), "--clip-grad": (config.clip_grad, 1e-6),
-        "--ema-decay": (config.ema_decay, 0, 1), "--score-threshold": (config.score_threshold, 0, 1),
-        "--checkpoint-every": (config.checkpoint_every, 0), "--step-timeout": (config.step_timeout, 1),
-        "--validate-every": (config.validate_every, 1), "--lr-step-size": (config.lr_step_size, 1),
-        "--warmup-steps": (config.warmup_steps, 0), "--patience": (config.patience, 0),
-        "--scale-jitter": (config.scale_jitter, 0), "--photometric": (config.photometric, 0, 1),
-        "--negatives": (config.negatives, 0), "--repeat": (config.repeat, 0, 1),
-        "--seed": (config.seed, 0, configuration.LARGEST_SEED),
-        "--detections-per-image": (config.detections_per_image, 1), "--log-every": (config.log_every, 1),
-        "--workers": (config.workers, 0),
-    })  # fmt: skip
+    configuration.refuse_outside(config, LIMITS)
     if config.freeze_stages and config.backbone == "none":
         raise UserError(f"--freeze-stages {config.freeze_stages}: random weights would stay random; give 0")
     configuration.refuse_changes(config, config.exp_dir, FREE)

@@ -184,8 +184,7 @@ class PredictConfig:
 def main(config: PredictConfig) -> None:
     if not config.sheets:
         raise UserError("name the sheets: image files, PDFs or folders, after the flags")
-    configuration.refuse_outside({"--batch-size": (config.batch_size, 1), "--dpi": (config.dpi, 1)})
-    refuse_no_score(config.threshold)
+    configuration.refuse_outside(config, {"batch_size": (1,), "dpi": (1,), "threshold": (0, 1)})
     pictures = config.out / "pictures"
     if (config.out / "predictions.json").exists() and not config.overwrite:
         raise UserError(f"--out {config.out}: holds predictions; name another folder, or give --overwrite")
@@ -225,12 +224,6 @@ def main(config: PredictConfig) -> None:
         print(f"skipped: {line}", file=sys.stderr)
     if skipped:
         raise SystemExit(1)
-
-
-def refuse_no_score(threshold: float | None) -> None:
-    """Raise UserError for a --threshold that no score can be compared with."""
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold:g}: scores lie between 0 and 1")
 
 
 def to_document(

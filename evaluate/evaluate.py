@@ -24,7 +24,7 @@ from detection.analysis import analyse
 from detection.coco_metrics import Engine, coco_classes, evaluate
 from detection.draw import annotate, side_by_side, write_png
 from detection.model import Spec
-from detection.predict import Detections, detect, load_detector, refuse_no_score, to_results
+from detection.predict import Detections, detect, load_detector, to_results
 from detection.report import CHOSEN_HERE, write_report
 from schematics.coco import Category, LabelledSheet, find_split, read_split, to_coco
 from schematics.sheets import DataError, read_sheet
@@ -55,8 +55,7 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    refuse_outside({"--batch-size": (config.batch_size, 1)})
-    refuse_no_score(config.threshold)
+    refuse_outside(config, {"batch_size": (1,), "threshold": (0, 1)})
     if not config.unfinished:
         refuse_unfinished(config.checkpoint)
     device = distributed.start(config.device).device

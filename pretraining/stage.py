@@ -34,6 +34,16 @@ FREE = {
 BACKBONE = "backbone.safetensors"
 
 
+# Least, and for some the largest, that a number may be.
+LIMITS = {
+    "epochs": (1,), "steps": (1,), "projector": (1,), "base_lr": (0,), "warmup_epochs": (0,),
+    "min_lr_ratio": (0,), "momentum": (0,), "weight_decay": (0,), "clip_grad": (1e-6,),
+    "image_size": (1,), "window": (1,), "stride": (1,), "strength": (0,), "dpi": (1,), "workers": (0,),
+    "seed": (0, configuration.LARGEST_SEED), "checkpoint_every": (0,), "keep": (1,),
+    "checkpoint_epochs": (0,), "log_every": (1,), "embed_every": (0,), "step_timeout": (1,),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Length, in steps, and learning rate of a run."""
@@ -83,19 +93,7 @@ def pretrain(config: PretrainConfig, method: str, loss: Loss, joint: bool, last_
     unsynced = world.device.type == "cpu" and not joint  # each rank and view by itself
     if config.batch_size < 2 or (unsynced and share < 2):
         raise UserError(f"--batch-size {config.batch_size}: BatchNorm needs 2 windows; give {2 * world.size}")
-    configuration.refuse_outside({
-        "--epochs": (config.epochs, 1), "--steps": (config.steps, 1),
-        "--projector": (min(config.projector, default=0), 1),
-        "--base-lr": (config.base_lr, 0), "--warmup-epochs": (config.warmup_epochs, 0),
-        "--min-lr-ratio": (config.min_lr_ratio, 0), "--momentum": (config.momentum, 0),
-        "--weight-decay": (config.weight_decay, 0), "--clip-grad": (config.clip_grad, 1e-6),
-        "--image-size": (config.image_size, 1), "--window": (config.window, 1),
-        "--stride": (config.stride, 1), "--strength": (config.strength, 0), "--dpi": (config.dpi, 1),
-        "--workers": (config.workers, 0), "--seed": (config.seed, 0, configuration.LARGEST_SEED),
-        "--checkpoint-every": (config.checkpoint_every, 0), "--keep": (config.keep, 1),
-        "--checkpoint-epochs": (config.checkpoint_epochs, 0), "--log-every": (config.log_every, 1),
-        "--embed-every": (config.embed_every, 0), "--step-timeout": (config.step_timeout, 1),
-    })  # fmt: skip
+    configuration.refuse_outside(config, LIMITS)
     with Run(
         config.exp_dir, world,
         checkpoint_every=config.checkpoint_every, keep=config.keep, step_timeout=config.step_timeout,

@@ -27,7 +27,7 @@ class SimCLRConfig(PretrainConfig):
 
 
 def main(config: SimCLRConfig) -> None:
-    refuse_outside({"--temperature": (config.temperature, 1e-6)})
+    refuse_outside(config, {"temperature": (1e-6,)})
     pretrain(config, "simclr", partial(nt_xent, temperature=config.temperature), joint=True, last_norm=True)
 
 

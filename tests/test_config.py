@@ -101,6 +101,26 @@ def test_exit_status_of_main(error, status, line, capsys, monkeypatch):
     assert status == 70 or len(lines) <= 1
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"checkpoint_every": -1.0}, "--checkpoint-every -1.0: give 0 or more"),
+        ({"checkpoint_every": float("nan")}, "--checkpoint-every nan: give 0 or more"),
+        ({"checkpoint_every": float("inf")}, "--checkpoint-every inf: give 0 or more"),
+        ({"size": (3, 9)}, "--size 9: give 5 or less"),
+        ({"size": (2, 3), "epochs": None}, ""),
+    ],
+)
+def test_numbers_outside_their_limits_are_one_line(change, line):
+    limits = {"checkpoint_every": (0,), "size": (2, 5), "epochs": (1,)}
+    given = replace(Stage(data_dir=Path("x"), size=(2, 2)), **change)
+    if not line:
+        return config.refuse_outside(given, limits)
+    with pytest.raises(config.UserError) as raised:
+        config.refuse_outside(given, limits)
+    assert str(raised.value) == line
+
+
 LOADING = """
 import dataclasses, torch
 from cluster import config

@@ -242,6 +242,6 @@ def test_names_of_files_may_be_long_or_not_utf_8(found_on):
 
 @pytest.mark.parametrize("threshold", [50.0, -0.1, float("nan")])
 def test_a_threshold_is_a_score(found_on, threshold):
-    with pytest.raises(UserError, match=r"--threshold .*: scores lie between 0 and 1"):
+    with pytest.raises(UserError, match=r"--threshold .*: give [01] or"):
         found_on(threshold=threshold)
     assert not (found_on.drawings / "found").exists()
