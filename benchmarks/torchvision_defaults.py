@@ -39,7 +39,6 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
 from cluster import atomic  # noqa: E402
-from cluster.atomic import file_hash  # noqa: E402
 from detection.analysis import fit_thresholds  # noqa: E402
 from detection.counts import count  # noqa: E402
 from detection.data import SheetReader  # noqa: E402
@@ -214,7 +213,7 @@ def make_run(arm: str, seed: int, data: Path, folder: Path, options: argparse.Na
     folder.mkdir(parents=True, exist_ok=True)
     found_and_cost = {**found, "cpu_seconds": seconds, "threads": torch.get_num_threads()}
     if arm == "pretrained":
-        found_and_cost["backbone"] = file_hash(options.backbone)
+        found_and_cost["backbone"] = atomic.file_hash(options.backbone)
     atomic.write_text(folder / "found.json", json.dumps(found_and_cost))
 
 
@@ -304,7 +303,7 @@ def main() -> None:
             folder = options.out / f"{arm}-{seed}"
             if not (folder / "found.json").exists():
                 make_run(arm, seed, data, folder, options)
-            elif arm == "pretrained" and backbone_of(folder) != file_hash(options.backbone):
+            elif arm == "pretrained" and backbone_of(folder) != atomic.file_hash(options.backbone):
                 sys.exit(f"error: --backbone {options.backbone}: {folder} has another; take another --out")
     if len(arms) > 1:
         print(table(data, options.out, options.seeds, arms))

@@ -196,8 +196,12 @@ def _stray(rows: Sequence[ClassFigures], evaluator: Any) -> dict[str, int]:
 
 def fit_max_detections(annotations: Sequence[Mapping[str, Any]]) -> int:
     """Twice the most boxes of one class on one sheet, rounded up to hundreds; at least COCO's 100."""
-    most = max(Counter((a["image_id"], a["category_id"]) for a in annotations).values(), default=0)
-    return max(100, 100 * math.ceil(2 * most / 100))
+    return max(100, 100 * math.ceil(2 * fullest(annotations) / 100))
+
+
+def fullest(rows: Iterable[Mapping[str, Any]]) -> int:
+    """The most annotations or detections of one class on one sheet."""
+    return max(Counter((row["image_id"], row["category_id"]) for row in rows).values(), default=0)
 
 
 def fit_size_bins(annotations: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -5,14 +5,13 @@ Letters: I sheets, K classes, G true boxes, D detections, T IoU thresholds (0.5,
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from detection.coco_metrics import AREAS, Engine, fit_max_detections, match_boxes, prepare, repair
+from detection.coco_metrics import AREAS, Engine, fit_max_detections, fullest, match_boxes, prepare, repair
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def match(
     found = prepare(truth, detections)
     limit = max(100, limit or fit_max_detections(truth["annotations"]))
     # Matching goes down the scores: what comes after the limit leaves the matches before it alone.
-    most = max(Counter((row["image_id"], row["category_id"]) for row in found).values(), default=0)
-    return _gather(match_boxes(truth, found, [max(limit, most)], AREAS[:1], engine), truth, found, limit)
+    evaluator = match_boxes(truth, found, [max(limit, fullest(found))], AREAS[:1], engine)
+    return _gather(evaluator, truth, found, limit)
 
 
 def _gather(evaluator: Any, truth: Mapping[str, Any], found: list[dict[str, Any]], limit: int) -> Matches:

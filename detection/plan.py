@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 
 from cluster.config import UserError
@@ -15,7 +14,7 @@ from detection.data import KEEP, MULTIPLE, SheetReader, crop_boxes
 from detection.model import Spec
 from schematics.coco import LabelledSheet, Split
 from schematics.sheets import read_sheet
-from schematics.windows import tile_sheet
+from schematics.windows import mean_and_std, tile_sheet
 
 LARGEST_WINDOW = 1024  # px; chosen unless symbols or flags ask for more
 WIDEST_WINDOW = 2048  # px; what large symbols may ask for
@@ -73,7 +72,7 @@ def describe(spec: Spec, sheets: Sequence[LabelledSheet]) -> str:
         f"{spec.rois} sampled in training, {spec.detections} detections\n"
         + (f"{too_large} of {len(boxes)} boxes are larger than a window\n" if too_large else "")
         + f"anchors of {sizes} px, height/width {' '.join(f'{ratio:g}' for ratio in spec.anchors.ratios)}\n"
-        + recall_table(spec.anchors, all_boxes(sheets))
+        + recall_table(spec.anchors, boxes)
     )
 
 
@@ -147,14 +146,9 @@ def fit_color_mode(sheets: Sequence[LabelledSheet]) -> str:
 def fit_colors(split: Split, color_mode: str) -> tuple[list[float], list[float]]:
     """Mean and std (3 floats each, in [0, 1]) over up to SAMPLED sheets."""
     reader = SheetReader(split, color_mode, cache_bytes=0)
-    means, squares = [], []
-    for index in _sampled(len(reader)):
-        mean, std = (figures[:, 0] / 255 for figures in cv2.meanStdDev(reader[index][0]))
-        means.append(np.broadcast_to(mean, 3))
-        squares.append(np.broadcast_to(mean**2 + std**2, 3))
-    mean = np.mean(means, axis=0)
-    variance = np.mean(squares, axis=0) - mean**2
-    return mean.tolist(), np.sqrt(np.maximum(variance, 1e-4)).tolist()
+    sampled = _sampled(len(reader))
+    mean, std = mean_and_std((reader[index][0] for index in sampled), len(sampled))
+    return mean, [max(value, 0.01) for value in std]
 
 
 def _sampled(count: int) -> list[int]:

@@ -97,10 +97,13 @@ def main(config: EvaluateConfig) -> None:
         "window": spec.window, "overlap": spec.overlap, "score_threshold": spec.score_threshold,
         "detections_per_window": spec.detections,
         "max_detections": sorted({1, 10, 100, figures.max_detections}), "coco_engine": config.coco_engine,
-        "thresholds": thresholds_from,
         "torch": torch.__version__,
     }  # fmt: skip
-    metrics = {"settings": settings, **figures.to_dict(), "analysis": analysis.to_dict()}
+    metrics = {
+        "settings": {**settings, "thresholds": thresholds_from},
+        **figures.to_dict(),
+        "analysis": analysis.to_dict(),
+    }
     summary = f"{figures.table()}\n\n{figures.details()}\n"
     atomic.write_text(out / "predictions.json", json.dumps(results))
     atomic.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -24,12 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import cv2
 import numpy as np
 
 from schematics.command import Parser, run
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
-from schematics.windows import Image, cut, ink_windows, paper_color, starts
+from schematics.windows import Image, cut, ink_windows, mean_and_std, paper_color, starts
 
 LAYOUT = 1  # raise it when the files below change, and stores of the old layout are built anew
 STATISTICS_WINDOWS = 512  # mean and std come from at most this many windows, evenly spread
@@ -272,13 +271,11 @@ def _statistics(
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel in [0, 1], over evenly spread windows."""
     chosen = np.linspace(0, len(windows) - 1, min(len(windows), STATISTICS_WINDOWS)).astype(int)
-    moments = np.zeros((2, 3))
-    for sheet, x, y in windows[chosen].tolist():
-        window = cut(_sheet_of(pixels, entries[sheet]), x, y, side, entries[sheet]["paper"])
-        mean, std = (np.broadcast_to(m[:, 0], 3) / 255 for m in cv2.meanStdDev(window))
-        moments += np.array([mean, std**2 + mean**2]) / len(chosen)
-    mean, square = moments
-    return mean.tolist(), np.sqrt(square - mean**2).tolist()
+    cuts = (
+        cut(_sheet_of(pixels, entries[sheet]), x, y, side, entries[sheet]["paper"])
+        for sheet, x, y in windows[chosen].tolist()
+    )
+    return mean_and_std(cuts, len(chosen))
 
 
 def _publish(folder: Path, out: Path, key: str) -> None:

@@ -6,6 +6,8 @@ however large the sheet. Paper is the most frequent colour, so dark CAD screens 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,16 @@ Colour = int | tuple[int, int, int]
 
 INK_TOLERANCE = 40  # gray levels; JPEG ringing and scan noise stay below, thin anti-aliased lines above
 PAPER_SAMPLE = 1 << 12  # pixels looked at to find the paper, evenly spread: plenty for what is most frequent
+
+
+def mean_and_std(images: Iterable[Image], count: int) -> tuple[list[float], list[float]]:
+    """Three channels each, in [0, 1], over `count` images of equal weight; gray is three equal channels."""
+    moments = np.zeros((2, 3))
+    for image in images:  # in double, on uint8: a float32 sum saturates on a large sheet
+        mean, std = (np.broadcast_to(m[:, 0], 3) / 255 for m in cv2.meanStdDev(image))
+        moments += np.array([mean, std**2 + mean**2]) / count
+    mean, square = moments
+    return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
 
 
 def paper_color(image: Image) -> Colour:

@@ -55,9 +55,8 @@ def submit(args: argparse.Namespace) -> None:
     elif chain:
         code = stages.snapshot(run_dir)
         environment = stages.job_environment(os.environ)
-        (run_dir / "evaluate" / "metrics.json").unlink(
-            missing_ok=True
-        )  # of another detector or with other flags
+        # What is there is of another detector, or was made with other flags.
+        (run_dir / "evaluate" / "metrics.json").unlink(missing_ok=True)
         write = functools.partial(stages.write_record, run_dir, args.method, again(), flags)
         if args.local:
             write({})

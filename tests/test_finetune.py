@@ -259,7 +259,9 @@ def test_evaluate_writes_what_it_prints(trained, data, tmp_path):
     again = evaluate(truth, predictions)
     assert dict(zip(NAMES, again.coco, strict=True)) == metrics["coco"]
     assert sorted(file.name for file in (tmp_path / "out" / "pictures").iterdir()) == ["01.png", "02.png"]
-    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert len(page) > 10_000 and page.count("<dt>thresholds</dt>") == 1
+    assert "on these very sheets" in page and "on these very sheets" in metrics["settings"]["thresholds"]
     best = checkpoint.read(trained / "model.pt")["thresholds"]
     assert {row["id"]: row["threshold"] for row in metrics["analysis"]["classes"]} == best
 

@@ -158,6 +158,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_naming_step_files_and_checkpo
     ("change", "words"),
     [
         ({"batch_size": 4096}, "--batch-size 4096: the pool has"),
+        ({"batch_size": 1}, "--batch-size 1: BatchNorm needs 2 windows; give 2"),
         ({"arch": "resnet5O"}, "--arch resnet5O: .*near: .*resnet50"),
         ({"steps": 0}, "--steps 0: give 1 or more"),
         ({"workers": -1}, "--workers -1: give 0 or more"),
