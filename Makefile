@@ -25,7 +25,7 @@ check: install
 
 # Strikes runs by faults on a real two-node Slurm on this machine (slurm-wlm, munge, root); half an hour or more.
 chaos: install
-	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python tests/faults/chaos.py
 
 test: check
 	$(BIN)/python -m pytest tests

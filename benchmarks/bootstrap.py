@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from coco_engines import random_sheets
 
-from detection import coco_metrics
-from detection.matching import match
-from detection.resampling import average_precision, resample
+from detection.metrics import coco as coco_metrics
+from detection.metrics.bootstrap import average_precision, resample
+from detection.metrics.matching import match
 
 RESAMPLES = 500
 

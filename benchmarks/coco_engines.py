@@ -1,4 +1,4 @@
-"""hotcoco against pycocotools inside `detection.coco_metrics.evaluate`, in turn in one process.
+"""hotcoco against pycocotools inside `detection.metrics.coco.evaluate`, in turn in one process.
 
     python benchmarks/coco_engines.py [--sheets 1000] [--boxes 30] [--detections 100] [--classes 30]
 
@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from detection import coco_metrics
+from detection.metrics import coco as coco_metrics
 
 ENGINES = get_args(coco_metrics.Engine)
 

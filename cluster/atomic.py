@@ -19,11 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from cluster.errors import UserError
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class UserError(Exception):
-    """One line for the person at the keyboard: it names the file or flag and the cure."""
 
 
 class HashingFile:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import atomic
-from cluster.atomic import UserError
+from cluster.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from cluster import atomic
-from cluster.atomic import UserError
+from cluster.errors import UserError
 from cluster.rendezvous import place
 
 __all__ = ["UserError", "changed", "parse", "refuse_changes", "refuse_outside", "run", "save"]

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.atomic import UserError
+from cluster.errors import UserError
 from cluster.rendezvous import Place, meet, place
 
 T = TypeVar("T")

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from cluster import atomic, checkpoint, distributed
-from cluster.atomic import UserError
 from cluster.checkpoint import State
 from cluster.distributed import World
+from cluster.errors import UserError
 from cluster.heartbeat import Heartbeat
 from cluster.owner import Owner
 from cluster.signals import GO_ON, REQUEUE, STOP, Signals

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import atomic
-from cluster.atomic import UserError
+from cluster.errors import UserError
 
 STALE = 60.0  # seconds without a beat
 

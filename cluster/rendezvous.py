@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster import atomic
-from cluster.atomic import UserError
+from cluster.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore

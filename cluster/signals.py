@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 
-from cluster.atomic import UserError
+from cluster.errors import UserError
 
 GO_ON, REQUEUE, STOP = 0, 1, 2
 

@@ -24,7 +24,7 @@ from tyro.conf import Positional
 
 from cluster import atomic
 from cluster import config as configuration
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection.model import Detector
 from detection.onnx_detector import INPUT, OUTPUTS, PROPERTY, OnnxDetector
 from detection.predict import Detections, detect, load_detector

@@ -22,14 +22,14 @@ from timm.utils import ModelEmaV3
 
 from cluster import checkpoint, distributed
 from cluster import config as configuration
-from cluster.config import UserError
 from cluster.distributed import World
+from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
-from detection.coco_metrics import Engine, coco_classes
 from detection.data import Augment, SheetReader, TrainingWindows, steps_per_epoch
 from detection.loop import Boundary, Progress, out_of_patience, train_to
+from detection.metrics.coco import Engine, coco_classes
 from detection.model import Detector, Spec
 from detection.plan import describe, plan_detector
 from detection.pretrained import load_backbone, read_pretrained

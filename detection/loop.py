@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cluster import checkpoint, distributed
-from cluster.config import UserError
 from cluster.distributed import World
+from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
-from detection.analysis import fit_thresholds
-from detection.coco_metrics import Engine, Figures, evaluate
 from detection.data import SheetReader, TrainingWindows, batches, collate
+from detection.metrics.analysis import fit_thresholds
+from detection.metrics.coco import Engine, Figures, evaluate
 from detection.model import Detector
 from detection.predict import detect, to_results
 from detection.schedule import Phase

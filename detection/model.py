@@ -23,7 +23,7 @@ from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection.anchors import STRIDES, Anchors
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster import atomic
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection.model import Spec
 
 PROPERTY = "linework"  # of the ONNX model: JSON of {"spec", "thresholds"}

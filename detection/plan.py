@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection.anchors import fit_anchors, recall_table
 from detection.data import KEEP, MULTIPLE, SheetReader, crop_boxes
 from detection.model import Spec

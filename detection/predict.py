@@ -30,7 +30,7 @@ from tyro.conf import Positional
 
 from cluster import atomic, checkpoint, distributed
 from cluster import config as configuration
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection.data import as_tensor
 from detection.draw import annotate, write_png
 from detection.model import Detector, Spec

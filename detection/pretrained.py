@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster import checkpoint
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection.model import Detector
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")

@@ -19,13 +19,14 @@ import torch
 from tqdm import tqdm
 
 from cluster import atomic, checkpoint, distributed
-from cluster.config import UserError, refuse_outside, run
-from detection.analysis import analyse
-from detection.coco_metrics import Engine, coco_classes, evaluate
+from cluster.config import refuse_outside, run
+from cluster.errors import UserError
 from detection.draw import annotate, side_by_side, write_png
+from detection.metrics.analysis import analyse
+from detection.metrics.coco import Engine, coco_classes, evaluate
 from detection.model import Spec
 from detection.predict import Detections, detect, load_detector, to_results
-from detection.report import CHOSEN_HERE, write_report
+from detection.report.page import CHOSEN_HERE, write_report
 from schematics.coco import Category, LabelledSheet, find_split, read_split, to_coco
 from schematics.sheets import DataError, read_sheet
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cluster.checkpoint import read_backbone
-from cluster.config import UserError
+from cluster.errors import UserError
 from pretraining.encoder import build_backbone
 from schematics.sheets import find_sheets, read_sheet, to_color
 from schematics.windows import paper_color

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster import checkpoint, distributed
 from cluster import config as configuration
-from cluster.config import UserError
 from cluster.distributed import World
+from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run

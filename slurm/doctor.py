@@ -18,7 +18,7 @@ from pathlib import Path
 
 import stages
 
-from cluster.atomic import UserError
+from cluster.errors import UserError
 from cluster.rendezvous import place
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "safetensors")

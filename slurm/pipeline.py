@@ -31,7 +31,7 @@ import doctor
 import stages
 import status
 
-from cluster.atomic import UserError
+from cluster.errors import UserError
 
 
 def submit(args: argparse.Namespace) -> None:

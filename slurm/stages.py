@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import atomic, checkpoint
-from cluster.atomic import UserError
+from cluster.errors import UserError
 
 STAGES = ("pretrain", "finetune", "evaluate")
 SOURCES = ("schematics", "cluster", "pretraining", "simclr", "vicreg", "detection", "evaluate", "slurm")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages import Stage
 
-from cluster.atomic import UserError
+from cluster.errors import UserError
 
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY",
          "BOOT_FAIL", "DEADLINE", "FORGOTTEN"}  # fmt: skip

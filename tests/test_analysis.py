@@ -8,13 +8,13 @@ import random
 import numpy as np
 import pytest
 
-from detection.analysis import analyse, fit_thresholds
-from detection.coco_metrics import evaluate
-from detection.counts import count, count_figures
-from detection.curves import best_thresholds, curves, operating
-from detection.errors import KINDS, confusion_matrix, confusions, delta_ap50, kinds_of
-from detection.matching import match
-from detection.resampling import resample
+from detection.metrics.analysis import analyse, fit_thresholds
+from detection.metrics.bootstrap import resample
+from detection.metrics.coco import evaluate
+from detection.metrics.counts import count, count_figures
+from detection.metrics.curves import best_thresholds, curves, operating
+from detection.metrics.matching import match
+from detection.metrics.tide import KINDS, confusion_matrix, confusions, delta_ap50, kinds_of
 from schematics.sheets import DataError
 
 CLASSES = (3, 7, 41)

@@ -1,4 +1,4 @@
-"""The short form of benchmarks/chaos.py: four faults a method, and what it writes into its page."""
+"""The short form of tests/faults/chaos.py: four faults a method, and what it writes into its page."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def test_run_struck_by_faults_equals_the_undisturbed_one(method, workers, site, 
     old = f"### Struck by faults: {method}\n\nold figures\n\n### Another part\n\nother figures\n"
     page.write_text(f"# Results\n\nbefore\n\n<!-- chaos -->\n{old}<!-- /chaos -->\n\nafter\n")
     flags = f"--methods {method} --workers {workers} --faults 4 --parts runs --results {page}"
-    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), *flags.split()]
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "chaos.py"), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     text = page.read_text()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from cluster import atomic, checkpoint
-from cluster.atomic import UserError
+from cluster.errors import UserError
 
 STATE = {"model": {"w": torch.arange(1000.0)}, "lr": 0.1, "history": [1, (2, None)], "name": "toy"}
 

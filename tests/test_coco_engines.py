@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_coco_metrics import grid_set, perfect, random_set
 
-from detection.analysis import analyse, fit_thresholds
-from detection.coco_metrics import evaluate
+from detection.metrics.analysis import analyse, fit_thresholds
+from detection.metrics.coco import evaluate
 from schematics.sheets import DataError
 
 FAST = "hotcoco"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.coco_metrics import evaluate
+from detection.metrics.coco import evaluate
 from schematics.sheets import DataError
 
 one = pytest.approx(1.0)  # pycocotools divides by a spacing too much: 0.9999999999999998

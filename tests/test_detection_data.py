@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection.data import (
     KEEP,
     Augment,

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from cluster.checkpoint import export_backbone, sign_final
-from cluster.config import UserError
+from cluster.errors import UserError
 from cluster.guard import Guard
 from detection.anchors import STRIDES, TORCHVISION, best_iou, fit_anchors, recall_table
 from detection.loop import Progress

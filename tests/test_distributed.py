@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster import distributed, rendezvous
-from cluster.atomic import UserError
 from cluster.distributed import World
+from cluster.errors import UserError
 from cluster.rendezvous import Place, place
 
 BATCH, DIM = 8, 5

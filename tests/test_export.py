@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster import checkpoint
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection import export
 from detection.anchors import fit_anchors
 from detection.model import Detector, Spec

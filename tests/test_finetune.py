@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from cluster import checkpoint
-from cluster.config import UserError
-from detection.coco_metrics import NAMES, evaluate
+from cluster.errors import UserError
 from detection.finetune import Config, main
+from detection.metrics.coco import NAMES, evaluate
 from detection.predict import PredictConfig
 from detection.predict import main as predict
 from schematics.coco import find_split, read_split, to_coco

@@ -11,8 +11,8 @@ import torch
 from test_finetune import config_of, lines_of, weights_of
 
 from cluster import checkpoint
-from cluster.config import UserError
 from cluster.distributed import World
+from cluster.errors import UserError
 from detection import loop
 from detection.finetune import main, refuse_unsynced
 

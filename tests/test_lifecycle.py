@@ -14,7 +14,7 @@ import toy_stage
 from processes import Ranks, alive, children, until
 
 from cluster import atomic, checkpoint, owner
-from cluster.atomic import UserError
+from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.owner import Owner
 from cluster.signals import REQUEUE, STOP, Signals

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster import checkpoint
-from cluster.config import UserError
+from cluster.errors import UserError
 from detection.anchors import fit_anchors
 from detection.draw import annotate, side_by_side
 from detection.model import Detector, Spec

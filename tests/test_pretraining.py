@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.config import UserError
+from cluster.errors import UserError
 from pretraining.config import PretrainConfig
 from pretraining.data import batch_keys
 from pretraining.features import load_backbone

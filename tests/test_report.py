@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from browser import Browser, find_chromium
 
-from detection.analysis import analyse
-from detection.coco_metrics import evaluate
-from detection.errors import KINDS
-from detection.gallery import LONGEST, choose_sheets, picture
-from detection.report import write_report
+from detection.metrics.analysis import analyse
+from detection.metrics.coco import evaluate
+from detection.metrics.tide import KINDS
+from detection.report.gallery import LONGEST, choose_sheets, picture
+from detection.report.page import write_report
 from schematics.coco import Category, read_split, to_coco, write_split
 from schematics.sheets import DataError, read_sheet
 
@@ -108,7 +108,7 @@ def test_the_page_loads_nothing_from_elsewhere(made):
         for name in ("src", "href", "action", "poster", "srcset", "data"):
             value = attributes.get(name)
             assert value is None or value.startswith(("data:", "#")), f"<{tag} {name}={value}>"
-    style = (Path(__file__).parent.parent / "detection" / "report.css").read_text()
+    style = (Path(__file__).parent.parent / "detection" / "report" / "style.css").read_text()
     assert "url(" not in style and "@import" not in style
 
 

@@ -9,9 +9,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_analysis import found, jittered, truth_of
 
-from detection.coco_metrics import evaluate
-from detection.matching import match
-from detection.resampling import average_precision, interval, precision_at_recall, ratio, resample
+from detection.metrics.bootstrap import average_precision, interval, precision_at_recall, ratio, resample
+from detection.metrics.coco import evaluate
+from detection.metrics.matching import match
 
 
 def pycocotools_precision(truth, detections, limit):

@@ -1,6 +1,6 @@
 """What ends a job on a real Slurm, and how it goes on: time limits, preemption, a full disk, lost nodes.
 
-test_slurm_chain.py has USR2, scancel and a second job; benchmarks/chaos.py strikes harder and longer.
+test_slurm_chain.py has USR2, scancel and a second job; tests/faults/chaos.py strikes harder and longer.
 """
 
 import json

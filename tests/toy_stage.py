@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from cluster import checkpoint, config, distributed
-from cluster.atomic import UserError
+from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.matching import Matches
-from detection.resampling import Interval, interval, ratio
+from detection.metrics.bootstrap import Interval, interval, ratio
+from detection.metrics.matching import Matches
 
 
 @dataclass(frozen=True)

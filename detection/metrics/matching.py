@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.coco_metrics import AREAS, Engine, fit_max_detections, fullest, match_boxes, prepare, repair
+from detection.metrics.coco import AREAS, Engine, fit_max_detections, fullest, match_boxes, prepare, repair
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def match(
 ) -> Matches:
     """Match as COCO does: down the scores, each detection takes the best free truth of its class.
 
-    ground_truth, detections, limit, engine: as `coco_metrics.evaluate` takes them; limit None fits it to the
+    ground_truth, detections, limit, engine: as `metrics.coco.evaluate` takes them; limit None fits it to the
     data. Raises DataError as that does.
     """
     truth = repair(ground_truth)

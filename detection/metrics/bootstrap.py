@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.matching import Matches
+from detection.metrics.matching import Matches
 
 CELLS = 4_000_000  # resamples x detections held at a time
 

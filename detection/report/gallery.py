@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from detection.analysis import Analysis
-from detection.errors import LEFT_OUT, MISSED
+from detection.metrics.analysis import Analysis
+from detection.metrics.tide import LEFT_OUT, MISSED
 from schematics.coco import Split
 from schematics.sheets import read_sheet
 from schematics.windows import paper_color
@@ -21,7 +21,7 @@ QUALITY = 72  # of WebP: lines stay sharp, a sheet takes some 50 to 150 kB
 
 @dataclass(frozen=True)
 class Box:
-    """A box to draw, in sheet pixels; `kind` and `label` as in `errors.Kinds` and `matching`."""
+    """A box to draw, in sheet pixels; `kind` and `label` as in `tide.Kinds` and `matching`."""
 
     xywh: tuple[float, ...]
     kind: int

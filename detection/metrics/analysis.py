@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from detection.coco_metrics import Engine
-from detection.counts import Counts, count, count_figures, share
-from detection.curves import Curves, Operating, best_thresholds, curves, operating
-from detection.errors import Kinds, confusion_matrix, delta_ap50, kinds_of
-from detection.matching import Matches, match
-from detection.resampling import Interval, average_precision, interval, resample
+from detection.metrics.bootstrap import Interval, average_precision, interval, resample
+from detection.metrics.coco import Engine
+from detection.metrics.counts import Counts, count, count_figures, share
+from detection.metrics.curves import Curves, Operating, best_thresholds, curves, operating
+from detection.metrics.matching import Matches, match
+from detection.metrics.tide import Kinds, confusion_matrix, delta_ap50, kinds_of
 
 FEWEST_SHEETS = 5  # with the class on them, for an interval of its own
 
@@ -87,7 +87,7 @@ def analyse(
 
     limit: detections of a class on a sheet that count, `Figures.max_detections`; None fits it the same way.
     thresholds: score by category id from which a detection counts; for those not named, and for None, the
-    one that maximises F1 here. engine, and DataError: as `coco_metrics.evaluate`.
+    one that maximises F1 here. engine, and DataError: as `metrics.coco.evaluate`.
     """
     matches = match(ground_truth, detections, limit, engine)
     best = best_thresholds(matches)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.matching import Matches
-from detection.resampling import precision_at_recall
+from detection.metrics.bootstrap import precision_at_recall
+from detection.metrics.matching import Matches
 
 NO_EVIDENCE = 0.5  # the threshold where nothing at all was found
 

@@ -17,13 +17,15 @@ import numpy as np
 from markupsafe import Markup
 
 from cluster.atomic import write_text
-from detection.analysis import Analysis
-from detection.coco_metrics import Figures
-from detection.errors import KINDS, confusions
-from detection.gallery import card, choose_sheets, miscounts
+from detection.metrics.analysis import Analysis
+from detection.metrics.coco import Figures
+from detection.metrics.tide import KINDS, confusions
+from detection.report.gallery import card, choose_sheets, miscounts
 from schematics.coco import Split
 
-TEMPLATE, STYLE, SCRIPT = (Path(__file__).with_name(f"report.{kind}") for kind in ("html.j2", "css", "js"))
+TEMPLATE, STYLE, SCRIPT = (
+    Path(__file__).with_name(name) for name in ("template.html.j2", "style.css", "script.js")
+)
 LISTED = 200  # sheets in the table of counts, the worst
 
 CHOSEN_HERE = (

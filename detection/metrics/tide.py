@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask
 
-from detection.matching import Matches
+from detection.metrics.matching import Matches
 
 KINDS = ("found", "class", "localisation", "both", "duplicate", "background", "missed")
 FOUND, CLASS, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(7)

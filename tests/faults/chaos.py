@@ -1,6 +1,6 @@
 """Runs that are struck by faults, against runs that are not, on a real two-node Slurm on this machine.
 
-    python benchmarks/chaos.py [--methods simclr vicreg finetune] [--workers 0 2] [--faults 20] [--seed 0]
+    python tests/faults/chaos.py [--methods simclr vicreg finetune] [--workers 0 2] [--faults 20] [--seed 0]
                                [--parts runs kills overhead] [--results docs/results.md]
 
 runs: one seed, one rank on each node. Each method runs undisturbed twice, then once for each number of
@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]
 import writes  # noqa: E402
 from slurm_cluster import NODES, Cluster  # noqa: E402
@@ -378,7 +378,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
     options.failed = False
-    words = " ".join(["python benchmarks/chaos.py", *sys.argv[1:]])
+    words = " ".join(["python tests/faults/chaos.py", *sys.argv[1:]])
     parts: dict[str, Callable[[], Iterable[str]]] = {
         "runs": lambda: runs(options),
         "kills": lambda: [writes.kills(options)],
