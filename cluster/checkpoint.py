@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, verified and free of code; the backbone between stages; the final marker.
+"""Checkpoints that are whole, verified and free of code, and the marker of a finished stage.
 
     EXP_DIR/checkpoints/step_00000120.pt      a nested dict of tensors and primitives
     EXP_DIR/checkpoints/step_00000120.pt.sha256
@@ -76,14 +76,8 @@ def listed(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """Path of the newest checkpoint that verifies and loads, and why each later one was passed over."""
-    path, _, rejected = load_newest(folder)
-    return path, rejected
-
-
 def load_newest(folder: Path) -> tuple[Path | None, State, list[str]]:
-    """As `newest_valid`, with its content."""
+    """The newest checkpoint that verifies and loads: path and content, and why each later one was passed over."""
     rejected: list[str] = []
     for _, path in listed(folder):
         try:
@@ -201,45 +195,14 @@ def _load(path: Path) -> State:
             "not only tensors; nothing in it was run"
         ) from None
     except Exception as error:  # truncated zip, foreign format: torch raises many kinds
-        raise UserError(f"{path}: not a checkpoint ({_brief(error)})") from None
+        raise UserError(f"{path}: not a checkpoint ({brief(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint of Linework, it holds a {type(content).__name__}")
     return content
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:120]
-
-
-def export_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, str | float | list]) -> str:
-    """Write backbone.safetensors, its sha256 beside it. meta (arch, method, mean, ...) travels inside.
-
-    The same tensors and meta give the same bytes.
-    """
-    from safetensors.torch import save
-
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(content, {key: json.dumps(value) for key, value in meta.items()})
-    size = int.from_bytes(data[:8], "little")
-    # safetensors writes the meta in an order that is random in each process.
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    data = len(header).to_bytes(8, "little") + header + data[8 + size :]
-    atomic.make_folder(path.parent)
-    return atomic.replace(path, lambda file: file.write(data), hashed=True)
-
-
-def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, meta) of a file of `export_backbone`. Raises UserError as `read` does."""
-    from safetensors import SafetensorError, safe_open
-
-    atomic.verify(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a backbone of Linework ({_brief(error)})") from None
 
 
 def sign_final(exp_dir: Path, step: int, files: list[str]) -> None:

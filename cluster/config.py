@@ -1,109 +1,134 @@
-"""A stage's configuration: one frozen dataclass -> command line -> config.json beside the run.
+"""A stage's configuration: one frozen dataclass, from which come the flags and the config.json of a run.
 
-The comment above, or the docstring below, a field is the help text of its flag.
+The comment above a field is the help of its flag. What else there is to say of a flag stands on the field:
+
+    # Learning rate at the peak.
+    lr: float = setting(0.005, least=0, may_change=True)
+
+A class that derives from another may give a field another default and comment; the rest is inherited.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import json
 import math
-import os
-import sys
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal
 
 from cluster import atomic
 from cluster.errors import UserError
-from cluster.rendezvous import place
 
-__all__ = ["UserError", "changed", "parse", "refuse_changes", "refuse_outside", "run", "save"]
-
-Config = TypeVar("Config")
 LARGEST_SEED = 2**63 - 1
-USAGE = 2  # exit status of a wrong command line
-CRASH = 70  # of what nobody expected: worth starting again from the last checkpoint, unlike an exit 1
 
 
-def run(
-    config_class: type[Config],
-    main: Callable[[Config], Any],
-    expected: tuple[type[Exception], ...] = (),
-) -> None:
-    """Parse sys.argv into `config_class` and call `main` with it: the body of every entry point.
+@dataclass(frozen=True)
+class Rule:
+    """What a field says of its flag beside type and default.
 
-    A wrong flag is one line and exit 2. UserError, or one of the classes in `expected`, out of `main` is
-    one line and exit 1; anything else is a traceback and exit 70. A process that fails ends at once, without
-    waiting for a DataLoader worker or another rank.
+    least, most: bounds of the number, or of each number of a tuple. may_change: a run that goes on may be
+    given another value. also: an older spelling of the flag that is taken too, as "--wd".
     """
-    config = parse(config_class, sys.argv[1:])
-    known: tuple[type[Exception], ...] = (UserError, *expected)
-    try:
-        main(config)
-    except known as error:
-        if place().rank:  # all ranks may say the same: rank 0 says it, and its end ends the others
-            time.sleep(3)
-        said = str(error)
-        if "Original Traceback" in said:  # out of a DataLoader's worker: the last line is the error's own
-            said = said.strip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {' '.join(said.split())}", file=sys.stderr)
-        end(1)
-    except SystemExit as stop:
-        if not isinstance(stop.code, int):  # None, or a text that the interpreter prints
-            raise
-        end(stop.code)
-    except KeyboardInterrupt:
-        end(130)
-    except BaseException:
-        traceback.print_exc()
-        end(CRASH)
+
+    least: float | None = None
+    most: float = math.inf
+    may_change: bool = False
+    also: str | None = None
 
 
-def end(status: int) -> NoReturn:
-    """Leave now if something could keep the interpreter from leaving: a worker, a process group."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    multiprocessing = sys.modules.get("multiprocessing")
-    distributed = sys.modules.get("torch.distributed")
-    if (multiprocessing and multiprocessing.active_children()) or (
-        distributed and distributed.is_available() and distributed.is_initialized()
-    ):
-        os._exit(status)  # orphaned DataLoader workers notice and leave; Slurm ends the other ranks
-    sys.exit(status)
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    least: float | None = None,
+    most: float = math.inf,
+    may_change: bool = False,
+    also: str | None = None,
+) -> Any:
+    """A dataclass field that carries a `Rule`. Without a default the flag must be given."""
+    return dataclasses.field(default=default, metadata={"rule": Rule(least, most, may_change, also)})
 
 
-def parse(config_class: type[Config], args: Sequence[str]) -> Config:
-    """Turn flags into a `config_class`; a mistake is one line on stderr that names the flag, and exit 2."""
-    import tyro  # here, so that reading a config file does not need it
+def rules(config_class: type) -> dict[str, Rule]:
+    """The rule of each field that has one, by the field's name; a base class's holds where none is given."""
+    found: dict[str, Rule] = {}
+    for base in reversed(config_class.__mro__):
+        for field in vars(base).get("__dataclass_fields__", {}).values():
+            if "rule" in field.metadata:
+                found[field.name] = field.metadata["rule"]
+    return found
 
-    flags = {_flag(field.name): field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
-    if not {"--help", "-h"} & {*given, *args}:
-        for name in given:
-            if name not in flags and "--" + name.removeprefix("--no-") not in flags:
-                _refuse(f"unknown flag {name}{_nearest(name, list(flags))}")
-        for name, field in flags.items():
-            if field.default is field.default_factory is dataclasses.MISSING and name not in given:
-                _refuse(f"{name} is required")
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(config_class, args=list(args), prog=_program())
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        _refuse(_first_paragraph(box.getvalue()))
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a command can be told. Raises UserError for a number that its field does not allow."""
+
+    def __post_init__(self) -> None:
+        for name, rule in rules(type(self)).items():
+            if rule.least is None:
+                continue
+            for number in numbers(getattr(self, name)):
+                if not rule.least <= number < math.inf:
+                    raise UserError(f"{flag(name)} {number}: give {rule.least} or more")
+                if number > rule.most:
+                    raise UserError(f"{flag(name)} {number}: give {rule.most} or less")
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """The numbers of a field's value: those of a tuple, none of None."""
+    yield from value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """What every stage that trains can be told."""
+
+    # Folder with the drawings to train on.
+    data_dir: Path = setting(may_change=True)
+    # Folder of this run; the same command again goes on from its newest valid checkpoint.
+    exp_dir: Path = setting(may_change=True)
+
+    # Passes over the data, in all.
+    epochs: int = setting(least=1, may_change=True)
+    # Optimizer steps in all; they take the place of --epochs.
+    steps: int | None = setting(None, least=1, may_change=True)
+    # Windows in a batch over all ranks together; the number of ranks must divide it.
+    batch_size: int = setting()
+    # Momentum of the optimizers that have one: lars and sgd.
+    momentum: float = setting(0.9, least=0)
+    # Weight decay (L2); --wd is taken too.
+    weight_decay: float = setting(least=0, also="--wd")
+    # Largest norm of the gradient, to which longer ones are scaled down; None leaves them as they are.
+    clip_grad: float | None = setting(None, least=1e-6, may_change=True)
+
+    # Processes on each rank that prepare batches; 0 prepares them in the training process.
+    workers: int = setting(2, least=0, may_change=True)
+    # Number from which the first weights, the order of the data and its changes are drawn.
+    seed: int = setting(0, least=0, most=LARGEST_SEED)
+    # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.
+    device: str = setting("auto", may_change=True)
+    # Arithmetic of the network: fp32, bf16, or auto (bf16 on a GPU). Losses are computed in float32 always.
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", may_change=True)
+
+    # Seconds from one checkpoint to the next.
+    checkpoint_every: float = setting(600.0, least=0, may_change=True)
+    # Number of checkpoints that are kept, the newest ones.
+    keep: int = setting(3, least=1, may_change=True)
+    # Seconds that a step may take before the run is ended as hung.
+    step_timeout: float = setting(600.0, least=1, may_change=True)
+    # Steps from one line of metrics.jsonl to the next.
+    log_every: int = setting(10, least=1, may_change=True)
+
+
+def flag(name: str) -> str:
+    """The flag of a field: weight_decay -> --weight-decay."""
+    return "--" + name.replace("_", "-")
 
 
 def save(config: Any, path: Path) -> None:
     """Write a dataclass as JSON (paths as text); whole or not at all."""
-    atomic.write_text(path, json.dumps(_plain(config), indent=2) + "\n")
+    atomic.write_text(path, json.dumps(_plain(dataclasses.asdict(config)), indent=2) + "\n")
 
 
 def changed(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
@@ -112,80 +137,36 @@ def changed(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     A flag that the file does not know is compared with its default. Raises UserError when the file is
     not a saved config.
     """
+    new, known = _plain(dataclasses.asdict(config)), rules(type(config))
+    differences = {}
     try:
         old = json.loads(path.read_text())
-        known = {field.name: old.get(field.name, _default(field)) for field in dataclasses.fields(config)}
+        for field in dataclasses.fields(config):
+            older = (known[field.name].also or "") if field.name in known else ""
+            earlier = old.get(older.removeprefix("--").replace("-", "_"), _plain(_default(field)))
+            value = old.get(field.name, earlier)
+            if value != new[field.name]:
+                differences[flag(field.name)] = (value, new[field.name])
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a saved config ({error}); remove it") from None
-    new = _plain(config)
-    return {_flag(name): (value, new[name]) for name, value in known.items() if value != new[name]}
+    return differences
 
 
-def refuse_changes(config: Any, exp_dir: Path, free: set[str]) -> None:
-    """Raise UserError where this command is another run than the one in `exp_dir`.
-
-    free: flags that may differ.
-    """
+def refuse_changes(config: Any, exp_dir: Path) -> None:
+    """Raise UserError where this command is another run than the one in `exp_dir`."""
     path = exp_dir / "config.json"
-    changes = changed(config, path) if path.exists() else {}
-    for flag, (old, new) in changes.items():
-        if flag not in free:
-            raise UserError(f"{flag} {new}: the run in {exp_dir} has {old}; give that, or another --exp-dir")
+    free = {flag(name) for name, rule in rules(type(config)).items() if rule.may_change}
+    for name, (old, new) in (changed(config, path) if path.exists() else {}).items():
+        if name not in free:
+            raise UserError(f"{name} {new}: the run in {exp_dir} has {old}; give that, or another --exp-dir")
 
 
-def refuse_outside(config: Any, limits: Mapping[str, tuple[float, ...]]) -> None:
-    """Raise UserError for a field whose value lies under the first of its limits, or above the second.
-
-    Of a tuple each value is looked at. None is allowed; infinity and what is not a number are not.
-    """
-    for name, (least, *most) in limits.items():
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else () if value is None else (value,):
-            flag = f"--{name.replace('_', '-')} {number}"
-            if not least <= number < math.inf:
-                raise UserError(f"{flag}: give {least} or more")
-            if most and number > most[0]:
-                raise UserError(f"{flag}: give {most[0]} or less")
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _default(field: dataclasses.Field) -> Any:
-    value = field.default
     if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    return None if value is dataclasses.MISSING else json.loads(json.dumps(value, default=str))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _program() -> str:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
-
-
-def _nearest(name: str, flags: list[str]) -> str:
-    near = difflib.get_close_matches(name, flags, n=1)
-    return f"; the nearest is {near[0]}" if near else "; --help lists them"
-
-
-def _first_paragraph(box: str) -> str:
-    """The sentence inside tyro's frame: its lines up to the first rule or list of details."""
-    lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
-    text: list[str] = []
-    for line in lines:
-        if line.startswith("─") or not line:
-            if text:
-                break
-            continue
-        text.append(line)
-    return " ".join(text) or "the command line could not be read; --help lists the flags"
-
-
-def _refuse(reason: str) -> NoReturn:
-    print(f"error: {reason}", file=sys.stderr)
-    sys.exit(USAGE)
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default

@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.errors import UserError
-from cluster.rendezvous import Place, meet, place
+from cluster.rendezvous import Place, meet, part, place
 
 T = TypeVar("T")
-_store: dist.Store | None = None  # kept alive: rank 0 serves it
 _flags: Any = None  # a process group on the CPU, so that agreeing does not wait for the GPU
 
 
@@ -55,7 +54,7 @@ def start(
     collective gives up; longer than the watchdog's step_timeout, which knows the names of the silent ranks.
     Raises UserError when tasks and GPUs do not match or a rank does not come.
     """
-    global _store, _flags
+    global _flags
     me = place()
     chosen = pick_device(device, me, torch.cuda.device_count(), os.environ)
     world = World(me.rank, me.size, me.local_rank, chosen, me.launcher)
@@ -63,13 +62,13 @@ def start(
         torch.cuda.set_device(chosen)
     if me.size == 1:
         return world
-    _store = meet(me, rendezvous, timeout)
-    _refuse_shared_gpus(world, _store)
+    store = meet(me, rendezvous, timeout)
+    _refuse_shared_gpus(world, store)
     limit = timedelta(seconds=collective_timeout)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("group", _store),
+        store=dist.PrefixStore("group", store),
         rank=me.rank,
         world_size=me.size,
         timeout=limit,
@@ -82,10 +81,11 @@ def start(
 
 def stop() -> None:
     """Leave the process group, if there is one."""
-    global _store, _flags
+    global _flags
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store = _flags = None
+    _flags = None
+    part()
 
 
 def pick_device(device: str, me: Place, visible: int, env: Mapping[str, str]) -> torch.device:

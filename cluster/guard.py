@@ -6,7 +6,7 @@ so the ranks need not ask each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 SKIPS = 3  # in a row: back to the last verified checkpoint
@@ -15,9 +15,9 @@ ROLLBACKS = 2  # the second time, the run ends in place of going back
 
 @dataclass
 class Guard:
-    """Counters of a run, to be kept in its checkpoints: Guard(**checkpoint["guard"]).
+    """Counters of a run, which its checkpoints keep.
 
-    offset: step s takes the data of position s + offset, so that data which led to a rollback is passed over.
+    offset: step s takes the data of batch s + offset, so that data which led to a rollback is passed over.
     """
 
     skipped: int = 0  # in a row
@@ -25,11 +25,16 @@ class Guard:
     offset: int = 0
 
     def judge(self, finite: bool) -> str:
-        """'ok': take the step. 'skip': leave the weights alone. 'rollback', 'stop': see below."""
+        """'ok': take the step. 'skip': leave the weights alone. 'rollback': go back. 'stop': end the run."""
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped < SKIPS:
             return "ok" if finite else "skip"
-        return "rollback" if self.rollbacks + 1 < ROLLBACKS else "stop"
+        return "stop" if self.spent else "rollback"
+
+    @property
+    def spent(self) -> bool:
+        """Whether the run has gone back as often as it may."""
+        return self.rollbacks + 1 >= ROLLBACKS
 
     def roll_back(self, step: int, to_step: int) -> None:
         """The bad step was `step`: the run goes on at `to_step`, with the data after that of the bad step."""
@@ -49,3 +54,7 @@ class Guard:
 
     def state(self) -> dict[str, int]:
         return asdict(self)
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """What `state` gave, in another life of the run."""
+        vars(self).update(Guard(**state).state())

@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-HUNG = 70  # exit status of a rank that ends itself
+from cluster.errors import CRASH
+
 BEAT = 5.0  # seconds, or a quarter of the time-out
 
 
@@ -48,12 +49,7 @@ class Heartbeat:
         self.waiting = False  # at the boundary before `step`, for the other ranks
         self._last = time.monotonic()  # the last boundary
         self._allowed = max(first, step_timeout)  # seconds from there to the next
-        self._patience = 0.0  # and some more
-        self._beats = (
-            0  # of this rank: the clock by which others are silent, it stops when this rank is stopped
-        )
-        self._last_beat = self._last
-        self._seen: dict[int, tuple[str, int]] = {}  # rank -> its last text, and at which beat that was new
+        self._extra = 0.0  # and some more
         self._closed = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         for target in (self._beat, self._watch):
@@ -69,14 +65,14 @@ class Heartbeat:
         self._last, self._allowed = time.monotonic(), self.step_timeout
 
     @contextlib.contextmanager
-    def patience(self, seconds: float) -> Iterator[None]:
+    def allow(self, seconds: float) -> Iterator[None]:
         """Allow `seconds` more, on this rank; afterwards the time to the next boundary counts anew."""
-        self._patience += seconds
+        self._extra += seconds
         try:
             yield
         finally:
             self._last = time.monotonic()
-            self._patience -= seconds
+            self._extra -= seconds
 
     def close(self) -> None:
         self._closed.set()
@@ -122,7 +118,7 @@ class Heartbeat:
             if now - looked > 3 * self.interval:  # this rank was stopped, by `scontrol suspend` for one
                 self._last += now - looked
             looked, waited = now, now - self._last
-            if waited >= self._allowed + self._patience:
+            if waited >= self._allowed + self._extra:
                 self._end(waited)
 
     def _end(self, waited: float) -> None:
@@ -140,7 +136,7 @@ class Heartbeat:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(HUNG)
+        os._exit(CRASH)
 
 
 def _progress(text: str) -> tuple[int, int]:

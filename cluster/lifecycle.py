@@ -27,13 +27,12 @@ from typing import NoReturn
 from cluster import atomic, checkpoint, distributed
 from cluster.checkpoint import State
 from cluster.distributed import World
-from cluster.errors import UserError
+from cluster.errors import AGAIN, CRASH, INTERRUPTED, TERMINATED, UserError
 from cluster.heartbeat import Heartbeat
 from cluster.owner import Owner
 from cluster.signals import GO_ON, REQUEUE, STOP, Signals
 
-AGAIN = 75  # EX_TEMPFAIL: the same command goes on from here
-FAILED = STOP + 1  # rank 0 can't go on: the disk is full, another run has taken over
+BROKEN = STOP + 1  # rank 0 can't go on: the disk is full, another run has taken over
 SAVING = 3600.0  # seconds that a save may take before a step counts as hung
 
 
@@ -115,7 +114,7 @@ class Run:
                 print(f"going on from {path}", flush=True)
             return path
 
-        with self.patience(SAVING):
+        with self.allow(SAVING):
             path = distributed.on_main(find)
             trouble = ""
             if path and not self.world.main:
@@ -151,13 +150,13 @@ class Run:
         self.heart.arrived(step)
         level: int = self.signals.level
         if self.owner and (self.writer.failed or not self.owner.held):
-            level = FAILED
+            level = BROKEN
         # Earlier by the time to write: a crash in the write then costs no more than the interval.
         since = time.monotonic() - self._saved_at + self.writer.seconds
         late = self.world.main and since >= self.checkpoint_every and not self.writer.busy
         level, due = self._agree(step, level, save or (late and not hold))
         self.heart.left()
-        if level == FAILED:
+        if level == BROKEN:
             self._fail()
         elif level != GO_ON:
             self._stop(step, state, level)
@@ -167,12 +166,12 @@ class Run:
     def save(self, step: int, state: Callable[[], State], wait: bool = False) -> None:
         """Save on rank 0, unless this step is saved; `wait`, on all ranks, until it is on disk."""
         if self.world.main and step != self._saved_step:
-            with self.patience(SAVING):  # the one before may still be on its way to the disk
+            with self.allow(SAVING):  # the one before may still be on its way to the disk
                 self.writer.save(step, state())
             self._saved_at = time.monotonic()
         self._saved_step = step
         if wait:
-            with self.patience(SAVING):
+            with self.allow(SAVING):
                 distributed.on_main(self.writer.wait)
 
     def finish(self, step: int, state: Callable[[], State], files: list[str]) -> None:
@@ -183,12 +182,12 @@ class Run:
             self._before_commit()
             checkpoint.sign_final(self.exp_dir, step, files)
 
-        with self.patience(SAVING):
+        with self.allow(SAVING):
             distributed.on_main(sign)
 
-    def patience(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """`with run.patience(1800):`, on every rank, around what takes long: validation, a probe."""
-        return self.heart.patience(seconds)
+    def allow(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """`with run.allow(1800):`, on every rank, around what takes long: a validation, a picture."""
+        return self.heart.allow(seconds)
 
     def _claim(self) -> None:
         self.owner = Owner(self.exp_dir)
@@ -213,7 +212,7 @@ class Run:
         except RuntimeError as error:  # a dead rank resets the connection at once
             reason = str(error).splitlines()[0][:160]
             print(f"error: step {step}: lost another rank ({reason})", file=sys.stderr, flush=True)
-            raise SystemExit(70) from None
+            raise SystemExit(CRASH) from None
 
     def _fail(self) -> NoReturn:
         if self.owner:
@@ -226,13 +225,13 @@ class Run:
         again = level == REQUEUE
         if self.world.main:
             print(f"step {step}: saved after {self.signals.name or 'a signal to another rank'}", flush=True)
-        with self.patience(SAVING + self.block_for):
+        with self.allow(SAVING + self.block_for):
             if self.world.launcher == "slurm" and (not again or distributed.on_main(requeue)):
                 # Slurm's kill tells what this was; to leave earlier would make the job COMPLETED or FAILED.
                 time.sleep(self.block_for)
         if again:
             raise SystemExit(AGAIN)
-        raise SystemExit(130 if self.signals.name == "SIGINT" else 143)
+        raise SystemExit(INTERRUPTED if self.signals.name == "SIGINT" else TERMINATED)
 
 
 def requeue() -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
 ORDINARY_STEPS = 0xFFFFFFF0  # above: the batch script, the shell of salloc, extern
+LINGER = 3.0  # seconds that rank 0 waits for the others to find the mistake that it has found
+
+_met: tuple[Place, Store] | None = None  # kept alive: rank 0 serves the store
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,57 @@ def meet(me: Place, folder: Path | None, timeout: float) -> Store:
 
     Raises UserError naming the ranks that did not come within `timeout` seconds.
     """
+    global _met
     if me.launcher == "torchrun":
         from torch.distributed import rendezvous
 
         store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
         _wait_for_all(store, me, timeout)
-        return store
-    if folder is None:
+    elif folder is None:
         raise UserError(f"{me.size} ranks under srun need a shared folder to meet in: give --exp-dir")
-    return _meet_in(folder, me, timeout)
+    else:
+        store = _meet_in(folder, me, timeout)
+    _met = me, store
+    return store
+
+
+def part() -> None:
+    """Leave the store."""
+    global _met
+    _met = None
+
+
+def tell_once(line: str) -> None:
+    """Print `line` on standard error, once for all ranks that come here with it.
+
+    Ranks find the same mistake in the same input, each by itself. The first to count itself tells it.
+    """
+    if _count(f"told {line}") == 1:
+        print(line, file=sys.stderr, flush=True)
+
+
+def leave(after_mistake: bool) -> None:
+    """Tell the others that this rank ends. After a mistake rank 0, which serves the store, waits for them.
+
+    They find the same mistake a moment later and ask the store who tells it. Those that are busy elsewhere
+    are waited for LINGER seconds.
+    """
+    _count("left")
+    deadline = time.monotonic() + LINGER
+    while after_mistake and _met and _met[0].rank == 0 and time.monotonic() < deadline:
+        if _count("left", 0) >= _met[0].size:
+            return
+        time.sleep(0.02)
+
+
+def _count(key: str, more: int = 1) -> int:
+    """Add to a number that all ranks share and read it; a rank alone, or left by rank 0, is the first."""
+    if not _met:
+        return 1
+    try:
+        return _met[1].add(key, more)
+    except RuntimeError:
+        return 1
 
 
 def _meet_in(folder: Path, me: Place, timeout: float) -> Store:

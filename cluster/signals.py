@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 
-from cluster.errors import UserError
+from cluster.errors import INTERRUPTED, UserError
 
 GO_ON, REQUEUE, STOP = 0, 1, 2
 
@@ -60,7 +60,7 @@ class Signals:
             if number not in self.trapped:
                 continue
             if number == signal.SIGINT and self.level == STOP:
-                os._exit(130)
+                os._exit(INTERRUPTED)
             level = REQUEUE if number == self.requeue else STOP
             if level > self.level:
                 self.name, self.level = signal.Signals(number).name, level

@@ -1,12 +1,12 @@
 """Windows of labelled sheets for training: native resolution, the same tiles as inference, law 1 throughout.
 
-A sample is a tile of a sheet, moved and changed by a draw from (seed, epoch, sample). Which samples a step
-sees is a function of (seed, step), so neither the sampler nor a worker holds state.
+A sample is a tile of a sheet, moved and changed by a draw from (seed, epoch, position, tile). Which samples a
+step sees is a function of (seed, step), so neither the sampler nor a worker holds state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cluster.batches import Key
 from schematics.coco import Split
 from schematics.sheets import DataError, read_sheet, to_color
 from schematics.windows import Colour, cut, paper_color, tile_sheet
@@ -74,7 +75,7 @@ class SheetReader:
 
 
 class TrainingWindows(Dataset):
-    """Item (epoch, sample) -> (window uint8 [3, side, side], target, seed for the detector's own draws).
+    """Item (epoch, position, tile) -> (window uint8 [3, side, side], target, seed of the detector's draws).
 
     A symbol cut by the window's edge stays a target, cut likewise, where at least KEEP of its area is left;
     with less it is background, as at inference another window sees it whole. Crowd boxes are no targets.
@@ -118,12 +119,11 @@ class TrainingWindows(Dataset):
         picked = np.searchsorted(ends, np.arange(count) + rng.random(), side="right")
         return rng.permutation(np.minimum(picked, len(ends) - 1))
 
-    def files(self, keys: Sequence[tuple[int, int, int]]) -> list[str]:
-        """The sheets behind a batch, for the reader of an error."""
-        sheets = self.reader.split.sheets
-        return sorted({sheets[self.tiles[tile][0]].file_name for _, _, tile in keys})
+    def source(self, key: Key) -> str:
+        """The sheet that a sample is cut from."""
+        return self.reader.split.sheets[self.tiles[key[2]][0]].file_name
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, dict[str, Tensor], int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Tensor], int]:
         epoch, position, tile = key
         rng = np.random.default_rng((self.seed, epoch, position, tile))
         sheet_index, x, y = self.tiles[tile].tolist()
@@ -146,26 +146,9 @@ class TrainingWindows(Dataset):
         return as_tensor(window), target, int(rng.integers(2**31))
 
 
-def batches(
-    windows: TrainingWindows, batch: int, start: int, stop: int, rank: int = 0, world: int = 1
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Keys (epoch, position, tile) of this rank's share of every step in [start, stop).
-
-    batch is global and a multiple of world; rank r takes the r-th slice, so the union over ranks does not
-    depend on their number. An epoch ends with its last full batch.
-    """
-    per_epoch, share = steps_per_epoch(windows, batch), batch // world
-    epoch, order = -1, np.empty(0)
-    for step in range(start, stop):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            order = windows.order(epoch, at_least=batch)
-        first = (step % per_epoch) * batch + rank * share
-        yield [(epoch, position, int(order[position])) for position in range(first, first + share)]
-
-
-def steps_per_epoch(windows: TrainingWindows, batch: int) -> int:
-    return max(1, len(windows) // batch)
+def steps_per_epoch(windows: TrainingWindows, batch_size: int) -> int:
+    """Full batches of an epoch; a set of less than one batch makes one, by repeating windows."""
+    return max(1, len(windows) // batch_size)
 
 
 def collate(items: Sequence[tuple[Tensor, dict[str, Tensor], int]]) -> tuple[Tensor, list, list[int]]:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from cluster import atomic
-from cluster import config as configuration
+from cluster.entry import run
 from cluster.errors import UserError
+from detection.inference import Detections, detect, load_detector
 from detection.model import Detector
 from detection.onnx_detector import INPUT, OUTPUTS, PROPERTY, OnnxDetector
-from detection.predict import Detections, detect, load_detector
-from schematics.sheets import DataError, find_sheets, read_sheet
+from schematics.sheets import find_sheets, read_sheet
 
 OPSET = 17
 LEAST_SCORE = 0.05  # below it two runtimes may fill the last places differently
@@ -90,9 +90,9 @@ def compare(one: Detections, other: Detections) -> tuple[int, float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    # model.pt of a finetuning.
+    # Detector to export: model.pt of a finetuning.
     checkpoint: Path
-    # The file to write, such as detector.onnx.
+    # File to write, such as detector.onnx.
     out: Path
     # Drawings on which torch and onnxruntime must agree: image files, PDFs, folders of them.
     sheets: Positional[tuple[Path, ...]] = ()
@@ -140,4 +140,4 @@ def main(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(ExportConfig, main, expected=(DataError,))
+    run(ExportConfig, main)

@@ -12,6 +12,7 @@ times and results.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,129 +21,102 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 
-from cluster import checkpoint, distributed
+from cluster import checkpoint, distributed, entry
 from cluster import config as configuration
+from cluster.batches import Batches
+from cluster.config import RunConfig, setting
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
-from detection.data import Augment, SheetReader, TrainingWindows, steps_per_epoch
-from detection.loop import Boundary, Progress, out_of_patience, train_to
+from cluster.training import GuardedStep, begin, parallel, train_guarded
+from cluster.weights import read_weights
+from detection.data import Augment, SheetReader, TrainingWindows, collate, steps_per_epoch
+from detection.loop import Boundary, Progress, train
 from detection.metrics.coco import Engine, coco_classes
 from detection.model import Detector, Spec
 from detection.plan import describe, plan_detector
-from detection.pretrained import load_backbone, read_pretrained
+from detection.pretrained import fill_backbone
 from detection.schedule import Phase, continue_phases, lr_at
+from detection.validation import out_of_patience
 from schematics.coco import Split, find_split, read_split
 from schematics.sheets import DataError
 
-# What may differ between a run and its continuation.
-FREE = {
-    "--data-dir", "--exp-dir", "--backbone", "--epochs", "--steps", "--lr", "--scheduler", "--lr-step-size",
-    "--lr-gamma", "--clip-grad", "--validate-every", "--patience", "--workers", "--device", "--precision",
-    "--checkpoint-every", "--keep", "--step-timeout", "--log-every", "--coco-engine",
-}  # fmt: skip
-
-
-# Least, and for some the largest, that a number may be.
-LIMITS = {
-    "epochs": (1,), "steps": (1,), "keep": (1,), "fpn_channels": (1,), "lr": (0,), "wd": (0,),
-    "predictor_lr": (0,), "momentum": (0,), "lr_gamma": (0,), "clip_grad": (1e-6,), "ema_decay": (0, 1),
-    "score_threshold": (0, 1), "checkpoint_every": (0,), "step_timeout": (1,), "validate_every": (1,),
-    "lr_step_size": (1,), "warmup_steps": (0,), "patience": (0,), "scale_jitter": (0,),
-    "photometric": (0, 1), "negatives": (0,), "repeat": (0, 1), "seed": (0, configuration.LARGEST_SEED),
-    "detections_per_image": (1,), "log_every": (1,), "workers": (0,),
-}  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class FinetuneConfig(RunConfig):
     # Labelled sheets: train/ and valid/ with COCO annotations.
     data_dir: Path
-    # backbone.safetensors of a finished pretraining, a .pth with torchvision's keys, or none (random).
-    backbone: str
-    # Folder of this run; the same command again goes on from its newest valid checkpoint.
-    exp_dir: Path
+    # Backbone to start from: backbone.safetensors of a finished pretraining, a .pth with torchvision's keys,
+    # or none (random weights).
+    backbone: str = setting(may_change=True)
 
-    # timm name of the backbone; known from a backbone.safetensors, else resnet50.
-    arch: str | None = None
-    # sync: BatchNorm, synced over GPUs; group: GroupNorm; auto: sync for a pretrained backbone, but group on
-    # several CPU processes; group from random weights.
-    norm: Literal["auto", "sync", "group"] = "auto"
-    # mlp: two hidden layers; conv: four convolutions with norm, one hidden layer.
-    head: Literal["mlp", "conv"] = "mlp"
+    # Backbone by its name in timm; a backbone.safetensors knows its own, else it is resnet50.
+    arch: str | None = setting(None)
+    # Norm layers: sync (BatchNorm, synced over GPUs), group (GroupNorm), or auto: sync for a pretrained
+    # backbone, but group on several CPU processes and from random weights.
+    norm: Literal["auto", "sync", "group"] = setting("auto")
+    # Head on each proposal: mlp (two hidden layers) or conv (four convolutions with norm, one hidden layer).
+    head: Literal["mlp", "conv"] = setting("mlp")
     # Channels of the feature pyramid.
-    fpn_channels: int = 256
-    # Backbone stages kept as pretrained: 1 is up to stride 4, 4 is all of it.
-    freeze_stages: int = 0
+    fpn_channels: int = setting(256, least=1)
+    # Stages of the backbone kept as pretrained: 1 freezes it up to stride 4, 4 all of it.
+    freeze_stages: int = setting(0)
 
     # Passes over the windows with symbols, in all.
     epochs: int = 20
-    # Optimizer steps in all, in place of --epochs.
-    steps: int | None = None
-    # Global batch in windows, divided among the ranks.
+    # Windows in a batch over all ranks together; the number of ranks must divide it.
     batch_size: int = 8
-    lr: float = 0.005
-    # The box predictor's learning rate over that of the rest; 2 to 4 where labels are few.
-    predictor_lr: float = 1.0
+    # Learning rate at the peak.
+    lr: float = setting(0.005, least=0, may_change=True)
+    # Learning rate of the box predictor over that of the rest; 2 to 4 where labels are few.
+    predictor_lr: float = setting(1.0, least=0)
+    # Momentum of SGD.
     momentum: float = 0.9
-    # Weight decay.
-    wd: float = 0.0005
-    # constant, step (times --lr-gamma every --lr-step-size epochs) or cosine (to 0).
-    scheduler: Literal["constant", "step", "cosine"] = "step"
-    lr_step_size: int = 8
-    lr_gamma: float = 0.1
-    # Steps of linear rise; at most a tenth of the run.
-    warmup_steps: int = 100
-    # Largest norm of the gradient.
+    # Weight decay (L2) of all weights; --wd is taken too.
+    weight_decay: float = 0.0005
+    # Course of the learning rate: constant, step (--lr-gamma every --lr-step-size epochs) or cosine (to 0).
+    scheduler: Literal["constant", "step", "cosine"] = setting("step", may_change=True)
+    # Epochs from one drop of the learning rate to the next, with --scheduler step.
+    lr_step_size: int = setting(8, least=1, may_change=True)
+    # Factor on the learning rate at each drop, with --scheduler step.
+    lr_gamma: float = setting(0.1, least=0, may_change=True)
+    # Steps over which the learning rate rises linearly at the start, but at most a tenth of the run.
+    warmup_steps: int = setting(100, least=0)
+    # Largest norm of the gradient, to which longer ones are scaled down.
     clip_grad: float = 10.0
     # Epochs from one validation to the next; the last step always ends with one.
-    validate_every: int = 1
-    # Decay of an average of the weights that is validated and handed on, say 0.999; 0 is off.
-    ema_decay: float = 0.0
-    # End when validation AP has not risen for this many epochs; 0 never does.
-    patience: int = 0
+    validate_every: int = setting(1, least=1, may_change=True)
+    # Decay of an average of the weights that is validated and handed on, say 0.999; 0 makes none.
+    ema_decay: float = setting(0.0, least=0, most=1)
+    # Epochs without a rise of validation AP after which the run ends; 0 never ends it early.
+    patience: int = setting(0, least=0, may_change=True)
 
-    # Side of a window in sheet pixels, a multiple of 64; fitted to the sheets.
-    window: int | None = None
-    # Pixels that neighbouring windows share; fitted to the symbols.
-    overlap: int | None = None
-    # Every other window is seen at 1 / (1 + s) to 1 + s of its size, antialiased.
-    scale_jitter: float = 0.1
-    # Strength of brightness, contrast, blur and noise, 0 to 1, in every other window.
-    photometric: float = 0.3
+    # Side of a window in sheet pixels, a multiple of 64; by default fitted to the sheets.
+    window: int | None = setting(None)
+    # Pixels that neighbouring windows share; by default fitted to the symbols.
+    overlap: int | None = setting(None)
+    # Strength s of the scale jitter: every other window is seen at 1 / (1 + s) to 1 + s of its size.
+    scale_jitter: float = setting(0.1, least=0)
+    # Strength of brightness, contrast, blur and noise in every other window, from 0 to 1.
+    photometric: float = setting(0.3, least=0, most=1)
     # Mirror windows; harmful where orientation tells classes apart.
-    flip: bool = False
-    # Turn windows by quarters; likewise.
-    rot90: bool = False
-    # Windows without symbols per window with symbols, at most.
-    negatives: float = 0.5
-    # Repeat-factor sampling of rare classes: threshold t of arXiv 1908.03195; 0 is off.
-    repeat: float = 0.0
+    flip: bool = setting(False)
+    # Turn windows by quarters; harmful where orientation tells classes apart.
+    rot90: bool = setting(False)
+    # Windows without symbols in an epoch, for each window with symbols, at most.
+    negatives: float = setting(0.5, least=0)
+    # Threshold t of repeat-factor sampling, which shows rare classes more often (arXiv 1908.03195); 0 is off.
+    repeat: float = setting(0.0, least=0, most=1)
 
-    # Detections below this score are not kept: low, as AP needs the tail.
-    score_threshold: float = 0.01
-    # Detections kept of a window; fitted to the fullest.
-    detections_per_image: int | None = None
-    # What computes validation AP: pycocotools, or hotcoco (pip install 'linework[fast]'), equal and faster.
-    coco_engine: Engine = "pycocotools"
-
-    # Processes that cut windows, per rank.
-    workers: int = 2
-    seed: int = 0
-    # auto, cpu or cuda.
-    device: str = "auto"
-    # auto (bf16 on a GPU), fp32 or bf16; losses are float32.
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    # Seconds between checkpoints; there is one before each validation besides.
-    checkpoint_every: float = 600.0
-    # Checkpoints kept.
-    keep: int = 3
-    # Seconds a step may take before the run is ended as hung.
-    step_timeout: float = 600.0
-    # Steps between lines of metrics.jsonl.
-    log_every: int = 10
+    # Score below which detections are not kept; low, as AP needs the tail.
+    score_threshold: float = setting(0.01, least=0, most=1)
+    # Detections kept of a window, at most; by default fitted to the fullest window.
+    detections_per_image: int | None = setting(None, least=1)
+    # Program that computes validation AP: pycocotools, or hotcoco, which gives the same figures faster
+    # (pip install 'linework[fast]').
+    coco_engine: Engine = setting("pycocotools", may_change=True)
 
 
 def read_splits(data_dir: Path) -> tuple[Split, Split]:
@@ -162,14 +136,14 @@ def fresh_detector(
 
     choices: see plan_detector. Raises UserError for a backbone that doesn't fit.
     """
-    tensors, meta = read_pretrained(backbone)
+    tensors, meta = read_weights(backbone)
     known = meta.get("arch", arch or "resnet50")
     if arch not in (None, known):
         raise UserError(f"--arch {arch}: {backbone} is a {known}; leave --arch away")
     spec = plan_detector(split, meta, arch=known, **choices)
     torch.manual_seed(seed)
     detector = Detector(spec)
-    audit = load_backbone(detector, tensors, backbone) if tensors else "backbone: random weights"
+    audit = fill_backbone(detector, tensors, backbone) if tensors else "backbone: random weights"
     return detector, f"{audit}\n{describe(spec, split.sheets)}"
 
 
@@ -188,7 +162,9 @@ def refuse_unsynced(norm: str, world: World) -> None:
         )
 
 
-def build_optimizer(detector: Detector, momentum: float, wd: float, predictor_lr: float) -> torch.optim.SGD:
+def build_optimizer(
+    detector: Detector, momentum: float, weight_decay: float, predictor_lr: float
+) -> torch.optim.SGD:
     """SGD over what is trained; a group's `factor` is its share of the learning rate."""
     predictor = set(detector.roi_heads.box_predictor.parameters())
     trained = [p for p in detector.parameters() if p.requires_grad]
@@ -196,111 +172,141 @@ def build_optimizer(detector: Detector, momentum: float, wd: float, predictor_lr
         {"params": [p for p in trained if p not in predictor], "factor": 1.0},
         {"params": [p for p in trained if p in predictor], "factor": predictor_lr},
     ]
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=wd)
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
 
 
-def begin(
-    detector: Detector, state: dict[str, Any] | None, world: World,
-    *, freeze_stages: int, momentum: float, wd: float, predictor_lr: float, ema_decay: float,
-) -> Progress:  # fmt: skip
-    """The detector on its device with optimizer, guard and averaged weights, anew or as `state` left them."""
+def prepare(
+    detector: Detector, world: World, freeze_stages: int, optimizer: Mapping[str, float], ema_decay: float
+) -> Progress:
+    """The detector on its device with its optimizer and averaged weights; optimizer: see build_optimizer."""
     if detector.spec.norm == "sync" and world.size > 1:
         detector = convert_sync_batchnorm(detector)
     detector.to(world.device, memory_format=torch.channels_last).train()
     detector.backbone.freeze(freeze_stages)
     ema = ModelEmaV3(detector, ema_decay, use_warmup=True) if ema_decay else None
-    progress = Progress(detector, build_optimizer(detector, momentum, wd, predictor_lr), Guard(), ema)
-    if state:
-        progress.restore(state)
-        progress.guard = Guard(**state["guard"])
-        progress.phases = [Phase(**phase) for phase in state["phases"]]
-    return progress
+    return Progress(detector, build_optimizer(detector, **optimizer), Guard(), ema)
 
 
-def length_of(exp_dir: Path, patience: int, total: int) -> int:
-    """Steps after which the run counts as finished: `total`, or fewer where its patience (in steps) ran out.
+def refuse_other_classes(spec: Spec, split: Split, data_dir: Path, exp_dir: Path) -> None:
+    """Raise UserError where the run in exp_dir was begun with other classes than those of the split."""
+    if spec.categories != tuple((c.id, c.name) for c in split.categories):
+        raise UserError(f"--data-dir {data_dir}: {exp_dir} was begun with other classes")
+
+
+def length_of(exp_dir: Path, patience_steps: int, total: int) -> int:
+    """Steps after which the run counts as finished: `total`, or fewer where it ended for want of patience.
 
     Its last checkpoint, if it is kept at all, is from before its last validation: model.pt knows the best.
     """
-    if patience and (exp_dir / "final.json").exists():
+    if patience_steps and (exp_dir / "final.json").exists():
         step = checkpoint.check_final(exp_dir)["step"]
-        if out_of_patience(checkpoint.read(exp_dir / "model.pt"), step, patience):
+        if out_of_patience(checkpoint.read(exp_dir / "model.pt"), step, patience_steps):
             return min(step, total)
     return total
 
 
-def main(config: Config) -> None:
+def main(config: FinetuneConfig) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
-    configuration.refuse_outside(config, LIMITS)
     if config.freeze_stages and config.backbone == "none":
         raise UserError(f"--freeze-stages {config.freeze_stages}: random weights would stay random; give 0")
-    configuration.refuse_changes(config, config.exp_dir, FREE)
+    configuration.refuse_changes(config, config.exp_dir)
     coco_classes(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)
     build = functools.partial(
-        fresh_detector, splits[0], config.backbone, config.arch, config.seed,
-        norm=norm, head=config.head, fpn_channels=config.fpn_channels, window=config.window,
-        overlap=config.overlap, detections=config.detections_per_image,
+        fresh_detector,
+        splits[0],
+        config.backbone,
+        config.arch,
+        config.seed,
+        norm=norm,
+        head=config.head,
+        fpn_channels=config.fpn_channels,
+        window=config.window,
+        overlap=config.overlap,
+        detections=config.detections_per_image,
         score_threshold=config.score_threshold,
-    )  # fmt: skip
+    )
     # Whatever is wrong with the input shows before the exp-dir is touched.
     fresh = None if checkpoint.listed(config.exp_dir / "checkpoints") else build()
     run = Run(
-        config.exp_dir, world, checkpoint_every=config.checkpoint_every, keep=config.keep,
+        config.exp_dir,
+        world,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
         step_timeout=config.step_timeout,
-    )  # fmt: skip
+    )
     with run:
-        state = run.resume()
-        detector, story = (Detector(Spec.from_dict(state["spec"])), "") if state else fresh or build()
-        spec = detector.spec
-        if spec.categories != tuple((c.id, c.name) for c in splits[0].categories):
-            raise UserError(f"--data-dir {config.data_dir}: {config.exp_dir} was begun with other classes")
-        refuse_unsynced(spec.norm, world)
-        readers = [SheetReader(split, spec.color_mode).preload() for split in splits]
+        saved = run.resume()
+        detector, story = (Detector(Spec.from_dict(saved["spec"])), "") if saved else fresh or build()
+        refuse_other_classes(detector.spec, splits[0], config.data_dir, config.exp_dir)
+        refuse_unsynced(detector.spec.norm, world)
         augment = Augment(True, config.scale_jitter, config.photometric, config.flip, config.rot90)
+        readers = [SheetReader(split, detector.spec.color_mode).preload() for split in splits]
         windows = TrainingWindows(
-            readers[0], spec.window, spec.overlap, config.seed, augment, config.negatives, config.repeat
+            readers[0],
+            detector.spec.window,
+            detector.spec.overlap,
+            config.seed,
+            augment,
+            config.negatives,
+            config.repeat,
         )
         per_epoch = steps_per_epoch(windows, config.batch_size)
         total = config.epochs * per_epoch if config.steps is None else config.steps
-        patience = config.patience * per_epoch
-        if run.finished(length_of(config.exp_dir, patience, total)):
+        patience_steps = config.patience * per_epoch
+        if run.finished(length_of(config.exp_dir, patience_steps, total)):
             return
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
 
-        progress = begin(
-            detector, state, world, freeze_stages=config.freeze_stages, momentum=config.momentum,
-            wd=config.wd, predictor_lr=config.predictor_lr, ema_decay=config.ema_decay,
-        )  # fmt: skip
-        if state is None:  # something to go back to, and a full disk shows before the first step
-            run.save(0, progress.state, wait=True)
+        sgd = {
+            "momentum": config.momentum,
+            "weight_decay": config.weight_decay,
+            "predictor_lr": config.predictor_lr,
+        }
+        progress = prepare(detector, world, config.freeze_stages, sgd, config.ema_decay)
+        begin(run, saved, progress.guard, progress.state, progress.restore)
         wanted = Phase(
             0, config.lr, config.scheduler, config.lr_step_size * per_epoch, config.lr_gamma, total
         )
-        progress.phases = continue_phases(progress.phases, wanted, progress.step)
+        begun = [Phase(**phase) for phase in saved["phases"]] if saved else []
+        progress.phases = continue_phases(begun, wanted, progress.step)
+        progress.pending |= progress.step >= total
 
         journal = Journal(config.exp_dir, world, total, progress.step, every=config.log_every)
         journal.message(story or f"going on at step {progress.step}")
         journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
-        progress.pending |= progress.step >= total
-        train_to(
-            total, windows, config.batch_size, config.workers, progress, world,
-            Boundary(
-                progress, run, journal, world, readers[1], per_epoch, total, config.validate_every,
-                patience, config.coco_engine,
-            ),
-            lr=functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10)),
-            bf16=config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda"),
-            clip_grad=config.clip_grad,
-        )  # fmt: skip
+        model = parallel(progress.detector, world)
+        lr = functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10))
+        guarded = GuardedStep(
+            model, progress.optimizer, lr, progress.guard, world.device, config.clip_grad, config.precision
+        )
+        boundary = Boundary(
+            progress,
+            run,
+            journal,
+            readers[1],
+            per_epoch,
+            total,
+            config.validate_every,
+            patience_steps,
+            config.coco_engine,
+        )
+        order = functools.partial(windows.order, at_least=config.batch_size)
+        batches = Batches(windows, order, per_epoch, config.batch_size, world, config.workers, collate)
+
+        def train_on(rest: Iterable[tuple[int, Any]]) -> None:
+            if not progress.pending or boundary.validate():
+                train(model, guarded, rest, journal, boundary)
+
+        train_guarded(train_on, batches, progress.guard, run, journal, progress.restore, progress.step, total)
         run.finish(progress.step, progress.state, ["model.pt", "last.pt"])
         journal.close()
     distributed.stop()
 
 
 if __name__ == "__main__":
-    configuration.run(Config, main, expected=(DataError,))
+    entry.run(FinetuneConfig, main)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import timm
 import torch
 from timm.layers import BatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from cluster.errors import UserError
+from cluster.weights import Normalise, build_backbone
 from detection.anchors import STRIDES, Anchors
 
 
@@ -117,21 +117,16 @@ class Pyramid(nn.Module):
 class Windows(nn.Module):
     """Stands where torchvision resizes and pads: uint8 windows of one size in, a normalised batch out."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise(mean, std)
 
     def forward(self, images: Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None) -> tuple:
         batch = images if isinstance(images, Tensor) else torch.stack(list(images))
         height, width = batch.shape[-2:]
         if height % STRIDES[-1] or width % STRIDES[-1]:
             raise ValueError(f"a window of {width}x{height} px: its sides must be multiples of {STRIDES[-1]}")
-        batch = (batch.float() / 255 - self.mean) / self.std
-        return ImageList(batch, [(height, width)] * len(batch)), targets
+        return ImageList(self.normalise(batch), [(height, width)] * len(batch)), targets
 
     def postprocess(self, detections: list[dict[str, Tensor]], *_: Any) -> list[dict[str, Tensor]]:
         return detections
@@ -272,12 +267,7 @@ class Detector(FasterRCNN):
 
 def _build_body(arch: str) -> Any:
     """The backbone exactly as pretraining builds it: same keys, same shapes."""
-    if not timm.is_model(arch):
-        raise UserError(f"--arch {arch}: timm has no such model; `python -m timm.list_models` names them")
-    try:
-        body = timm.create_model(arch, pretrained=False, num_classes=0)
-    except RuntimeError as error:  # a tag that this model doesn't have
-        raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from None
+    body = build_backbone(arch)
     if not hasattr(body, "forward_intermediates"):
         raise UserError(f"--arch {arch}: timm gives no intermediate maps of it; take a ResNet or a ConvNeXt")
     return body

@@ -19,44 +19,45 @@ import torch
 from tqdm import tqdm
 
 from cluster import atomic, checkpoint, distributed
-from cluster.config import refuse_outside, run
+from cluster.config import Config, setting
+from cluster.entry import run
 from cluster.errors import UserError
 from detection.draw import annotate, side_by_side, write_png
+from detection.inference import Detections, detect, load_detector, to_results
 from detection.metrics.analysis import analyse
 from detection.metrics.coco import Engine, coco_classes, evaluate
 from detection.model import Spec
-from detection.predict import Detections, detect, load_detector, to_results
 from detection.report.page import CHOSEN_HERE, write_report
 from schematics.coco import Category, LabelledSheet, find_split, read_split, to_coco
-from schematics.sheets import DataError, read_sheet
+from schematics.sheets import read_sheet
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    # model.pt of a finetuning.
+class EvaluateConfig(Config):
+    # Detector to measure: model.pt of a finetuning, or an exported .onnx.
     checkpoint: Path
     # Labelled sheets, as for finetuning.
     data_dir: Path
-    # train, valid or test.
+    # Split to measure on: train, valid or test.
     split: str = "valid"
-    # Folder for what is written; default: evaluate-SPLIT beside the checkpoint.
+    # Folder for what is written; by default evaluate-SPLIT beside the checkpoint.
     out: Path | None = None
-    # Sheets to draw, from the first.
+    # Number of sheets to draw, from the first.
     pictures: int = 6
-    # Score from which a detection is drawn and counted; default: each class's own, best on valid.
-    threshold: float | None = None
+    # Score from which a detection is drawn and counted; by default each class's own, the best on valid.
+    threshold: float | None = setting(None, least=0, most=1)
     # Measure a model.pt whose finetuning has not signed its end: its best so far.
     unfinished: bool = False
-    # pycocotools, or hotcoco (pip install 'linework[fast]'), equal and faster.
+    # Program that computes the figures: pycocotools, or hotcoco, which gives the same ones faster
+    # (pip install 'linework[fast]').
     coco_engine: Engine = "pycocotools"
-    # Windows per forward pass.
-    batch_size: int = 4
-    # auto, cpu or cuda.
+    # Windows in one forward pass; memory grows with it.
+    batch_size: int = setting(4, least=1)
+    # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.
     device: str = "auto"
 
 
 def main(config: EvaluateConfig) -> None:
-    refuse_outside(config, {"batch_size": (1,), "threshold": (0, 1)})
     if not config.unfinished:
         refuse_unfinished(config.checkpoint)
     device = distributed.start(config.device).device
@@ -153,4 +154,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    run(EvaluateConfig, main, expected=(DataError,))
+    run(EvaluateConfig, main)

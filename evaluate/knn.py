@@ -9,16 +9,15 @@ Prints the top-1 accuracy and its mean over classes (Wu et al., arXiv 1805.01978
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from cluster.config import run
+from cluster import distributed
+from cluster.config import Config, setting
+from cluster.entry import run
 from pretraining.features import split_features
 from pretraining.probe import accuracy, knn_predict
-from schematics.sheets import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig:
+class KnnConfig(Config):
     # backbone.safetensors of a pretraining run.
     checkpoint: Path
     # Folder with one folder a split, and in it one a class.
@@ -27,20 +26,21 @@ class KnnConfig:
     train_split: str = "train"
     # Split whose crops are told apart.
     test_split: str = "test"
-    # Neighbours that vote.
-    k: int = 20
-    # Side in pixels to which crops are brought; default: that of pretraining.
-    image_size: int | None = None
+    # Number of neighbours that vote.
+    k: int = setting(20, least=1)
+    # Side in pixels to which crops are brought; by default that of pretraining.
+    image_size: int | None = setting(None, least=1)
     # Processes that read images.
-    workers: int = 2
-    # cpu or cuda.
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    workers: int = setting(2, least=0)
+    # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.
+    device: str = "auto"
 
 
 def main(config: KnnConfig) -> None:
+    device = distributed.start(config.device).device
     classes, (train, test) = split_features(
         config.checkpoint, config.data_dir, [config.train_split, config.test_split],
-        config.image_size, config.device, config.workers,
+        config.image_size, device, config.workers,
     )  # fmt: skip
     top1, mean = accuracy(knn_predict(*train, test[0], len(classes), config.k), test[1])
     counts = f"{len(test[1])} crops, {len(classes)} classes, k {config.k}"
@@ -48,4 +48,4 @@ def main(config: KnnConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(KnnConfig, main, expected=(DataError,))
+    run(KnnConfig, main)

@@ -10,34 +10,34 @@ a grid, takes the one that is best on the valid split and prints top-1 accuracy 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from cluster.config import run
+from cluster import distributed
+from cluster.config import Config, setting
+from cluster.entry import run
 from pretraining.features import split_features
 from pretraining.probe import accuracy, fit_linear
-from schematics.sheets import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(Config):
     # backbone.safetensors of a pretraining run.
     checkpoint: Path
     # Folder with train, valid and test, in each one folder a class.
     data_dir: Path
-    # Weights of the squared norm that are tried.
-    weight_decays: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
-    # Side in pixels to which crops are brought; default: that of pretraining.
-    image_size: int | None = None
+    # Weights of the squared norm of the layer that are tried.
+    weight_decays: tuple[float, ...] = setting((1e-5, 1e-4, 1e-3, 1e-2), least=0)
+    # Side in pixels to which crops are brought; by default that of pretraining.
+    image_size: int | None = setting(None, least=1)
     # Processes that read images.
-    workers: int = 2
-    # cpu or cuda.
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    workers: int = setting(2, least=0)
+    # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.
+    device: str = "auto"
 
 
 def main(config: LinearConfig) -> None:
+    device = distributed.start(config.device).device
     classes, (train, valid, test) = split_features(
         config.checkpoint, config.data_dir, ["train", "valid", "test"],
-        config.image_size, config.device, config.workers,
+        config.image_size, device, config.workers,
     )  # fmt: skip
     mean, std = train[0].mean(dim=0), train[0].std(dim=0).clamp_min(1e-6)
     standard = [((features - mean) / std, labels) for features, labels in (train, valid, test)]
@@ -52,4 +52,4 @@ def main(config: LinearConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(LinearConfig, main, expected=(DataError,))
+    run(LinearConfig, main)

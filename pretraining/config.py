@@ -4,78 +4,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cluster.config import RunConfig, setting
+
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(RunConfig):
     # Pool of unlabelled drawings: a folder (or tree) of images and PDFs, a COCO split, or a packed store.
     data_dir: Path
-    # Folder of this run; the same command again goes on from its newest valid checkpoint.
-    exp_dir: Path
 
-    # Any timm backbone; a ResNet's keys are torchvision's.
-    arch: str = "resnet50"
+    # Backbone by its name in timm; a ResNet's keys are torchvision's.
+    arch: str = setting("resnet50")
     # Widths of the projector's layers.
-    projector: tuple[int, ...]
+    projector: tuple[int, ...] = setting(least=1)
 
-    # Passes over the pool's windows.
+    # Passes over the pool's windows, in all.
     epochs: int = 100
-    # Optimizer steps in place of --epochs.
-    steps: int | None = None
-    # Global batch in windows, divided among the ranks.
+    # Windows in a batch over all ranks together; the number of ranks must divide it.
     batch_size: int = 256
 
-    # Learning rate per 256 samples; default: the method's published one.
-    base_lr: float | None = None
-    # How the batch scales the learning rate: linear (base * B / 256) or sqrt (base * sqrt(B) / 4).
-    lr_scaling: Literal["linear", "sqrt"] = "linear"
-    # Linear warm-up in epochs; at most a tenth of the run.
-    warmup_epochs: float = 10.0
-    # Where the cosine ends, as a share of the peak.
-    min_lr_ratio: float = 0.0
-    # lars, sgd or adamw.
-    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
-    # Of lars and sgd.
-    momentum: float = 0.9
-    # Not applied to biases and norm layers.
+    # Learning rate per 256 windows of the batch; by default the one that the method's authors published.
+    base_lr: float | None = setting(None, least=0)
+    # How the batch size B scales the learning rate: linear (base * B / 256) or sqrt (base * sqrt(B) / 4).
+    lr_scaling: Literal["linear", "sqrt"] = setting("linear")
+    # Epochs of linear warm-up, but at most a tenth of the run.
+    warmup_epochs: float = setting(10.0, least=0)
+    # Learning rate at the end of the cosine, as a share of the peak.
+    min_lr_ratio: float = setting(0.0, least=0)
+    # Optimizer: lars, sgd or adamw.
+    optimizer: Literal["lars", "sgd", "adamw"] = setting("lars")
+    # Weight decay (L2) of all but biases and norm layers; --wd is taken too.
     weight_decay: float = 1e-6
-    # Largest norm of the gradient; default: not clipped.
-    clip_grad: float | None = None
 
     # How a window becomes two views: drawing (line art), or simclr and vicreg (the published photo recipes).
-    recipe: Literal["drawing", "simclr", "vicreg"] = "drawing"
+    recipe: Literal["drawing", "simclr", "vicreg"] = setting("drawing")
     # Side of a view in pixels.
-    image_size: int = 224
+    image_size: int = setting(224, least=1)
     # Side of a window in pixels of the sheet.
-    window: int = 512
-    # Step between windows in pixels; default: half a window.
-    stride: int | None = None
-    # Multiplies the ranges of the colour jitter.
-    strength: float = 1.0
-    # Mirror and turn views in the drawing recipe too: it erases classes told apart by their orientation.
-    orientation: bool = False
-    # gray, rgb, or auto: gray if every drawing of the pool is.
-    color_mode: Literal["auto", "gray", "rgb"] = "auto"
-    # Resolution at which PDF pages are drawn.
-    dpi: int = 200
+    window: int = setting(512, least=1)
+    # Pixels from one window to the next; by default half a window.
+    stride: int | None = setting(None, least=1)
+    # Factor on the ranges of the color jitter.
+    strength: float = setting(1.0, least=0)
+    # Mirror and turn views in the drawing recipe too; this erases classes told apart by their orientation.
+    orientation: bool = setting(False)
+    # Channels of the views: gray, rgb, or auto (gray if every drawing of the pool is).
+    color_mode: Literal["auto", "gray", "rgb"] = setting("auto")
+    # Resolution in dots per inch at which PDF pages are drawn.
+    dpi: int = setting(200, least=1)
 
-    # Processes that make views, per rank.
-    workers: int = 2
-    # Of the weights at the start, the order of windows and the views.
-    seed: int = 0
-    # auto, cpu or cuda.
-    device: str = "auto"
-    # auto (bf16 on a GPU), fp32 or bf16. The loss is computed in float32 whatever this says.
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-
-    # Seconds between checkpoints.
-    checkpoint_every: float = 600.0
-    # Epochs between checkpoints besides; 0: none.
-    checkpoint_epochs: int = 10
-    # Checkpoints kept.
-    keep: int = 3
-    # Seconds a step may take before the run is ended as hung.
-    step_timeout: float = 600.0
-    # Steps between lines of metrics.jsonl.
-    log_every: int = 10
-    # Epochs between pictures of the embedding in TensorBoard; the last step always draws one.
-    embed_every: int = 10
+    # Epochs from one checkpoint to the next, besides those by the clock; 0 makes none.
+    checkpoint_epochs: int = setting(10, least=0, may_change=True)
+    # Epochs from one picture of the embedding in TensorBoard to the next; the last step always draws one.
+    embed_every: int = setting(10, least=0, may_change=True)

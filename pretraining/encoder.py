@@ -1,25 +1,11 @@
 """The network that is pretrained: a timm backbone and the projector the loss is computed behind."""
 
-import difflib
 from itertools import pairwise
 
-import timm
 import torch
 from torch import Tensor, nn
 
-
-def build_backbone(arch: str) -> nn.Module:
-    """A timm backbone without classifier: images [B, 3, H, W] -> features [B, backbone.num_features].
-
-    The keys and shapes of a ResNet's state dict are torchvision's, less `fc.*`.
-
-    Raises:
-        ValueError: timm has no model of that name; the message offers the nearest.
-    """
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        raise ValueError(f"--arch {arch}: timm has no such model; near: {', '.join(near) or 'none'}")
-    return timm.create_model(arch, pretrained=False, num_classes=0)
+from cluster.weights import Normalise
 
 
 def build_projector(widths: list[int], last_norm: bool) -> nn.Sequential:
@@ -42,19 +28,25 @@ class Encoder(nn.Module):
     """Backbone and projector over both views in one forward, so that DDP sees one forward a step.
 
     Args:
+        normalise: from pixels to what the backbone takes, by the mean and std of the pool.
         joint: True puts both views through as one batch of 2N, as SimCLR does; False makes two passes, so
             that BatchNorm's statistics belong to one view, as VICReg does.
     """
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module, joint: bool):
+    def __init__(self, normalise: Normalise, backbone: nn.Module, projector: nn.Module, joint: bool):
         super().__init__()
+        self.normalise = normalise
         self.backbone = backbone
         self.projector = projector
         self.joint = joint
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """view1, view2 [n, 3, S, S] -> z1, z2 [n, D]."""
+        """view1, view2 uint8 [n, 3, S, S] -> z1, z2 [n, D]."""
         if self.joint:
-            z1, z2 = self.projector(self.backbone(torch.cat([view1, view2]))).chunk(2)
+            z1, z2 = self.embed(torch.cat([view1, view2])).chunk(2)
             return z1, z2
-        return self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
+        return self.embed(view1), self.embed(view2)
+
+    def embed(self, views: Tensor) -> Tensor:
+        """uint8 [n, 3, S, S] -> [n, D]."""
+        return self.projector(self.backbone(self.normalise(views)))

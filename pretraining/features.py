@@ -8,21 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cluster.checkpoint import read_backbone
 from cluster.errors import UserError
-from pretraining.encoder import build_backbone
+from cluster.weights import Normalise, build_backbone, read_backbone
 from schematics.sheets import find_sheets, read_sheet, to_color
 from schematics.windows import paper_color
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32, channels last; mean and std [3] in units of 0..1."""
-    images = (images.float() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def load_backbone(path: Path) -> tuple[nn.Module, dict]:
-    """The backbone of a backbone.safetensors, in eval mode, and the meta it travels with.
+def open_backbone(path: Path) -> tuple[nn.Module, dict]:
+    """A network from uint8 [B, 3, S, S] to features [B, D] by a backbone.safetensors, in eval mode; its meta.
 
     Raises:
         UserError: the file is not one of ours, is damaged, or lacks tensors of its architecture.
@@ -35,20 +28,17 @@ def load_backbone(path: Path) -> tuple[nn.Module, dict]:
             f"{path}: {len(missing)} tensors of {meta['arch']} are missing, {len(unexpected)} are foreign; "
             "export the backbone again"
         )
-    return backbone.eval(), meta
+    return nn.Sequential(Normalise(meta["mean"], meta["std"]), backbone).eval(), meta
 
 
 @torch.no_grad()
-def embed(backbone: nn.Module, images: Tensor, mean: Tensor, std: Tensor, batch: int = 64) -> Tensor:
-    """Features in eval mode: images uint8 [B, 3, S, S] -> float32 [B, D] on the CPU."""
-    device = next(backbone.parameters()).device
-    training = backbone.training
-    backbone.eval()
-    features = [
-        backbone(normalise(chunk.to(device), mean.to(device), std.to(device))).float().cpu()
-        for chunk in images.split(batch)
-    ]
-    backbone.train(training)
+def embed(network: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
+    """What a network makes of images uint8 [N, 3, S, S] in eval mode: float32 [N, D] on the CPU."""
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    features = [network(chunk.to(device)).float().cpu() for chunk in images.split(batch)]
+    network.train(training)
     return torch.cat(features)
 
 
@@ -75,7 +65,7 @@ class ClassFolder(Dataset):
 
 
 def square(image: np.ndarray, size: int) -> Tensor:
-    """uint8 [H, W] or [H, W, 3] -> uint8 [3, size, size], padded to a square with the paper's colour."""
+    """uint8 [H, W] or [H, W, 3] -> uint8 [3, size, size], padded to a square with the paper's color."""
     paper = np.atleast_1d(paper_color(image)).tolist()
     h, w = image.shape[:2]
     side = max(h, w)
@@ -107,28 +97,32 @@ def class_names(data_dir: Path, splits: list[str]) -> list[str]:
 
 
 def class_features(
-    backbone: nn.Module, meta: dict, folder: ClassFolder, device: str, workers: int
+    network: nn.Module, folder: ClassFolder, device: torch.device, workers: int
 ) -> tuple[Tensor, Tensor]:
     """Features [N, D] and labels int64 [N] of every image of a class folder, on `device`."""
-    mean, std = torch.tensor(meta["mean"]), torch.tensor(meta["std"])
-    backbone = backbone.to(device)
+    network = network.to(device)
     features, labels = [], []
     for images, batch_labels in DataLoader(folder, batch_size=64, num_workers=workers):
-        features.append(embed(backbone, images, mean, std))
+        features.append(embed(network, images))
         labels.append(batch_labels)
     return torch.cat(features).to(device), torch.cat(labels).to(device)
 
 
 def split_features(
-    checkpoint: Path, data_dir: Path, splits: list[str], image_size: int | None, device: str, workers: int
+    checkpoint: Path,
+    data_dir: Path,
+    splits: list[str],
+    image_size: int | None,
+    device: torch.device,
+    workers: int,
 ) -> tuple[list[str], list[tuple[Tensor, Tensor]]]:
     """Class names, and for each split its features [N, D] and labels int64 [N], by a backbone.safetensors.
 
     Raises:
-        UserError, DataError: as load_backbone, class_names and ClassFolder.
+        UserError, DataError: as open_backbone, class_names and ClassFolder.
     """
-    backbone, meta = load_backbone(checkpoint)
+    network, meta = open_backbone(checkpoint)
     classes = class_names(data_dir, splits)
     size = image_size or meta["image_size"]
     folders = [ClassFolder(data_dir / split, classes, size, meta["color_mode"]) for split in splits]
-    return classes, [class_features(backbone, meta, folder, device, workers) for folder in folders]
+    return classes, [class_features(network, folder, device, workers) for folder in folders]

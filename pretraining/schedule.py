@@ -1,26 +1,11 @@
-"""What the optimizer sees: parameter groups, the base learning rate of a batch, and lr(step)."""
+"""What the optimizer sees: parameter groups, and the learning rate of a step."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from timm.optim import Lars
 from torch import nn
-
-
-def base_lr(method: str, batch_size: int, epochs: float) -> float:
-    """The published learning rate per 256 samples of the global batch.
-
-    VICReg: the table in the authors' README, by batch size and length of training. SimCLR: 0.3 (section 2.2).
-    """
-    if method == "simclr":
-        return 0.3
-    if epochs >= 1000 and batch_size >= 2048:
-        return 0.2
-    if batch_size >= 1024:
-        return 0.3
-    if batch_size >= 512:
-        return 0.3 if epochs <= 100 else 0.4
-    return 0.5 if batch_size >= 256 else 0.8
 
 
 def peak_lr(base: float, batch_size: int, scaling: str) -> float:
@@ -48,6 +33,20 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> floa
         return peak * step / warmup
     turn = math.pi * (step - warmup) / max(1, total - warmup)
     return floor + (peak - floor) * (1 + math.cos(turn)) / 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length in steps and learning rate of a run."""
+
+    per_epoch: int
+    total: int
+    warmup: int
+    peak: float
+    floor: float
+
+    def lr(self, step: int) -> float:
+        return lr_at(step, self.total, self.warmup, self.peak, self.floor)
 
 
 def build_optimizer(

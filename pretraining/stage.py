@@ -1,61 +1,52 @@
 """The pretraining stage, from a configuration to a signed backbone.safetensors."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from cluster import checkpoint, distributed
 from cluster import config as configuration
+from cluster import distributed
+from cluster.batches import Batches
+from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
+from cluster.training import GuardedStep, begin, parallel, train_guarded
+from cluster.weights import Normalise, build_backbone, write_backbone
 from pretraining.config import PretrainConfig
-from pretraining.data import Pairs, batch_keys, load
-from pretraining.encoder import Encoder, build_backbone, build_projector
+from pretraining.data import Pairs, epoch_order
+from pretraining.encoder import Encoder, build_projector
 from pretraining.features import embed, square
 from pretraining.loop import Loss, train
-from pretraining.schedule import base_lr, build_optimizer, lr_at, peak_lr
+from pretraining.schedule import Schedule, build_optimizer, peak_lr
 from schematics.pack import WindowStore, build_store
 
-# What may differ between a run and its continuation.
-FREE = {
-    "--data-dir", "--exp-dir", "--epochs", "--steps", "--clip-grad", "--workers", "--device", "--precision",
-    "--checkpoint-every", "--checkpoint-epochs", "--keep", "--step-timeout", "--log-every", "--embed-every",
-}  # fmt: skip
-
-
 BACKBONE = "backbone.safetensors"
+PACKING = 24 * 3600.0  # seconds that packing a pool may take before the run counts as hung
+DRAWING = 1800.0  # and a picture of the embedding
 
 
-# Least, and for some the largest, that a number may be.
-LIMITS = {
-    "epochs": (1,), "steps": (1,), "projector": (1,), "base_lr": (0,), "warmup_epochs": (0,),
-    "min_lr_ratio": (0,), "momentum": (0,), "weight_decay": (0,), "clip_grad": (1e-6,),
-    "image_size": (1,), "window": (1,), "stride": (1,), "strength": (0,), "dpi": (1,), "workers": (0,),
-    "seed": (0, configuration.LARGEST_SEED), "checkpoint_every": (0,), "keep": (1,),
-    "checkpoint_epochs": (0,), "log_every": (1,), "embed_every": (0,), "step_timeout": (1,),
-}  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What tells one method from another; all else is shared.
 
+    base_lr: the published learning rate per 256 windows, by global batch size and length in epochs.
+    joint: both views go through the network as one batch (see Encoder). last_norm: BatchNorm stands behind
+    the projector's last layer.
+    """
 
-@dataclass(frozen=True)
-class Schedule:
-    """Length, in steps, and learning rate of a run."""
-
-    per_epoch: int
-    total: int
-    warmup: int
-    peak: float
-    floor: float
-
-    def lr(self, step: int) -> float:
-        return lr_at(step, self.total, self.warmup, self.peak, self.floor)
+    name: str
+    loss: Loss
+    joint: bool
+    last_norm: bool
+    base_lr: Callable[[int, float], float]
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class Training:
     guard: Guard
     windows: int
 
-    def state(self) -> dict:
+    def state(self) -> State:
         return {
             "encoder": self.encoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -75,178 +66,173 @@ class Training:
             "windows": self.windows,
         }
 
-    def restore(self, saved: dict) -> None:
+    def restore(self, saved: State) -> None:
         self.encoder.load_state_dict(saved["encoder"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["windows"] != self.windows:
             print(f"the pool had {saved['windows']} windows, has {self.windows}: their order changes here")
 
 
-def pretrain(config: PretrainConfig, method: str, loss: Loss, joint: bool, last_norm: bool) -> None:
-    """Pretrain by `loss`, going on where an earlier life of this run stopped; export and sign the backbone.
+@dataclass
+class Boundary:
+    """What comes after each step: save what is due, and draw the embedding where it is due."""
 
-    joint: both views in one batch (see Encoder). last_norm: BatchNorm behind the projector's last layer.
+    training: Training
+    run: Run
+    journal: Journal
+    store: WindowStore
+    schedule: Schedule
+    image_size: int  # pixels
+    checkpoint_epochs: int
+    embed_every: int  # epochs
+
+    def __call__(self, step: int) -> None:
+        """`step` steps are done."""
+        epoch, rest = divmod(step, self.schedule.per_epoch)
+        save = rest == 0 and self.checkpoint_epochs > 0 and epoch % self.checkpoint_epochs == 0
+        self.run.after_step(step, self.training.state, save=save, hold=self.training.guard.skipped > 0)
+        draw = rest == 0 and self.embed_every > 0 and epoch % self.embed_every == 0
+        if self.run.world.main and (draw or step == self.schedule.total):
+            with self.run.allow(DRAWING):
+                encoder, windows = self.training.encoder, gallery(self.store, self.image_size)
+                features = embed(nn.Sequential(encoder.normalise, encoder.backbone), windows)
+                self.journal.embeddings(step, features, windows.float() / 255)
+
+
+def pretrain(config: PretrainConfig, method: Method) -> None:
+    """Pretrain by `method`, going on where an earlier life of this run stopped; export and sign the backbone.
+
     Raises UserError, DataError: input that can't be used, gradients that stay non-finite.
     """
     world = distributed.start(config.device, config.exp_dir)
-    share = distributed.per_rank(config.batch_size, world)
-    unsynced = world.device.type == "cpu" and not joint  # each rank and view by itself
-    if config.batch_size < 2 or (unsynced and share < 2):
-        raise UserError(f"--batch-size {config.batch_size}: BatchNorm needs 2 windows; give {2 * world.size}")
-    configuration.refuse_outside(config, LIMITS)
-    with Run(
-        config.exp_dir, world,
-        checkpoint_every=config.checkpoint_every, keep=config.keep, step_timeout=config.step_timeout,
-    ) as run:  # fmt: skip
-        configuration.refuse_changes(config, config.exp_dir, FREE)
-        with run.patience(24 * 3600):
-            store = open_store(config)
-        schedule = plan(config, method, len(store))
-        if run.finished(schedule.total):
+    refuse_small_batch(config.batch_size, method.joint, world)
+    run = Run(
+        config.exp_dir,
+        world,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        step_timeout=config.step_timeout,
+    )
+    with run:
+        configuration.refuse_changes(config, config.exp_dir)
+        with run.allow(PACKING):
+            folder = store_folder(config.data_dir, config.exp_dir)
+            if folder != config.data_dir:
+                pool = (config.data_dir, folder, config.window, config.stride)
+                distributed.on_main(lambda: pack(*pool, config.color_mode, config.dpi))
+            store = WindowStore(folder)
+        per_epoch, total = length(len(store), config.batch_size, config.epochs, config.steps)
+        if run.finished(total):
             return
-        training = build(config, joint, last_norm, world, len(store))
-        saved = run.resume()
-        if saved is None:  # something to roll back to, and a full disk is found before the first step
-            run.save(0, training.state, wait=True)
-        else:
-            training.restore(saved)
-            vars(training.guard).update(saved["guard"])
-        start = saved["step"] if saved else 0
+        published = method.base_lr(config.batch_size, total / per_epoch)
+        base = published if config.base_lr is None else config.base_lr
+        peak = peak_lr(base, config.batch_size, config.lr_scaling)
+        warmup = min(round(config.warmup_epochs * per_epoch), total // 10)
+        schedule = Schedule(per_epoch, total, warmup, peak, peak * config.min_lr_ratio)
+
+        encoder = build_encoder(config.arch, config.projector, method, store, world, config.seed)
+        optimizer = build_optimizer(encoder, config.optimizer, config.momentum, config.weight_decay)
+        training = Training(encoder, optimizer, Guard(), len(store))
+        start = begin(run, run.resume(), training.guard, training.state, training.restore)
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
-            print(describe(config, schedule, training.encoder, store, share, world), flush=True)
-        journal = Journal(config.exp_dir, world, schedule.total, start, config.log_every)
-        optimize(config, loss, training, schedule, store, world, run, journal, start)
+            print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
+            print(f"views by the recipe {config.recipe}, {config.image_size} px a side", flush=True)
+
+        journal = Journal(config.exp_dir, world, total, start, config.log_every)
+        boundary = Boundary(
+            training, run, journal, store, schedule,
+            config.image_size, config.checkpoint_epochs, config.embed_every,
+        )  # fmt: skip
+        pairs = Pairs(
+            store, config.recipe, config.image_size, config.seed, config.strength, config.orientation
+        )
+        order = epoch_order(config.seed, len(store))
+        batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers)
+        wrapped = parallel(encoder, world)
+        guarded = GuardedStep(
+            wrapped, optimizer, schedule.lr, training.guard, world.device, config.clip_grad, config.precision
+        )
+        train_guarded(
+            lambda batches: train(wrapped, method.loss, guarded, batches, journal, boundary),
+            batches, training.guard, run, journal, training.restore, start, total,
+        )  # fmt: skip
         journal.close()
-        backbone = training.encoder.backbone.state_dict()
+        backbone = encoder.backbone.state_dict()
         if world.main:
-            about = meta(config, method, store, schedule.total)
-            checkpoint.export_backbone(config.exp_dir / BACKBONE, backbone, about)
-        run.finish(schedule.total, training.state, [BACKBONE])
+            about = {
+                "arch": config.arch,
+                "method": method.name,
+                "color_mode": store.color_mode,
+                "mean": store.mean,
+                "std": store.std,
+                "image_size": config.image_size,
+                "step": total,
+                "linework": version("linework"),
+            }
+            write_backbone(config.exp_dir / BACKBONE, backbone, about)
+        run.finish(total, training.state, [BACKBONE])
         if world.main:
-            print(f"{config.exp_dir / BACKBONE}: {len(backbone)} tensors of {config.arch} by {method}")
+            print(f"{config.exp_dir / BACKBONE}: {len(backbone)} tensors of {config.arch} by {method.name}")
     distributed.stop()
 
 
-def optimize(
-    config: PretrainConfig, loss: Loss, training: Training, schedule: Schedule, store: WindowStore,
-    world: World, run: Run, journal: Journal, start: int,
-) -> None:  # fmt: skip
-    """Train from step `start` to the end, and go back to the last checkpoint where gradients stay non-finite.
-
-    Raises UserError when that does not help.
-    """
-    encoder, guard = training.encoder, training.guard
-    wrapped = DistributedDataParallel(encoder) if world.size > 1 else encoder
-    pairs = Pairs(store, config.recipe, config.image_size, config.seed, config.strength, config.orientation)
-    mean, std = (torch.tensor(t, device=world.device, dtype=torch.float32) for t in (store.mean, store.std))
-    bf16 = {"auto": world.device.type == "cuda", "bf16": True, "fp32": False}[config.precision]
-
-    def boundary(done: int) -> None:
-        epoch, rest = divmod(done, schedule.per_epoch)
-        save = rest == 0 and config.checkpoint_epochs > 0 and epoch % config.checkpoint_epochs == 0
-        run.after_step(done, training.state, save=save, hold=guard.skipped > 0)
-        draw = rest == 0 and config.embed_every > 0 and epoch % config.embed_every == 0
-        if world.main and (draw or done == schedule.total):
-            with run.patience(1800):
-                windows = gallery(store, config.image_size)
-                journal.embeddings(done, embed(encoder.backbone, windows, mean, std), windows.float() / 255)
-
-    while True:
-        keys = batch_keys(
-            config.seed, len(store), config.batch_size, start + guard.offset, schedule.total + guard.offset,
-            world.rank, world.size,
-        )  # fmt: skip
-        batches = load(pairs, keys, config.workers, pin_memory=world.device.type == "cuda")
-        bad = train(
-            wrapped, loss, training.optimizer, schedule.lr, batches, start, mean, std,
-            config.clip_grad or math.inf, bf16, world.device, guard, journal, boundary,
-        )  # fmt: skip
-        if bad is None:
-            return
-        verdict, step, samples = bad
-        files = [store.source(sample) for sample in samples]
-        saved = run.resume()
-        assert saved is not None, "a fresh run saves step 0"
-        start = saved["step"]
-        if verdict == "stop":
-            last = checkpoint.step_path(run.folder, start)
-            raise UserError(guard.last_words(step, files, str(last)))
-        journal.message(
-            f"step {step}: not finite three times in a row, last on {files[0]}; back to step {start}"
-        )
-        training.restore(saved)
-        guard.roll_back(step, start)  # the data up to `step` is passed over
-        journal.rewind(start)
+def refuse_small_batch(batch_size: int, joint: bool, world: World) -> None:
+    """Raise UserError where BatchNorm would see one sample, or where the ranks do not divide the batch."""
+    share = distributed.per_rank(batch_size, world)
+    unsynced = world.device.type == "cpu" and not joint  # each rank and view by itself
+    if batch_size < 2 or (unsynced and share < 2):
+        raise UserError(f"--batch-size {batch_size}: BatchNorm needs 2 windows; give {2 * world.size}")
 
 
-def open_store(config: PretrainConfig) -> WindowStore:
-    """The packed windows of the pool: a store given as --data-dir, or one built in the exp-dir by rank 0."""
-    folder = config.data_dir if (config.data_dir / "windows.npy").exists() else config.exp_dir / "windows"
-
-    def build() -> None:
-        store = build_store(
-            config.data_dir, folder, config.window, config.stride,
-            color_mode=config.color_mode, dpi=config.dpi,
-        )  # fmt: skip
-        for line in store.skipped:
-            print(f"skipped {line}")
-
-    if folder != config.data_dir:
-        distributed.on_main(build)
-    return WindowStore(folder)
+def store_folder(data_dir: Path, exp_dir: Path) -> Path:
+    """Where the packed windows lie: --data-dir if it is a store, else a folder of this run."""
+    return data_dir if (data_dir / "windows.npy").exists() else exp_dir / "windows"
 
 
-def plan(config: PretrainConfig, method: str, windows: int) -> Schedule:
-    """Steps and learning rate by the published rules.
+def pack(data_dir: Path, folder: Path, window: int, stride: int | None, color_mode: str, dpi: int) -> None:
+    """Pack the pool, or leave a store that matches it; tell which sheets can't be read."""
+    store = build_store(data_dir, folder, window, stride, color_mode=color_mode, dpi=dpi)
+    for line in store.skipped:
+        print(f"skipped {line}")
 
-    Raises UserError: the pool is smaller than a batch.
-    """
-    per_epoch = windows // config.batch_size
+
+def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:
+    """Steps of an epoch and of the run. Raises UserError: the pool is smaller than a batch."""
+    per_epoch = windows // batch_size
     if per_epoch == 0:
         raise UserError(
-            f"--batch-size {config.batch_size}: the pool has {windows} windows; "
+            f"--batch-size {batch_size}: the pool has {windows} windows; "
             "take a smaller batch, or more windows by a smaller --stride"
         )
-    total = config.epochs * per_epoch if config.steps is None else config.steps
-    published = base_lr(method, config.batch_size, total / per_epoch)
-    base = published if config.base_lr is None else config.base_lr
-    peak = peak_lr(base, config.batch_size, config.lr_scaling)
-    warmup = min(round(config.warmup_epochs * per_epoch), total // 10)
-    return Schedule(per_epoch, total, warmup, peak, peak * config.min_lr_ratio)
+    return per_epoch, epochs * per_epoch if steps is None else steps
 
 
-def build(config: PretrainConfig, joint: bool, last_norm: bool, world: World, windows: int) -> Training:
-    """Network and optimizer on this rank's device, the same on every rank by --seed.
-
-    Raises UserError: --arch or --optimizer does not exist.
-    """
-    torch.manual_seed(config.seed)
-    try:
-        backbone = build_backbone(config.arch)
-        widths = [int(backbone.num_features), *config.projector]  # type: ignore[arg-type]
-        encoder = Encoder(backbone, build_projector(widths, last_norm), joint)
-        if world.size > 1 and world.device.type == "cuda":
-            encoder = convert_sync_batchnorm(encoder)
-        encoder.to(memory_format=torch.channels_last)
-        encoder.to(world.device)
-        optimizer = build_optimizer(encoder, config.optimizer, config.momentum, config.weight_decay)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return Training(encoder, optimizer, Guard(), windows)
+def build_encoder(
+    arch: str, projector: tuple[int, ...], method: Method, store: WindowStore, world: World, seed: int
+) -> Encoder:
+    """The network on this rank's device, the same on every rank. Raises UserError: `arch` does not exist."""
+    torch.manual_seed(seed)
+    backbone = build_backbone(arch)
+    widths = [int(backbone.num_features), *projector]
+    normalise = Normalise(store.mean, store.std)
+    encoder = Encoder(normalise, backbone, build_projector(widths, method.last_norm), method.joint)
+    if world.size > 1 and world.device.type == "cuda":
+        encoder = convert_sync_batchnorm(encoder)
+    encoder.to(memory_format=torch.channels_last)
+    return encoder.to(world.device)
 
 
 def describe(
-    config: PretrainConfig, schedule: Schedule, encoder: Encoder, store: WindowStore, share: int, world: World
+    arch: str, batch_size: int, encoder: Encoder, store: WindowStore, schedule: Schedule, world: World
 ) -> str:
     """What is about to run, for the log."""
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     lines = [
-        f"{config.arch} with projector {'-'.join(map(str, config.projector))}, {size:.1f}M parameters",
-        f"{len(store)} {store.color_mode} windows of {store.side} px from {len(store.sheet_names)} sheets, "
-        f"recipe {config.recipe}",
-        f"{schedule.total} steps, {schedule.per_epoch} an epoch, batch {config.batch_size} "
-        f"= {world.size} x {share}, peak lr {schedule.peak:.4g} after {schedule.warmup} steps",
+        f"{arch} with its projector, {size:.1f}M parameters",
+        f"{len(store)} {store.color_mode} windows of {store.side} px from {len(store.sheet_names)} sheets",
+        f"{schedule.total} steps, {schedule.per_epoch} an epoch, batch {batch_size} = {world.size} x "
+        f"{batch_size // world.size}, peak lr {schedule.peak:.4g} after {schedule.warmup} steps",
     ]
     if world.size > 1 and world.device.type == "cpu":
         lines.append("BatchNorm's statistics are per rank: torch's SyncBatchNorm takes no CPU tensor")
@@ -257,17 +243,3 @@ def gallery(store: WindowStore, size: int, windows: int = 256) -> Tensor:
     """A fixed set of windows, evenly spread over the pool: uint8 [min(windows, N), 3, size, size]."""
     count = min(windows, len(store))
     return torch.stack([square(store.window(i * len(store) // count), size) for i in range(count)])
-
-
-def meta(config: PretrainConfig, method: str, store: WindowStore, step: int) -> dict:
-    """What travels inside backbone.safetensors."""
-    return {
-        "arch": config.arch,
-        "method": method,
-        "color_mode": store.color_mode,
-        "mean": store.mean,
-        "std": store.std,
-        "image_size": config.image_size,
-        "step": step,
-        "linework": version("linework"),
-    }

@@ -33,6 +33,8 @@ STRIPE = 1024  # rows handled at a time, so that a 400-megapixel sheet needs no 
 class DataError(Exception):
     """Bad input, in one line that names the file and the cure."""
 
+    exit_status = 1  # an exception that carries one is told as a line, any other is a traceback
+
 
 @dataclass(frozen=True)
 class Sheet:

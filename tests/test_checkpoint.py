@@ -103,7 +103,7 @@ def test_every_flipped_bit_and_every_cut_is_detected_and_the_one_before_is_taken
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         newest.write_bytes(damaged)
-        path, rejected = checkpoint.newest_valid(tmp_path)
+        path, _, rejected = checkpoint.load_newest(tmp_path)
         assert path == checkpoint.step_path(tmp_path, 10)
         assert len(rejected) == 1 and str(newest) in rejected[0]
     for length in (0, 1, len(whole) // 2, len(whole) - 1):
@@ -111,7 +111,7 @@ def test_every_flipped_bit_and_every_cut_is_detected_and_the_one_before_is_taken
         with pytest.raises(UserError, match="truncated or damaged"):
             checkpoint.read(newest)
     newest.write_bytes(whole)
-    assert checkpoint.newest_valid(tmp_path) == (newest, [])
+    assert checkpoint.load_newest(tmp_path)[::2] == (newest, [])
 
 
 def test_only_the_last_are_kept_and_bad_later_ones_do_not_push_them_out(tmp_path):
@@ -122,7 +122,7 @@ def test_only_the_last_are_kept_and_bad_later_ones_do_not_push_them_out(tmp_path
         checkpoint.step_path(tmp_path, step).write_bytes(b"damaged")
     checkpoint.write(tmp_path, 2, state(2), keep=2)  # gone on from before the damage
     checkpoint.write(tmp_path, 3, state(3), keep=2)
-    check_folder_path, rejected = checkpoint.newest_valid(tmp_path)
+    check_folder_path, _, rejected = checkpoint.load_newest(tmp_path)
     assert check_folder_path == checkpoint.step_path(tmp_path, 3)
     assert len(rejected) == 2
     assert not list(tmp_path.glob("step_00000001*"))

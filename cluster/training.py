@@ -1,0 +1,147 @@
+"""The step that every training loop takes, and the way back from steps that were not finite.
+
+A loop computes its loss under `step.forward()` and hands it to `step.take`. What the guard decides is done
+here: the step is taken, or leaves no trace, or the run goes back to its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from cluster import checkpoint
+from cluster.batches import Batches
+from cluster.checkpoint import State
+from cluster.distributed import World
+from cluster.errors import UserError
+from cluster.guard import Guard
+from cluster.journal import Journal
+from cluster.lifecycle import Run
+
+
+class NotFinite(Exception):
+    """Skipping steps no longer helps: the gradient of `step` was not finite, as those before it."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"step {step}: the gradient is not finite")
+        self.step = step
+
+
+class GuardedStep:
+    """One optimizer step that leaves no trace where its gradient is not finite.
+
+    lr: learning rate by step; a parameter group with a "factor" takes that share of it. clip_grad: largest
+    norm of the gradient, None for no limit. precision of the forward pass: auto (bf16 on a GPU), fp32, bf16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr: Callable[[int], float],
+        guard: Guard,
+        device: torch.device,
+        clip_grad: float | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self.model, self.optimizer, self.lr, self.guard, self.device = model, optimizer, lr, guard, device
+        self.clip_grad = math.inf if clip_grad is None else clip_grad
+        self.bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._before: list[Tensor] = []
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the forward pass, which moves BatchNorm's running statistics."""
+        self._before = [buffer.clone() for buffer in self._buffers]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            yield
+
+    def take(self, step: int, loss: Tensor) -> Tensor:
+        """Step number `step`, if its gradient is finite; returns the gradient's norm before clipping.
+
+        DDP has averaged the gradient, so the norm and with it the guard's verdict is the same on every rank.
+        Raises NotFinite where skipping the step would not be enough.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step) * group.get("factor", 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        verdict = self.guard.judge(bool(torch.isfinite(norm)))
+        if verdict == "ok":
+            self.optimizer.step()
+            return norm
+        # Nothing of this step may stay, its share of BatchNorm's running statistics neither.
+        for buffer, old in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(old)
+        if verdict != "skip":
+            raise NotFinite(step)
+        return norm
+
+
+def begin(
+    run: Run,
+    saved: State | None,
+    guard: Guard,
+    state: Callable[[], State],
+    restore: Callable[[State], None],
+) -> int:
+    """The step to start from, with what `saved` holds put back; of a fresh run 0, saved at once.
+
+    There is then something to go back to, and a full disk shows before the first step.
+    """
+    if saved is None:
+        run.save(0, state, wait=True)
+        return 0
+    restore(saved)
+    guard.restore(saved["guard"])
+    return saved["step"]
+
+
+def train_guarded(
+    train: Callable[[Iterable[tuple[int, Any]]], None],
+    batches: Batches,
+    guard: Guard,
+    run: Run,
+    journal: Journal,
+    restore: Callable[[State], None],
+    start: int,
+    total: int,
+) -> None:
+    """`train` over the batches of steps `start` to `total`, going back where gradients stay not finite.
+
+    restore: puts a checkpoint of this run back. The data that led to going back is passed over. Raises
+    UserError, naming step, batch and checkpoint, where going back did not help.
+    """
+    while True:
+        try:
+            return train(batches.between(start, total, guard.offset))
+        except NotFinite as bad:
+            sources = batches.sources(bad.step + guard.offset)
+            saved = run.resume()
+            assert saved is not None, "a fresh run saves step 0"
+            start = saved["step"]
+            if guard.spent:
+                last = checkpoint.step_path(run.folder, start)
+                raise UserError(guard.last_words(bad.step, sources, str(last))) from None
+            told = f"step {bad.step}: not finite three times in a row, last on {sources[0]}"
+            journal.message(f"{told}; back to step {start}")
+            restore(saved)
+            guard.roll_back(bad.step, start)
+            journal.rewind(start)
+
+
+def parallel(model: nn.Module, world: World) -> nn.Module:
+    """The model with its gradients averaged over ranks; of one rank the model itself."""
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)

@@ -1,0 +1,119 @@
+"""The network that is handed from one stage to the next: built by its name, written, read, normalised.
+
+backbone.safetensors holds the tensors of a timm backbone and what they were trained on: architecture, method,
+color mode, mean and std. A torch file of another project is read by its keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from cluster import atomic, checkpoint
+from cluster.errors import UserError
+
+# A foreign file does not say how its images were normalised; nearly all are by these.
+IMAGENET = {"color_mode": "rgb", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def build_backbone(arch: str) -> Any:
+    """A timm backbone without classifier: images [B, 3, H, W] -> features [B, backbone.num_features].
+
+    The keys and shapes of a ResNet's state dict are torchvision's, less `fc.*`. Raises UserError for a name
+    that timm does not have; the message offers the nearest.
+    """
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        raise UserError(f"--arch {arch}: timm has no such model; near: {', '.join(near) or 'none'}")
+    try:
+        return timm.create_model(arch, pretrained=False, num_classes=0)
+    except RuntimeError as error:
+        if "." not in arch:  # only a name with a tag, as resnet50.a1_in1k, can have one that does not exist
+            raise
+        raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from None
+
+
+class Normalise(nn.Module):
+    """Pixels uint8 [B, 3, H, W] -> (pixels / 255 - mean) / std, float32, channels last; mean, std in 0..1.
+
+    The two are no part of the state dict: they travel beside the weights and build the network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        normalised = (pixels.float() / 255 - self.mean) / self.std
+        return normalised.contiguous(memory_format=torch.channels_last)
+
+
+def write_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """Write backbone.safetensors, its sha256 beside it. meta (arch, method, mean, ...) travels inside.
+
+    The same tensors and meta give the same bytes.
+    """
+    from safetensors.torch import save
+
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(content, {key: json.dumps(value) for key, value in meta.items()})
+    size = int.from_bytes(data[:8], "little")
+    # safetensors writes the meta in an order that is random in each process.
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    data = len(header).to_bytes(8, "little") + header + data[8 + size :]
+    atomic.make_folder(path.parent)
+    return atomic.replace(path, lambda file: file.write(data), hashed=True)
+
+
+def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, meta) of a file of `write_backbone`.
+
+    Raises UserError for a file that is absent, damaged, without its sha256, or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    atomic.verify(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: not a backbone of Linework ({checkpoint.brief(error)})") from None
+
+
+def read_weights(file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and meta (arch, color_mode, mean, std, ...) of a backbone's file; both empty for "none".
+
+    A .safetensors is Linework's own: beside a config.json its run must be signed as finished. Anything else
+    is a torch file of tensors under bare keys, such as the published VICReg's resnet50.pth.
+    Raises UserError for an unfinished run, a file changed since, or one that is no backbone; code in it is
+    never run.
+    """
+    path = Path(file)
+    if file == "none":
+        return {}, {}
+    if not path.is_file():
+        raise UserError(f"--backbone {file}: no such file; give backbone.safetensors, a .pth, or none")
+    if path.suffix == ".safetensors":
+        if (path.parent / "config.json").exists():
+            checkpoint.check_final(path.parent)
+        return read_backbone(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a pickle that runs code, a cut zip, a foreign format: torch raises many kinds
+        raise UserError(f"{path}: refused, not a file of plain tensors; nothing in it was run") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{path}: not a backbone; give tensors under bare keys such as conv1.weight")
+    return tensors, IMAGENET
