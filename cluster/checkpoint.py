@@ -77,7 +77,7 @@ def listed(folder: Path) -> list[tuple[int, Path]]:
 
 
 def load_newest(folder: Path) -> tuple[Path | None, State, list[str]]:
-    """The newest checkpoint that verifies and loads: path and content, and why each later one was passed over."""
+    """Path and content of the newest checkpoint that loads, and why each later one was passed over."""
     rejected: list[str] = []
     for _, path in listed(folder):
         try:

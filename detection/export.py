@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from cluster import atomic
+from cluster.config import Config
 from cluster.entry import run
 from cluster.errors import UserError
 from detection.inference import Detections, detect, load_detector
@@ -89,7 +90,7 @@ def compare(one: Detections, other: Detections) -> tuple[int, float, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Config):
     # Detector to export: model.pt of a finetuning.
     checkpoint: Path
     # File to write, such as detector.onnx.

@@ -18,7 +18,7 @@ from pretraining.probe import accuracy, knn_predict
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig(Config):
-    # backbone.safetensors of a pretraining run.
+    # Backbone to judge: backbone.safetensors of a pretraining run.
     checkpoint: Path
     # Folder with one folder a split, and in it one a class.
     data_dir: Path

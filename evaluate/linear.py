@@ -19,7 +19,7 @@ from pretraining.probe import accuracy, fit_linear
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(Config):
-    # backbone.safetensors of a pretraining run.
+    # Backbone to judge: backbone.safetensors of a pretraining run.
     checkpoint: Path
     # Folder with train, valid and test, in each one folder a class.
     data_dir: Path

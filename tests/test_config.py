@@ -1,15 +1,22 @@
 """A frozen dataclass is the command line: help, one line for every mistake, saved beside the run."""
 
+import importlib.util
+import inspect
+import itertools
 import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from cluster import config
+from cluster import config, entry
+from cluster.errors import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -26,19 +33,39 @@ class Stage:
     size: tuple[int, int] = (224, 224)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limited(config.Config):
+    """The same with bounds on its fields."""
+
+    data_dir: Path = config.setting(may_change=True)
+    checkpoint_every: float = config.setting(600.0, least=0, may_change=True)
+    size: tuple[int, int] = config.setting((2, 2), least=2, most=5)
+    epochs: int | None = config.setting(None, least=1)
+    weight_decay: float = config.setting(0.1, least=0, also="--wd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived(Limited):
+    """Another default for a field; what its field says of it is inherited."""
+
+    epochs: int | None = 7
+
+
 class DataError(Exception):
-    pass
+    """A class of another package: it carries a status, so it is a line."""
+
+    exit_status = 1
 
 
 def test_flags_become_fields():
-    stage = config.parse(Stage, ["--data-dir", "a b", "--checkpoint-every=5", "--epochs", "3", "--flips"])
+    stage = entry.parse(Stage, ["--data-dir", "a b", "--checkpoint-every=5", "--epochs", "3", "--flips"])
     assert stage == Stage(Path("a b"), 5.0, 3, "drawing", True, (224, 224))
-    assert config.parse(Stage, ["--data_dir=x", "--size", "3", "4", "--no-flips"]).size == (3, 4)
+    assert entry.parse(Stage, ["--data_dir=x", "--size", "3", "4", "--no-flips"]).size == (3, 4)
 
 
 def test_comments_and_docstrings_are_the_help(capsys):
     with pytest.raises(SystemExit) as stop:
-        config.parse(Stage, ["--help"])
+        entry.parse(Stage, ["--help"])
     assert not stop.value.code
     text = capsys.readouterr().out
     for words in (
@@ -68,7 +95,7 @@ def test_comments_and_docstrings_are_the_help(capsys):
 )
 def test_a_mistake_is_one_line_and_exit_2(args, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        config.parse(Stage, args)
+        entry.parse(Stage, args)
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert not out
@@ -81,7 +108,7 @@ def test_a_mistake_is_one_line_and_exit_2(args, words, capsys):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (config.UserError("x.pt: truncated;\n  remove it"), 1, "error: x.pt: truncated; remove it"),
+        (UserError("x.pt: truncated;\n  remove it"), 1, "error: x.pt: truncated; remove it"),
         (DataError("sheets: empty"), 1, "error: sheets: empty"),
         (SystemExit(75), 75, ""),
         (KeyboardInterrupt(), 130, ""),
@@ -94,7 +121,7 @@ def test_exit_status_of_main(error, status, line, capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["stage", "--data-dir", "x"])
     with pytest.raises(SystemExit) as stop:
-        config.run(Stage, main, (DataError,))
+        entry.run(Stage, main)
     assert stop.value.code == status
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1:] == ([line] if line else [])
@@ -112,18 +139,27 @@ def test_exit_status_of_main(error, status, line, capsys, monkeypatch):
     ],
 )
 def test_numbers_outside_their_limits_are_one_line(change, line):
-    limits = {"checkpoint_every": (0,), "size": (2, 5), "epochs": (1,)}
-    given = replace(Stage(data_dir=Path("x"), size=(2, 2)), **change)
+    allowed = Limited(data_dir=Path("x"))
     if not line:
-        return config.refuse_outside(given, limits)
-    with pytest.raises(config.UserError) as raised:
-        config.refuse_outside(given, limits)
+        assert replace(allowed, **change).epochs is None
+        return
+    with pytest.raises(UserError) as raised:
+        replace(allowed, **change)
     assert str(raised.value) == line
+
+
+def test_a_number_outside_its_limits_on_the_command_line_is_exit_1(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage", "--data-dir", "x", "--checkpoint-every", "-1"])
+    with pytest.raises(SystemExit) as stop:
+        entry.run(Limited, pytest.fail)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: --checkpoint-every -1.0: give 0 or more\n"
 
 
 LOADING = """
 import dataclasses, torch
-from cluster import config
+from cluster.entry import run
+from cluster.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -133,9 +169,9 @@ class Sheets(torch.utils.data.Dataset):
     def __len__(self):
         return 1
     def __getitem__(self, index):
-        raise config.UserError("a.png: truncated; copy it again")
+        raise UserError("a.png: truncated; copy it again")
 
-config.run(Stage, lambda _: list(torch.utils.data.DataLoader(Sheets(), num_workers=1)))
+run(Stage, lambda _: list(torch.utils.data.DataLoader(Sheets(), num_workers=1)))
 """
 
 
@@ -149,7 +185,7 @@ def test_an_error_out_of_a_loader_s_worker_is_one_line_too(tmp_path):
 def test_run_calls_main_once(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "argv", ["stage", "--data-dir", "x"])
-    config.run(Stage, seen.append)
+    entry.run(Stage, seen.append)
     assert seen == [Stage(Path("x"))]
 
 
@@ -165,10 +201,91 @@ def test_changed_names_the_flags_that_differ(tmp_path):
     path.write_text('{"data_dir": "x", "gone": 1}')  # saved before there was --epochs
     assert config.changed(old, path) == {"--epochs": (None, 3)}
     path.write_text("{")
-    with pytest.raises(config.UserError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         config.changed(old, path)
 
 
 def test_reading_flags_needs_no_torch():
-    code = "import sys, cluster.config, cluster.checkpoint, cluster.owner; sys.exit('torch' in sys.modules)"
+    code = "import sys, cluster.entry, cluster.checkpoint, cluster.owner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_a_field_says_is_inherited_with_another_default():
+    assert Derived(data_dir=Path("x")).epochs == 7
+    with pytest.raises(UserError, match="--epochs 0: give 1 or more"):
+        Derived(data_dir=Path("x"), epochs=0)
+
+
+def test_an_older_spelling_of_a_flag_is_taken_on_the_command_line_and_in_a_saved_config(tmp_path):
+    assert entry.parse(Limited, ["--data-dir", "x", "--wd", "0.5"]).weight_decay == 0.5
+    assert entry.parse(Limited, ["--data-dir", "x", "--wd=0.25"]).weight_decay == 0.25
+    assert entry.parse(Limited, ["--data-dir", "x", "--weight-decay", "2"]).weight_decay == 2.0
+    (tmp_path / "config.json").write_text('{"data_dir": "x", "wd": 0.5}')
+    begun = Limited(data_dir=Path("x"), weight_decay=0.5)
+    assert config.changed(begun, tmp_path / "config.json") == {}
+    config.refuse_changes(begun, tmp_path)
+    with pytest.raises(UserError, match=r"--weight-decay 0\.1: the run in .* has 0\.5"):
+        config.refuse_changes(Limited(data_dir=Path("x")), tmp_path)
+
+
+def test_only_what_may_change_may_differ_from_the_run_that_goes_on(tmp_path):
+    begun = Limited(data_dir=Path("x"), size=(2, 3))
+    config.save(begun, tmp_path / "config.json")
+    config.refuse_changes(replace(begun, data_dir=Path("moved"), checkpoint_every=5.0), tmp_path)
+    with pytest.raises(
+        UserError, match=r"--size \[2, 4\]: the run in .* has \[2, 3\]; give that, or another"
+    ):
+        config.refuse_changes(replace(begun, size=(2, 4)), tmp_path)
+
+
+ENTRIES = [
+    *("simclr.pretrain", "vicreg.pretrain", "detection.finetune", "detection.predict", "detection.export"),
+    *("evaluate/evaluate.py", "evaluate/knn.py", "evaluate/linear.py"),
+]
+
+
+def own_comments(config_class: type) -> dict[str, str]:
+    """The comment right above each field in the source, by flag; a derived class's own comes first."""
+    found: dict[str, str] = {}
+    for base in config_class.__mro__:
+        if not is_dataclass(base):
+            continue
+        lines = inspect.getsource(base).splitlines()
+        for number, line in enumerate(lines):
+            field = re.match(r"    (\w+): ", line)
+            above = list(itertools.takewhile(lambda text: text.startswith("    # "), lines[:number][::-1]))
+            if field and above:
+                comment = " ".join(text.strip().removeprefix("# ") for text in above[::-1])
+                found.setdefault(config.flag(field[1]), comment)
+    return found
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_help_of_each_flag_is_the_sentence_of_its_own_field(name, monkeypatch, capsys):
+    path = ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+    spec = importlib.util.spec_from_file_location("entry_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "entry_under_test", module)
+    spec.loader.exec_module(module)
+    (config_class,) = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type)
+        and issubclass(item, config.Config)
+        and item.__module__ == "entry_under_test"
+    ]
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit):
+        entry.parse(config_class, ["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    comments = own_comments(config_class)
+    for field in fields(config_class):
+        flag = config.flag(field.name)
+        sentence = comments.get(flag, "has no comment of its own")
+        assert sentence[0].isupper() and sentence.endswith(".") and len(sentence.split()) >= 3, (
+            flag + sentence
+        )
+        name = r"\[PATH \.\.\.\]" if field.name == "sheets" else flag  # the one argument without a flag
+        until_the_next = r"(?:(?!\(default|\(required).)*"
+        assert re.search(f" {name}{until_the_next} {re.escape(sentence)} \\((default|required)", text), flag
+    assert len(set(comments.values())) == len(comments), "two flags share their help"

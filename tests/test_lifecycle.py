@@ -33,7 +33,7 @@ class Stage:
         self.starts += 1
         logs = self.logs / str(self.starts)
         flags = ("--exp-dir", str(self.folder), *self.flags, *flags)
-        return Ranks(toy_stage.entry, *flags, size=size, logs=logs, env=env)
+        return Ranks(toy_stage.entry_point, *flags, size=size, logs=logs, env=env)
 
     def metrics(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"

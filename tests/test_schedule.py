@@ -7,18 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from pretraining.schedule import base_lr, build_optimizer, lr_at, peak_lr
+from pretraining.schedule import build_optimizer, lr_at, peak_lr
+from simclr import pretrain as simclr
+from vicreg import pretrain as vicreg
 
 
 def test_published_rates():
     # The authors' VICReg run: batch 2048, 1000 epochs, 1.6. SimCLR: batch 4096, 4.8 by either rule.
-    assert peak_lr(base_lr("vicreg", 2048, 1000), 2048, "linear") == pytest.approx(1.6)
-    assert peak_lr(base_lr("simclr", 4096, 100), 4096, "linear") == pytest.approx(4.8)
-    assert peak_lr(base_lr("simclr", 4096, 100), 4096, "sqrt") == pytest.approx(4.8)
+    assert peak_lr(vicreg.base_lr(2048, 1000), 2048, "linear") == pytest.approx(1.6)
+    assert peak_lr(simclr.base_lr(4096, 100), 4096, "linear") == pytest.approx(4.8)
+    assert peak_lr(simclr.base_lr(4096, 100), 4096, "sqrt") == pytest.approx(4.8)
     assert peak_lr(0.3, 256, "sqrt") == pytest.approx(0.075 * 16)
     table = {128: 0.8, 256: 0.5, 512: 0.4, 1024: 0.3, 2048: 0.3}
-    assert {batch: base_lr("vicreg", batch, 300) for batch in table} == table
-    assert base_lr("vicreg", 512, 100) == 0.3
+    assert {batch: vicreg.base_lr(batch, 300) for batch in table} == table
+    assert vicreg.base_lr(512, 100) == 0.3
 
 
 def test_warm_up_is_linear_and_the_cosine_ends_at_its_floor():

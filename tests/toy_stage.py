@@ -3,20 +3,22 @@
 import hashlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from cluster import checkpoint, config, distributed
-from cluster.errors import UserError
+from cluster import checkpoint, distributed, entry
+from cluster.batches import Batches, Key
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
+from cluster.training import GuardedStep, begin, parallel, train_guarded
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class Toy:
 
     # Folder of the run.
     exp_dir: Path
+    # Optimizer steps in all.
     steps: int = 40
-    # DataLoader workers.
+    # Processes that make samples.
     workers: int = 0
     # Seconds between checkpoints.
     checkpoint_every: float = 0.1
@@ -34,50 +37,49 @@ class Toy:
     nap: float = 0.01
     # Floats in the checkpoint beside the model.
     ballast: int = 0
-    # Data positions from .. to that are not finite.
+    # Batches from .. to that are not finite.
     poison: tuple[int, int] = (0, 0)
+    # Seconds that a step may take.
     step_timeout: float = 30.0
-    # Step at which the last rank hangs: -1 is never.
+    # Step at which the last rank hangs; -1 is never.
     hang_at: int = -1
-    # Step at which every rank raises.
+    # Step at which every rank raises; -1 is never.
     crash_at: int = -1
-    # Seconds of patience for a nap of that length after step 2.
+    # Seconds allowed for a nap of that length after step 2.
     patience: float = 0.0
-    # The largest file that may be written, in bytes: a stand-in for a full disk.
+    # Largest file that may be written, in bytes: a stand-in for a full disk.
     file_limit: int = 0
 
 
 class Line(Dataset):
-    """A sample is a function of its position (law 1)."""
+    """A batch is two samples, one the double of the other, of numbers drawn from its position (law 1)."""
 
-    def __init__(self, start: int, stop: int, poison: tuple[int, int]) -> None:
-        self.positions = range(start, stop)
+    def __init__(self, poison: tuple[int, int]) -> None:
         self.poison = range(*poison)
 
-    def __len__(self) -> int:
-        return len(self.positions)
+    def __getitem__(self, key: Key) -> Tensor:
+        batch, factor = key[2] // 2, 1 + key[2] % 2
+        x = torch.randn(8, generator=torch.Generator().manual_seed(batch))
+        return factor * (x * float("nan") if batch in self.poison else x)
 
-    def __getitem__(self, index: int) -> Tensor:
-        position = self.positions[index]
-        x = torch.randn(8, generator=torch.Generator().manual_seed(position))
-        return x * float("nan") if position in self.poison else x
+    def source(self, key: Key) -> str:
+        return f"position {key[2] // 2}"
 
 
 def main(toy: Toy) -> None:
     world = distributed.start("cpu", toy.exp_dir)
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
-    wrapped = DistributedDataParallel(model) if world.size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    guard = Guard()
 
     def state() -> checkpoint.State:
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         return content | {"guard": guard.state(), "ballast": torch.zeros(toy.ballast)}
 
-    def load(content: checkpoint.State) -> int:
+    def restore(content: checkpoint.State) -> None:
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
-        return content["step"]
 
     timeout = {"checkpoint_every": toy.checkpoint_every, "step_timeout": toy.step_timeout}
     with Run(toy.exp_dir, world, **timeout) as run:
@@ -85,20 +87,17 @@ def main(toy: Toy) -> None:
             return
         if toy.file_limit and world.main:
             _limit_files(toy.file_limit)
-        content = run.resume()
-        start = load(content) if content else 0
-        guard = Guard(**content["guard"]) if content else Guard()
+        start = begin(run, run.resume(), guard, state, restore)
         journal = Journal(toy.exp_dir, world, toy.steps, start, every=1)
-        while bad := train(toy, wrapped, optimizer, run, guard, journal, start, state):
-            verdict, step = bad
-            content = run.resume() or {}
-            if verdict == "stop":
-                last = checkpoint.step_path(run.folder, content["step"])
-                words = guard.last_words(step, [f"position {step + guard.offset}"], str(last))
-                raise UserError(words) if world.main else SystemExit(0)
-            start = load(content)
-            guard.roll_back(step, start)
-            journal.rewind(start)
+        wrapped = parallel(model, world)
+        guarded = GuardedStep(wrapped, optimizer, lambda _: 0.05, guard, world.device, clip_grad=1.0)
+        # One epoch that never ends: its samples come in the order of their numbers.
+        batches = Batches(Line(toy.poison), lambda _: np.arange(1 << 20), 1 << 19, 2, world, toy.workers)
+
+        def train_on(rest: Iterable[tuple[int, Any]]) -> None:
+            train(toy, wrapped, guarded, rest, journal, run, state)
+
+        train_guarded(train_on, batches, guard, run, journal, restore, start, toy.steps)
         digest = hashlib.sha256(model.weight.detach().numpy().tobytes()).hexdigest()
         journal.close()
         if world.main:
@@ -107,37 +106,30 @@ def main(toy: Toy) -> None:
     distributed.stop()
 
 
-def train(toy, model, optimizer, run, guard, journal, start, state) -> tuple[str, int] | None:
-    """Until the end, or (verdict, step) where the guard no longer skips."""
-    data = Line(start + guard.offset, toy.steps + guard.offset, toy.poison)
-    for step, x in enumerate(_batches(data, toy.workers), start):
+def train(
+    toy: Toy,
+    model: nn.Module,
+    guarded: GuardedStep,
+    batches: Iterable[tuple[int, Tensor]],
+    journal: Journal,
+    run: Run,
+    state: Callable[[], checkpoint.State],
+) -> None:
+    """One optimizer step for each (step, x [n, 8]), with the mishaps that the flags ask for."""
+    for step, x in batches:
         time.sleep(toy.nap)
         if step == toy.crash_at:
             raise RuntimeError("no line fits")
         if step == toy.hang_at and run.world.rank == run.world.size - 1:
             time.sleep(1000)
         if toy.patience and step == 2:
-            with run.patience(toy.patience):
+            with run.allow(toy.patience):
                 time.sleep(toy.patience)
-        loss = ((model(x[run.world.rank :: run.world.size]) - 1) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        verdict = guard.judge(bool(torch.isfinite(norm)))
-        if verdict == "ok":
-            optimizer.step()
-        elif verdict != "skip":
-            return verdict, step
-        journal.log(step, loss=loss.item(), position=step + guard.offset)
-        run.after_step(step + 1, state, hold=guard.skipped > 0)
-    return None
-
-
-def _batches(data: Line, workers: int) -> Iterator[Tensor]:
-    context = "fork" if workers else None
-    loader = DataLoader(data, batch_size=None, num_workers=workers, multiprocessing_context=context)
-    for x in loader:
-        yield x.expand(2, 8) * torch.tensor([[1.0], [2.0]])
+        with guarded.forward():
+            loss = ((model(x) - 1) ** 2).mean()
+        guarded.take(step, loss)
+        journal.log(step, loss=loss.item(), position=step + guarded.guard.offset)
+        run.after_step(step + 1, state, hold=guarded.guard.skipped > 0)
 
 
 def _limit_files(limit: int) -> None:
@@ -146,7 +138,7 @@ def _limit_files(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
-def entry(*flags: str) -> None:
+def entry_point(*flags: str) -> None:
     """What `python -m toy_stage FLAGS` would do."""
     sys.argv = ["toy_stage", *flags]
-    config.run(Toy, main)
+    entry.run(Toy, main)
