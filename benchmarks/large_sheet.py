@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from detection.anchors import fit_anchors
+from detection.inference import detect
 from detection.model import Detector, Spec
-from detection.predict import detect
 from schematics.sheets import Sheet, read_sheet
 from schematics.windows import tile_sheet
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from cluster import atomic, checkpoint
+from cluster import atomic, checkpoint, weights
 from cluster.errors import UserError
 
 STATE = {"model": {"w": torch.arange(1000.0)}, "lr": 0.1, "history": [1, (2, None)], "name": "toy"}
@@ -274,7 +274,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_good_one(small_disk):
     assert sorted(p.name for p in small_disk.iterdir()) == ["step_00000001.pt", "step_00000001.pt.sha256"]
     check_folder(small_disk, [1])
     with pytest.raises(UserError, match="the disk is full"):
-        checkpoint.export_backbone(small_disk / "backbone.safetensors", large, {"arch": "x"})
+        weights.write_backbone(small_disk / "backbone.safetensors", large, {"arch": "x"})
     assert len(list(small_disk.iterdir())) == 2
 
 
@@ -346,18 +346,18 @@ def test_backbone_carries_its_meta(tmp_path):
         "n": torch.tensor(3),
     }
     meta = {"arch": "resnet18", "method": "simclr", "mean": [0.9, 0.9, 0.9], "step": 7}
-    checkpoint.export_backbone(path, tensors, meta)
-    digests = {checkpoint.export_backbone(path, tensors, meta) for _ in range(20)}
+    weights.write_backbone(path, tensors, meta)
+    digests = {weights.write_backbone(path, tensors, meta) for _ in range(20)}
     assert len(digests) == 1  # the same bytes, whatever the order in which safetensors writes the meta
-    again, found = checkpoint.read_backbone(path)
+    again, found = weights.read_backbone(path)
     assert found == meta
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="truncated or damaged"):
-        checkpoint.read_backbone(path)
+        weights.read_backbone(path)
     atomic.sidecar(path).write_text(f"{atomic.file_hash(path)}  x\n")
     with pytest.raises(UserError, match="not a backbone"):
-        checkpoint.read_backbone(path)
+        weights.read_backbone(path)
 
 
 def test_final_marker_vouches_for_the_files(tmp_path):

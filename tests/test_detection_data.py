@@ -1,12 +1,15 @@
 """Training windows: boxes follow their pixels, draws (seed, epoch, sample); ranks share one global batch."""
 
 from dataclasses import replace
+from functools import partial
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from cluster.batches import Batches
+from cluster.distributed import World
 from cluster.errors import UserError
 from detection.data import (
     KEEP,
@@ -14,7 +17,6 @@ from detection.data import (
     SheetReader,
     TrainingWindows,
     as_tensor,
-    batches,
     collate,
     crop_boxes,
     photometric,
@@ -26,6 +28,15 @@ from detection.plan import fit_colors, fit_overlap, fit_window, large_side, plan
 from detection.schedule import Phase, continue_phases, lr_at
 from schematics.coco import Category, read_split, write_split
 from schematics.sheets import DataError
+
+
+def keys_of(windows, batch_size, first, last, rank=0, size=1):
+    """The keys of a rank's share of each batch, as finetuning takes them."""
+    order = partial(windows.order, at_least=batch_size)
+    world = World(rank=rank, size=size)
+    batches = Batches(windows, order, steps_per_epoch(windows, batch_size), batch_size, world)
+    return batches.keys(first, last)
+
 
 EVERYTHING = Augment(shift=True, scale=0.2, photometric=0.5, flip=True, rot90=True)
 
@@ -63,7 +74,7 @@ def equal(one, other):
 
 def test_a_sample_is_a_function_of_seed_epoch_and_sample(split):
     first, again = training_windows(split), training_windows(split)
-    keys = [key for batch in batches(first, 4, 0, 6) for key in batch]
+    keys = [key for batch in keys_of(first, 4, 0, 6) for key in batch]
     items = {key: first[key] for key in keys}
     assert all(equal(items[key], again[key]) for key in reversed(keys))
     epoch, position, tile = keys[0]
@@ -72,8 +83,8 @@ def test_a_sample_is_a_function_of_seed_epoch_and_sample(split):
 
 def test_ranks_share_the_batches_of_one_process_at_any_step(split):
     windows = training_windows(split)
-    whole = list(batches(windows, 4, 0, 9))
-    shares = [list(batches(windows, 4, 3, 9, rank, 2)) for rank in range(2)]
+    whole = list(keys_of(windows, 4, 0, 9))
+    shares = [list(keys_of(windows, 4, 3, 9, rank, 2)) for rank in range(2)]
     assert [a + b for a, b in zip(*shares, strict=True)] == whole[3:]
     per_epoch = steps_per_epoch(windows, 4)
     first, second = ([tile for b in whole[n * per_epoch :][:per_epoch] for _, _, tile in b] for n in range(2))
@@ -83,7 +94,7 @@ def test_ranks_share_the_batches_of_one_process_at_any_step(split):
 def test_boxes_frame_their_symbols_whatever_was_done_to_the_window(split):
     windows = training_windows(split, Augment(shift=True, scale=0.2, flip=True, rot90=True))
     seen = 0
-    for batch in batches(windows, 4, 0, 12):
+    for batch in keys_of(windows, 4, 0, 12):
         for key in batch:
             image, target, _ = windows[key]
             assert image.shape == (3, 256, 256) and image.dtype == torch.uint8
@@ -109,7 +120,7 @@ def test_a_symbol_cut_by_the_edge_is_a_target_while_enough_of_it_remains():
 
 def test_windows_without_symbols_are_negatives_in_the_share_asked_for(split):
     labels = [
-        [len(windows[key][1]["labels"]) for batch in batches(windows, 4, 0, 40) for key in batch]
+        [len(windows[key][1]["labels"]) for batch in keys_of(windows, 4, 0, 40) for key in batch]
         for windows in (training_windows(split, negatives=share) for share in (0.0, 0.5))
     ]
     without, some = (np.mean([count == 0 for count in counts]) for counts in labels)
@@ -125,7 +136,7 @@ def test_rare_classes_are_seen_more_often(split):
 
 def test_fewer_windows_than_a_batch_are_repeated(split):
     windows = training_windows(split)
-    batch = next(iter(batches(windows, 64, 0, 1)))
+    batch = next(iter(keys_of(windows, 64, 0, 1)))
     assert len(batch) == 64 and {tile for _, _, tile in batch} >= set(np.flatnonzero(windows.weights == 1))
 
 

@@ -8,13 +8,14 @@ import torchvision
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
-from cluster.checkpoint import export_backbone, sign_final
+from cluster.checkpoint import sign_final
 from cluster.errors import UserError
 from cluster.guard import Guard
+from cluster.weights import read_weights, write_backbone
 from detection.anchors import STRIDES, TORCHVISION, best_iou, fit_anchors, recall_table
 from detection.loop import Progress
 from detection.model import Detector, PixelAnchors, SeededSampler, Spec
-from detection.pretrained import load_backbone, read_pretrained
+from detection.pretrained import fill_backbone
 
 
 def spec_of(arch="resnet18", norm="sync", head="mlp", **changes):
@@ -63,7 +64,7 @@ def resnet18():
 def test_a_resnet50_backbone_matches_318_tensors():
     backbone = timm.create_model("resnet50", num_classes=0).state_dict()
     detector = Detector(spec_of("resnet50"))
-    assert load_backbone(detector, backbone, "file") == "backbone: 318 of 318 tensors matched"
+    assert fill_backbone(detector, backbone, "file") == "backbone: 318 of 318 tensors matched"
     loaded = detector.backbone.body.state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in backbone.items())
 
@@ -71,17 +72,17 @@ def test_a_resnet50_backbone_matches_318_tensors():
 def test_a_torchvision_file_loads_without_its_classifier(tmp_path):
     published = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(published, tmp_path / "resnet18.pth")
-    tensors, meta = read_pretrained(str(tmp_path / "resnet18.pth"))
+    tensors, meta = read_weights(str(tmp_path / "resnet18.pth"))
     assert meta["mean"] == [0.485, 0.456, 0.406]
     detector = Detector(spec_of())
-    audit = load_backbone(detector, tensors, "resnet18.pth")
+    audit = fill_backbone(detector, tensors, "resnet18.pth")
     assert audit == "backbone: 120 of 120 tensors matched; 2 tensors of its classifier ignored"
     assert torch.equal(detector.backbone.body.conv1.weight, published["conv1.weight"])
 
 
 def test_under_group_norm_the_weights_load_and_running_statistics_are_counted(resnet18):
     detector = Detector(spec_of(norm="group"))
-    audit = load_backbone(detector, resnet18, "file")
+    audit = fill_backbone(detector, resnet18, "file")
     assert audit.startswith("backbone: 60 of 60 tensors matched; 60 running statistics set aside")
     assert torch.equal(detector.backbone.body.layer1[0].bn1.weight, resnet18["layer1.0.bn1.weight"])
 
@@ -100,7 +101,7 @@ def test_a_backbone_that_does_not_fit_is_refused_and_nothing_loaded(resnet18, ch
     detector = Detector(spec_of())
     before = {k: v.clone() for k, v in detector.state_dict().items()}
     with pytest.raises(UserError, match=said):
-        load_backbone(detector, change(resnet18), "file.safetensors")
+        fill_backbone(detector, change(resnet18), "file.safetensors")
     assert all(torch.equal(before[key], tensor) for key, tensor in detector.state_dict().items())
 
 
@@ -109,7 +110,7 @@ def test_files_that_are_no_backbone_are_refused_unexecuted(tmp_path, resnet18):
         file = tmp_path / "file.pth"
         torch.save(content, file)
         with pytest.raises(UserError, match=said):
-            read_pretrained(str(file))
+            read_weights(str(file))
 
     marker = tmp_path / "was-here"
 
@@ -122,23 +123,23 @@ def test_files_that_are_no_backbone_are_refused_unexecuted(tmp_path, resnet18):
     refused({"state_dict": resnet18}, "bare keys")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(UserError, match="not a file of plain tensors"):
-        read_pretrained(str(tmp_path / "cut.pth"))
+        read_weights(str(tmp_path / "cut.pth"))
     with pytest.raises(UserError, match="no such file"):
-        read_pretrained(str(tmp_path / "absent.pth"))
+        read_weights(str(tmp_path / "absent.pth"))
 
 
 def test_a_backbone_of_an_unfinished_or_changed_run_is_refused(tmp_path, resnet18):
     file = tmp_path / "backbone.safetensors"
-    export_backbone(file, resnet18, {"arch": "resnet18"})
+    write_backbone(file, resnet18, {"arch": "resnet18"})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has not finished"):
-        read_pretrained(str(file))
+        read_weights(str(file))
     sign_final(tmp_path, 10, [file.name])
-    tensors, meta = read_pretrained(str(file))
+    tensors, meta = read_weights(str(file))
     assert (len(tensors), meta["arch"]) == (len(resnet18), "resnet18")
-    export_backbone(file, {**resnet18, "conv1.weight": torch.zeros(1)}, {"arch": "resnet18"})
+    write_backbone(file, {**resnet18, "conv1.weight": torch.zeros(1)}, {"arch": "resnet18"})
     with pytest.raises(UserError, match="changed since"):
-        read_pretrained(str(file))
+        read_weights(str(file))
 
 
 @pytest.mark.parametrize("head", ["mlp", "conv"])

@@ -5,7 +5,9 @@ import torch
 import torchvision
 from torch import nn
 
-from pretraining.encoder import Encoder, build_backbone, build_projector
+from cluster.errors import UserError
+from cluster.weights import Normalise, build_backbone
+from pretraining.encoder import Encoder, build_projector
 
 
 @pytest.mark.parametrize(("arch", "tensors"), [("resnet18", 120), ("resnet50", 318)])
@@ -27,7 +29,7 @@ def test_same_weights_give_torchvisions_features():
 
 
 def test_unknown_backbone_is_refused_with_the_nearest_names():
-    with pytest.raises(ValueError, match=r"--arch resnet5O: .*resnet50"):
+    with pytest.raises(UserError, match=r"--arch resnet5O: .*resnet50"):
         build_backbone("resnet5O")
 
 
@@ -51,9 +53,28 @@ def test_projectors_of_the_papers():
 
 
 def test_batchnorm_sees_both_views_in_simclr_and_one_in_vicreg():
-    view1, view2 = torch.zeros(4, 3), torch.ones(4, 3)
+    view1, view2 = (
+        torch.zeros(4, 3, 1, 1, dtype=torch.uint8),
+        torch.full((4, 3, 1, 1), 255, dtype=torch.uint8),
+    )
     for joint in (True, False):
-        encoder = Encoder(nn.BatchNorm1d(3, affine=False), nn.Identity(), joint=joint)
+        backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3, affine=False))
+        encoder = Encoder(Normalise([0.0] * 3, [1.0] * 3), backbone, nn.Identity(), joint=joint)
         z1, z2 = encoder(view1, view2)
         apart = (z2 - z1).abs().min().item()
         assert apart == pytest.approx(2, rel=1e-3) if joint else apart == 0
+
+
+def test_pixels_are_normalised_by_the_mean_and_std_that_travel_with_the_weights():
+    normalise = Normalise([0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
+    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    expected = torch.stack(
+        [(pixels[:, c] / 255 - mean) / std for c, mean, std in ((0, 0.1, 0.5), (1, 0.2, 1.0), (2, 0.3, 2.0))],
+        1,
+    )
+    torch.testing.assert_close(normalise(pixels), expected)
+    assert normalise(pixels).is_contiguous(memory_format=torch.channels_last)
+    encoder = Encoder(normalise, nn.Conv2d(3, 2, 1), nn.Flatten(), joint=True)
+    assert set(encoder.state_dict()) == {"backbone.weight", "backbone.bias"}
+    z1, z2 = encoder(pixels, pixels)
+    assert torch.equal(z1, z2) and torch.equal(z1, encoder.backbone(normalise(pixels)).flatten(1))

@@ -9,9 +9,10 @@ from cluster import checkpoint
 from cluster.errors import UserError
 from detection import export
 from detection.anchors import fit_anchors
+from detection.inference import Detections, detect, load_detector
 from detection.model import Detector, Spec
 from detection.onnx_detector import OnnxDetector
-from detection.predict import Detections, PredictConfig, detect, load_detector
+from detection.predict import PredictConfig
 from detection.predict import main as predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")

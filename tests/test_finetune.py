@@ -6,15 +6,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_finetuning import config_of, lines_of, weights_of
 
 from cluster import checkpoint
 from cluster.errors import UserError
-from detection.finetune import Config, main
+from detection.finetune import main
 from detection.metrics.coco import NAMES, evaluate
 from detection.predict import PredictConfig
 from detection.predict import main as predict
@@ -44,24 +44,6 @@ def data(tmp_path_factory):
     document["images"].pop()
     annotations.write_text(json.dumps(document))
     return folder
-
-
-def config_of(data, exp_dir, **changes):
-    config = Config(
-        data_dir=data, backbone="none", exp_dir=exp_dir, arch="resnet10t", fpn_channels=64, window=256,
-        overlap=64,
-        batch_size=2, steps=4, lr=0.02, scheduler="constant", warmup_steps=0, workers=0, validate_every=20,
-        log_every=1, device="cpu",
-    )  # fmt: skip
-    return replace(config, **changes)
-
-
-def lines_of(exp_dir):
-    return [json.loads(line) for line in (exp_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights_of(file):
-    return checkpoint.read(file)["model"]
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +131,8 @@ VALIDATE = """
 import json, sys
 from cluster import distributed
 from detection.data import SheetReader
-from detection.loop import validate
-from detection.predict import load_detector
+from detection.validation import validate
+from detection.inference import load_detector
 from schematics.coco import read_split, to_coco
 world = distributed.start("cpu")
 split = read_split(sys.argv[2])
@@ -289,7 +271,7 @@ def test_the_lines_of_the_readme_find_symbols(trained, data, tmp_path, monkeypat
     shutil.copytree(trained, tmp_path / "checkpoints" / "detector")
     monkeypatch.chdir(tmp_path)
     lines = [line.strip() for line in (HERE / "README.md").read_text().splitlines()]
-    first = lines.index("from detection.predict import detect, load_detector")
+    first = lines.index("from detection.inference import detect, load_detector")
     names = {"image": read_sheet(next((data / "train").glob("*.png")))}
     exec("\n".join(lines[first : first + 3]), names)
     assert 0 < len(names["found"]) < 20

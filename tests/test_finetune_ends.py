@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from test_finetune import config_of, lines_of, weights_of
+from small_finetuning import config_of, lines_of, weights_of
 
-from cluster import checkpoint
+from cluster import checkpoint, training
 from cluster.distributed import World
 from cluster.errors import UserError
-from detection import loop
+from detection import validation
 from detection.finetune import main, refuse_unsynced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,8 +36,8 @@ def test_a_signal_in_a_validation_saves_at_once_and_the_validation_is_made_up_fo
             time.sleep(0.5)  # for the thread that takes it
         return detect(*arguments)
 
-    detect = loop.detect
-    monkeypatch.setattr(loop, "detect", detect_and_signal)
+    detect = validation.detect
+    monkeypatch.setattr(validation, "detect", detect_and_signal)
     with pytest.raises(SystemExit) as stopped:
         main(parts)
     assert stopped.value.code == 75 and next(calls) == 2, "the other sheets can wait"
@@ -67,13 +67,13 @@ def test_patience_ends_a_run_where_it_stands_and_more_patience_goes_on(config, c
 def test_nothing_is_saved_while_steps_are_skipped(config, monkeypatch):
     """Every step is due for a checkpoint, but the state to go back to must not be the bad one."""
     calls = iter(range(1000))
-    clip = loop.nn.utils.clip_grad_norm_
+    clip = training.clip_grad_norm_
 
     def spoilt(parameters, limit):
         norm = clip(parameters, limit)
         return norm * float("nan") if 2 <= next(calls) <= 4 else norm
 
-    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", spoilt)
+    monkeypatch.setattr(training, "clip_grad_norm_", spoilt)
     skipped = []
     write = checkpoint.write
     monkeypatch.setattr(
@@ -91,7 +91,7 @@ def test_a_finished_run_that_is_made_longer_equals_the_long_one(config, monkeypa
     long = dataclasses.replace(config, exp_dir=config.exp_dir.with_name("long"))
     main(long)
     main(dataclasses.replace(config, steps=EPOCH))
-    detect, calls = loop.detect, iter(range(1000))
+    detect, calls = validation.detect, iter(range(1000))
 
     def detect_and_signal(*arguments):
         if next(calls) == 5:  # in the second validation, after four sheets that made sure of the first
@@ -99,7 +99,7 @@ def test_a_finished_run_that_is_made_longer_equals_the_long_one(config, monkeypa
             time.sleep(0.5)
         return detect(*arguments)
 
-    monkeypatch.setattr(loop, "detect", detect_and_signal)
+    monkeypatch.setattr(validation, "detect", detect_and_signal)
     with pytest.raises(SystemExit):
         main(config)
     assert not (config.exp_dir / "final.json").exists()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster import distributed
+from cluster.weights import Normalise
 from pretraining.encoder import Encoder
 from simclr.loss import nt_xent
 from vicreg.loss import vicreg_loss
@@ -22,12 +23,14 @@ BATCH = 16
 def encoder(joint: bool) -> Encoder:
     """Without BatchNorm, whose statistics on CPU are per rank."""
     torch.manual_seed(1)
-    return Encoder(nn.Sequential(nn.Linear(12, 24), nn.Tanh()), nn.Linear(24, 20, bias=False), joint)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 24), nn.Tanh())
+    return Encoder(Normalise([0.5] * 3, [0.3] * 3), backbone, nn.Linear(24, 20, bias=False), joint)
 
 
 def gradients(method: str, world: distributed.World) -> torch.Tensor:
     """The gradient of one step over this rank's share, flattened."""
-    views = torch.randn(2, BATCH, 12, generator=torch.Generator().manual_seed(2))
+    shape, generator = (2, BATCH, 3, 2, 2), torch.Generator().manual_seed(2)
+    views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     share = distributed.per_rank(BATCH, world)
     view1, view2 = views[:, world.rank * share : (world.rank + 1) * share]
     model = encoder(joint=method == "simclr")

@@ -13,17 +13,9 @@ from cluster import checkpoint
 from cluster.errors import UserError
 from detection.anchors import fit_anchors
 from detection.draw import annotate, side_by_side
+from detection.inference import Detections, detect, load_detector, merge, to_results
 from detection.model import Detector, Spec
-from detection.predict import (
-    Detections,
-    PredictConfig,
-    detect,
-    load_detector,
-    main,
-    merge,
-    picture_name,
-    to_results,
-)  # fmt: skip
+from detection.predict import PredictConfig, main, picture_name
 from schematics.coco import read_split
 from schematics.sheets import Sheet
 from schematics.windows import tile_sheet

@@ -14,13 +14,17 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster.batches import Batches
+from cluster.distributed import World
 from cluster.errors import UserError
 from pretraining.config import PretrainConfig
-from pretraining.data import batch_keys
-from pretraining.features import load_backbone
-from pretraining.stage import plan, pretrain
+from pretraining.data import epoch_order
+from pretraining.features import open_backbone
+from pretraining.stage import Method, pretrain
 from schematics.sheets import DataError
+from simclr import pretrain as simclr
 from simclr.loss import nt_xent
+from vicreg import pretrain as vicreg
 from vicreg.loss import vicreg_loss
 
 STEPS = 6
@@ -50,7 +54,9 @@ def config(pool, tmp_path):
 
 def run(config, method="vicreg", loss=None):
     loss = loss or {"simclr": nt_xent, "vicreg": vicreg_loss}[method]
-    pretrain(config, method, loss, joint=method == "simclr", last_norm=method == "simclr")
+    base_lr = {"simclr": simclr, "vicreg": vicreg}[method].base_lr
+    joint = last_norm = method == "simclr"
+    pretrain(config, Method(name=method, loss=loss, joint=joint, last_norm=last_norm, base_lr=base_lr))
     return journal(config), load_file(config.exp_dir / "backbone.safetensors")
 
 
@@ -111,7 +117,7 @@ def test_workers_change_nothing(config):
 def test_the_backbone_carries_what_the_next_stage_needs_and_the_embedding_is_drawn(config, pool):
     _, tensors = run(config)
     assert len(tensors) == 120
-    backbone, meta = load_backbone(config.exp_dir / "backbone.safetensors")
+    backbone, meta = open_backbone(config.exp_dir / "backbone.safetensors")
     assert meta["arch"] == "resnet18" and meta["method"] == "vicreg" and meta["color_mode"] == "gray"
     assert meta["step"] == STEPS and meta["image_size"] == 32
     sheets = np.stack([cv2.imread(str(file), 0) for file in sorted(pool.iterdir())]) / 255
@@ -124,6 +130,8 @@ def test_the_backbone_carries_what_the_next_stage_needs_and_the_embedding_is_dra
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(STEPS))
     assert isinstance(backbone, torch.nn.Module) and not backbone.training
+    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert backbone(pixels).shape == (2, 512)
 
 
 def test_a_step_that_is_not_finite_is_skipped_without_a_trace(config):
@@ -175,8 +183,11 @@ def test_flags_that_cannot_work_are_one_line(config, change, words):
 
 
 def test_a_rate_of_zero_is_no_request_for_the_published_one(config):
-    schedule = plan(dataclasses.replace(config, base_lr=0.0), "simclr", windows=64)
-    assert schedule.peak == 0 < plan(config, "simclr", windows=64).peak
+    config = dataclasses.replace(config, steps=20, warmup_epochs=0.0)
+    published = [line["lr"] for line in run(config, "simclr")[0]]
+    none = dataclasses.replace(config, base_lr=0.0, exp_dir=config.exp_dir.with_name("none"))
+    assert {line["lr"] for line in run(none, "simclr")[0]} == {0.0}
+    assert published[0] == pytest.approx(0.3 * 4 / 256) and min(published) > 0
 
 
 def test_a_pool_without_drawings_is_one_line(config, tmp_path):
@@ -197,17 +208,20 @@ def test_another_architecture_on_the_same_exp_dir_is_refused_and_changes_nothing
     assert before == {file: file.stat().st_mtime_ns for file in (config.exp_dir / "checkpoints").iterdir()}
 
 
+def keys_of(first, last, world=World()):
+    """The keys of batches of 8 out of a pool of 50 windows."""
+    order = epoch_order(seed=3, samples=50)
+    return list(Batches(None, order, per_epoch=6, batch_size=8, world=world).keys(first, last))
+
+
 def test_the_global_batch_is_the_same_for_every_number_of_ranks():
     def batches(world):
-        shares = [
-            batch_keys(3, samples=50, batch_size=8, first=4, last=9, rank=r, world=world)
-            for r in range(world)
-        ]
+        shares = [keys_of(4, 9, World(rank=rank, size=world)) for rank in range(world)]
         return [list(chain(*parts)) for parts in zip(*shares, strict=True)]
 
     assert batches(1) == batches(2) == batches(4)
     # Six batches an epoch, each sample at most once in it; position 6 begins epoch 1.
     assert [batch[0][0] for batch in batches(1)] == [0, 0, 1, 1, 1]
-    epoch = [key for batch in batch_keys(3, 50, 8, 0, 6) for key in batch]
-    assert len(set(epoch)) == 48
-    assert list(chain(*batch_keys(3, 50, 8, 4, 6))) == epoch[32:]
+    epoch = [key for batch in keys_of(0, 6) for key in batch]
+    assert len({sample for _, _, sample in epoch}) == len(set(epoch)) == 48
+    assert list(chain(*keys_of(4, 6))) == epoch[32:]
