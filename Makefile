@@ -1,8 +1,12 @@
-# make demo: everything from drawings to mAP on this machine.  make test: checks and the whole suite.
-# Both make .venv first if it is not there. PYTHON=... picks another Python (3.10 or later).
+# `make demo` goes from drawings to mAP on this machine, `make test` runs the checks and the whole suite, and
+# `make chaos` strikes runs by faults. Each makes .venv first if it is not there or its list of packages changed.
+# PYTHON=... picks another Python (3.10 or later), RUNS=... another folder for the demo.
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs/demo
+# mypy takes a package with those inside it, so it is given the outer ones of the one list in pyproject.toml.
+PACKAGES = $(shell PYTHONPATH=.:slurm $(BIN)/python -c \
+	'import stages; print(*(name for name in stages.packages() if "." not in name))')
 
 .PHONY: install demo check test chaos clean
 
@@ -19,11 +23,11 @@ demo: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy schematics cluster pretraining simclr vicreg detection
+	$(BIN)/mypy $(PACKAGES:%=--package %)
 	$(BIN)/mypy evaluate/*.py
 	$(BIN)/mypy slurm/*.py
 
-# Strikes runs by faults on a real two-node Slurm on this machine (slurm-wlm, munge, root); half an hour or more.
+# This needs a real two-node Slurm on this machine (slurm-wlm, munge, root) and takes half an hour or more.
 chaos: install
 	$(BIN)/python tests/faults/chaos.py
 

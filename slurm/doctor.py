@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,16 +21,16 @@ from cluster.errors import UserError
 from cluster.rendezvous import place
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "safetensors")
-LARGEST = 1.4  # GB: a checkpoint of VICReg
-ROOM = 4 * LARGEST  # three are kept, one is on its way
-RATE = 1e3 * LARGEST / 60  # MB/s: one a minute
-PROBE = 64  # MB
-PATIENCE = 180.0  # seconds for a node to answer: importing torch from a cold disk takes 20
+LARGEST = 1.4  # GB of the largest checkpoint, which is VICReg's
+ROOM = 4 * LARGEST  # GB that must be free: three checkpoints are kept while a fourth is written
+RATE = 1e3 * LARGEST / 60  # MB/s at which such a checkpoint is written in a minute
+PROBE = 64  # MiB that are written to try the disk
+PATIENCE = 180.0  # seconds in which a node must answer: importing torch from a cold disk takes 20
 
 
 @dataclass
 class Report:
-    """What one task found on its node. problems: empty on a node that is fit."""
+    """What one task found on its node, which is fit for a job when there are no problems."""
 
     node: str
     cpus: int = 0
@@ -43,7 +42,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """One line for a reader, and one for each problem."""
+        """What a reader sees: one line of findings, and one for each problem."""
         devices = ", ".join(self.gpus) or f"{self.cpus} CPUs"
         versions = " ".join(f"{name} {version}" for name, version in self.versions.items())
         disk = f"{self.free_gb:.0f} GB free, {self.write_mb_s:.0f} MB/s written and synced"
@@ -54,6 +53,10 @@ class Report:
 
 def main(args: argparse.Namespace) -> None:
     """Check this node, or each of --nodes, before a job is sent there."""
+    if args.nodes and not shutil.which("sinfo"):
+        raise UserError(
+            "--nodes: sinfo not found, so this machine has no Slurm; without --nodes this machine is checked"
+        )
     args.run_dir.mkdir(parents=True, exist_ok=True)
     reports = check_nodes(args) if args.nodes else [check_here(args.run_dir)]
     for report in reports:
@@ -66,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_here(run_dir: Path) -> Report:
-    """What this process sees; with other ranks beside it under srun, also whether they reach each other."""
+    """What this process finds; beside other ranks under srun also whether the ranks reach each other."""
     report = Report(os.environ.get("SLURMD_NODENAME") or platform.node(), cpus=len(os.sched_getaffinity(0)))
     report.versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -74,17 +77,18 @@ def check_here(run_dir: Path) -> Report:
             report.versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             report.problems.append(f"{name} is not installed for {sys.executable}")
-    for check in (check_disk, check_devices, check_ranks):
+    checks = {"disk": check_disk, "torch and its devices": check_devices, "all_reduce": check_ranks}
+    for what, check in checks.items():
         try:
             check(report, run_dir)
-        except Exception as error:  # whatever is wrong with a node is its report
+        except Exception as error:  # whatever goes wrong here is what there is to report of the node
             reason = " ".join(str(error).split()) or type(error).__name__
-            report.problems.append(f"{check.__doc__}: {reason}")
+            report.problems.append(f"{what}: {reason}")
     return report
 
 
 def check_disk(report: Report, run_dir: Path) -> None:
-    """disk"""
+    """How much room the disk of `run_dir` has, and how fast it writes."""
     report.free_gb = shutil.disk_usage(run_dir).free / 1e9
     probe = run_dir / f".doctor-{uuid.uuid4().hex[:8]}"
     block = os.urandom(1 << 20)
@@ -109,9 +113,9 @@ def check_disk(report: Report, run_dir: Path) -> None:
 
 
 def check_devices(report: Report, run_dir: Path) -> None:
-    """torch and its devices"""
+    """Whether torch and torchvision load and compute, on the CPU and on each GPU of the job."""
     import torch
-    import torchvision  # its operators load only beside the torch they were built for
+    import torchvision  # its operators load only beside the torch that they were built for
 
     torchvision.ops.nms(torch.rand(2, 4), torch.rand(2), 0.5)
     for number in range(torch.cuda.device_count()):
@@ -124,7 +128,7 @@ def check_devices(report: Report, run_dir: Path) -> None:
 
 
 def check_ranks(report: Report, run_dir: Path) -> None:
-    """all_reduce"""
+    """Whether the ranks of this step reach each other, and how long a sum over all of them takes."""
     me = place()
     if me.size == 1:
         return
@@ -132,13 +136,13 @@ def check_ranks(report: Report, run_dir: Path) -> None:
 
     from cluster import distributed
 
-    # One task a node shows whether nodes reach each other; a task for each GPU also shows NCCL at work.
+    # One task a node shows whether the nodes reach each other; one task a GPU also shows whether NCCL works.
     granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     device = "auto" if report.gpus and granted == me.local_size else "cpu"
     world = distributed.start(device, rendezvous=run_dir, timeout=PATIENCE / 3, collective_timeout=30.0)
     try:
         tensor = torch.ones(4 << 20, device=world.device)  # 16 MB
-        for _ in range(2):  # the first one makes the connections
+        for _ in range(2):  # the first round makes the connections, so the second one is timed
             tensor.fill_(world.rank)
             distributed.barrier()
             start = time.perf_counter()
@@ -153,7 +157,7 @@ def check_ranks(report: Report, run_dir: Path) -> None:
 
 
 def check_nodes(args: argparse.Namespace) -> list[Report]:
-    """A report of every node: each by itself, so that a dead one hides none, then the fit ones together."""
+    """A report of every node: of each alone, so that a dead one hides none, then of all fit ones together."""
     reports = {report.node: report for report in node_states(args.nodes)}
     fit = [node for node, report in reports.items() if not report.problems]
     for node, started in [(node, start(args, [node])) for node in fit]:
@@ -161,11 +165,11 @@ def check_nodes(args: argparse.Namespace) -> list[Report]:
     fit = [node for node in fit if not reports[node].problems]
     if len(fit) > 1:
         together = answers(start(args, fit), fit)
-        if any(report.problems for report in together.values()):  # who is it? each one with the first
+        if any(report.problems for report in together.values()):  # try each with the first, to see who it is
             for node in fit[1:]:
                 together |= answers(start(args, [fit[0], node]), [node])
             if all(together[node].problems for node in fit[1:]) and len(fit) > 2:
-                together = {fit[0]: together[fit[0]]}  # the one that they have in common
+                together = {fit[0]: together[fit[0]]}  # it is the first, which all pairs have in common
             elif len(fit) > 2:
                 del together[fit[0]]
         reports |= together
@@ -173,7 +177,10 @@ def check_nodes(args: argparse.Namespace) -> list[Report]:
 
 
 def node_states(wanted: str) -> list[Report]:
-    """The nodes of a Slurm host list, or all; what Slurm itself calls unfit has that as its problem."""
+    """An empty report of each node of a Slurm host list, or of all; one that Slurm calls unfit says so.
+
+    Raises UserError when there is no such node.
+    """
     chosen = [] if wanted == "all" else ["-n", wanted]
     answer = subprocess.run(["sinfo", "-hN", *chosen, "-o", "%N|%T|%E"], capture_output=True, text=True)
     nodes = {}
@@ -188,17 +195,18 @@ def node_states(wanted: str) -> list[Report]:
 
 
 def start(args: argparse.Namespace, nodes: list[str]) -> subprocess.Popen[str]:
-    """This program on each of the nodes, one task a node unless --srun says otherwise."""
-    own = [str(Path(__file__).with_name("pipeline.py")), "doctor", "--json", "--run-dir", str(args.run_dir)]
+    """Start this program on each of the nodes, with one task a node unless --srun says otherwise."""
     environment = stages.job_environment(os.environ)
-    argv = ["srun", "--job-name=linework-doctor", f"--nodes={len(nodes)}", "--ntasks-per-node=1",
-            f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", *shlex.split(args.srun),
-            environment["LINEWORK_PYTHON"], *own]  # fmt: skip
+    program = [environment["LINEWORK_PYTHON"], str(Path(__file__).with_name("pipeline.py"))]
+    where = [f"--nodes={len(nodes)}", "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}"]
+    flags = stages.split(args.srun, "--srun")
+    srun = ["srun", "--job-name=linework-doctor", "--kill-on-bad-exit=0", *where, *flags]
+    argv = [*srun, *program, "doctor", "--json", "--run-dir", str(args.run_dir)]
     return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def answers(started: subprocess.Popen[str], nodes: list[str]) -> dict[str, Report]:
-    """The report of each node; a node that printed none has that as its problem."""
+    """The report of each node; of a node that printed none, one with the last line that srun wrote."""
     try:
         out, err = started.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the .slurm files, which set $code to the folder above this one. `launch [--one-task] ARGUMENTS`
-# runs `python ARGUMENTS`: one process per task of the Slurm job, or one process here where there is no job.
-# It ends the script with the exit code of the first task that failed: 1 an error the user can mend, 2 bad
-# flags, 75 stopped with a checkpoint but not requeued, 143 stopped by TERM; all else is a crash.
+# The .slurm files source this, after setting $code to the folder above this one. `launch [--one-task] ARGUMENTS`
+# runs `python ARGUMENTS` as one process for each task of the Slurm job, or as one process where there is no job.
+# It ends the script with the exit code of the first task that failed. cluster/errors.py names them: 1 is an error
+# that the user can mend, 2 a wrong flag, 75 means saved but not requeued, 143 stopped by TERM; others are a crash.
 
 code=$(cd "$code" && pwd)
 
@@ -17,18 +17,18 @@ choose_python() {
   python=${LINEWORK_PYTHON:-$code/.venv/bin/python}
   [ -n "${LINEWORK_PYTHON:-}" ] || [ -x "$python" ] || python=python3
   command -v "$python" >/dev/null || die "LINEWORK_PYTHON=$python is not an executable"
-  export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} # before an editable install of another copy of the code
-  # A signal that comes before Python has its handler would kill the rank: blocked, it waits.
+  export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} # goes before an editable install of another copy of the code
+  # A signal that comes before Python has its handler would kill the rank. While it is blocked it waits instead.
   local signal=${LINEWORK_REQUEUE_SIGNAL:-USR2}
   if env --block-signal="$signal" true 2>/dev/null; then
     rank=(env --block-signal="$signal" "$python" "$@")
-  else # coreutils before 8.31: an early signal is lost, which a periodic checkpoint makes up for
+  else # with coreutils before 8.31 an early signal is lost, and a periodic checkpoint makes up for it
     rank=(bash -c 'trap "" "$1"; shift; exec "$@"' rank "$signal" "$python" "$@")
   fi
 }
 
-# Time and path of the last checkpoint in the --exp-dir among the arguments; it moves when a launch got anywhere,
-# also where one with a higher number is damaged and was passed over.
+# Prints time and path of the last written checkpoint in the --exp-dir among the arguments. A launch that got
+# anywhere has changed it, even if an older checkpoint with a higher number is damaged and was passed over.
 newest_checkpoint() {
   local folder='' previous='' word
   for word in "$@"; do
@@ -39,8 +39,8 @@ newest_checkpoint() {
   [ -z "$folder" ] || find "$folder/checkpoints" -name 'step_*.pt' -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1
 }
 
-# Passes standard error on. Ends with the exit code of the first task that srun calls failed, 255 for a signal:
-# srun's own code is the highest, and --kill-on-bad-exit makes that 143 whatever the first task died of.
+# Passes standard error on and ends with the exit code of the first task that srun calls failed, or 255 when that
+# died of a signal. The code of srun itself is the highest of all tasks, which --kill-on-bad-exit makes 143.
 first_failure() {
   local line cause=0
   local failed='^srun: error: .*: tasks? [^:]*: (Exited with exit code ([0-9]+))?'
@@ -51,15 +51,15 @@ first_failure() {
   return "$cause"
 }
 
-# Whether this life of the job runs: after the loss of a node a later one may run elsewhere.
+# Tells whether this life of the job still runs. After the loss of a node a later life may run elsewhere.
 job_runs() {
   local known
   known=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null) || return 0
   [[ $known == *" JobState=RUNNING "* && $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
-# A crash is started again inside the allocation for as long as each launch leaves a newer checkpoint than the
-# one before; a launch that leaves none gets one more try.
+# Starts the ranks, and after a crash starts them again inside the allocation, for as long as each launch leaves a
+# newer checkpoint than the one before. A launch that leaves none gets one more try.
 run_ranks() {
   local before after last code_first code_srun fruitless=0
   exec 3>&1
@@ -90,11 +90,11 @@ launch() {
     shift
   fi
   choose_python "$@"
-  # In a shell that is a step itself (srun --pty bash) srun would wait for its end. salloc's shell is no such step.
+  # In a shell that is a step itself (srun --pty bash) srun would wait for that step's end; salloc's shell is none.
   if [ -z "${SLURM_JOB_ID:-}" ] || [ "${SLURM_STEP_ID:-4294967290}" != 4294967290 ]; then
     exec "${rank[@]}"
   fi
-  unset "${!SLURM_CPU_BIND@}" # left by a job that submitted this one
+  unset "${!SLURM_CPU_BIND@}" # a job that submitted this one has left them
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   run_ranks "$@"
   exit $?

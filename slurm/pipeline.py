@@ -1,14 +1,19 @@
 """Chains the stages: unlabelled drawings -> backbone -> detector -> COCO figures.
 
     python slurm/pipeline.py submit --run-dir RUN --unlabeled POOL --data-dir LABELLED
-           [--method vicreg|simclr] [--pretrain FLAGS] [--finetune FLAGS] [--evaluate FLAGS]
+           [--method METHOD] [--pretrain FLAGS] [--finetune FLAGS] [--evaluate FLAGS]
            [--sbatch FLAGS] [--dry-run | --local]
     python slurm/pipeline.py status --run-dir RUN [--json]
     python slurm/pipeline.py cancel --run-dir RUN
     python slurm/pipeline.py doctor [--run-dir RUN] [--nodes node[1-8] | --nodes all]
 
 Each stage is a job that starts when the one before has succeeded, from a snapshot of the code in RUN/code.
-The same `submit` again goes on where a chain stopped. Any Python from 3.10 runs this, without a package.
+The same `submit` again goes on where a chain stopped.
+
+What comes out: RUN/pretrain/backbone.safetensors, RUN/finetune/model.pt, RUN/evaluate/metrics.json and
+report.html, logs in RUN/logs. `submit` itself takes seconds, with --local as long as the stages do: minutes
+for the sheets of `make demo` on two CPU cores. docs/slurm.md has more; docs/results.md has times of stages.
+Any Python from 3.10 runs this, without any package but for `doctor`, which needs torch.
 """
 
 from __future__ import annotations
@@ -31,7 +36,10 @@ import doctor
 import stages
 import status
 
-from cluster.errors import UserError
+from cluster.entry import live
+from cluster.errors import USAGE, UserError
+
+DEFAULT = "vicreg"  # the method where --method is not given; pretrain.slurm has the same
 
 
 def submit(args: argparse.Namespace) -> None:
@@ -55,7 +63,7 @@ def submit(args: argparse.Namespace) -> None:
     elif chain:
         code = stages.snapshot(run_dir)
         environment = stages.job_environment(os.environ)
-        # What is there is of another detector, or was made with other flags.
+        # Figures that are there were made of another detector, or with other flags.
         (run_dir / "evaluate" / "metrics.json").unlink(missing_ok=True)
         write = functools.partial(stages.write_record, run_dir, args.method, again(), flags)
         if args.local:
@@ -66,9 +74,9 @@ def submit(args: argparse.Namespace) -> None:
 
 
 def is_done(stage: stages.Stage, flags: Mapping[str, str], recorded: Mapping[str, str]) -> bool:
-    """Whether a stage is finished, with the flags it was made with; evaluate is made again with others.
+    """Whether a stage is finished and was made with these flags; with other flags evaluate is made again.
 
-    Raises UserError for another stage that is finished with other flags: later ones were made from it.
+    Raises UserError for another stage that was made with other flags, as later stages were made from it.
     """
     if not stage.finished():
         return False
@@ -97,12 +105,16 @@ def refuse_twice(run_dir: Path, record: Mapping[str, Any], method: str) -> None:
 
 
 def submit_chain(
-    chain: list[stages.Stage], run_dir: Path, code: Path, environment: dict[str, str],
-    known: Mapping[str, str], write: Callable[[dict[str, str]], None],
-) -> None:  # fmt: skip
-    """One sbatch a stage, each waiting for the one before. Leaves no job behind when one is refused.
+    chain: list[stages.Stage],
+    run_dir: Path,
+    code: Path,
+    environment: dict[str, str],
+    known: Mapping[str, str],
+    write: Callable[[dict[str, str]], None],
+) -> None:
+    """Submit each stage as a job that waits for the one before; leave no job behind when one is refused.
 
-    known: jobs of stages that are finished, kept for their logs.
+    known holds the jobs of stages that are finished: they are recorded further, for the sake of their logs.
     """
     (run_dir / "logs").mkdir(exist_ok=True)
     jobs = dict(known)
@@ -123,7 +135,7 @@ def submit_chain(
 
 
 def run_here(chain: list[stages.Stage], code: Path, environment: dict[str, str]) -> None:
-    """The stages one after the other, without Slurm, up to the first that fails."""
+    """Run the stages one after the other on this machine, up to the first that fails."""
     for stage in chain:
         print(f"{stage.name}: {shlex.join(stages.local_command(stage, code))}", flush=True)
         ended = wait(subprocess.Popen(stages.local_command(stage, code), cwd=code, env=environment))
@@ -132,14 +144,14 @@ def run_here(chain: list[stages.Stage], code: Path, environment: dict[str, str])
 
 
 def wait(process: subprocess.Popen) -> int:
-    """Its exit code. It gets a Ctrl-C as well, and is given the time to save."""
+    """The exit code of a stage. A Ctrl-C reaches the stage as well, which is given the time to save."""
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             return process.wait()
 
 
 def dry_run(chain: list[stages.Stage], run_dir: Path, local: bool) -> None:
-    """Print the commands of `submit` as a shell script; write nothing."""
+    """Print the commands of `submit` as a shell script, and write nothing."""
     code = run_dir / "code"
     python = stages.job_environment(os.environ)["LINEWORK_PYTHON"]
     print(f"export LINEWORK_PYTHON={shlex.quote(python)}")
@@ -154,7 +166,7 @@ def dry_run(chain: list[stages.Stage], run_dir: Path, local: bool) -> None:
 
 
 def show_status(args: argparse.Namespace) -> None:
-    """The table of the chain, and why it does not go on."""
+    """Print the table of the chain, and why it does not go on where it stands still."""
     record = stages.read_record(args.run_dir)
     told = []
     try:
@@ -169,7 +181,7 @@ def show_status(args: argparse.Namespace) -> None:
 
 
 def cancel(args: argparse.Namespace) -> None:
-    """End the jobs of the chain that are alive."""
+    """End the jobs of this chain that are alive."""
     jobs = status.jobs_of(stages.read_record(args.run_dir), args.run_dir / "code")
     alive = [job.id for job in jobs.values() if job.alive]
     if not alive:
@@ -182,65 +194,110 @@ def cancel(args: argparse.Namespace) -> None:
 
 
 def again(*arguments: str) -> str:
-    """This command for a reader to type again, or this program with other arguments."""
+    """This program as a line to type: with these arguments, or with those that it was called with."""
     return shlex.join(["python", sys.argv[0], *(arguments or sys.argv[1:])])
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is told in one line."""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+        self.exit(USAGE, f"error: {message}; {self.prog} --help lists the flags\n")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Paths come out absolute: the stages run in another folder."""
+    """The command line. Paths come out absolute, as the stages run in another folder."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
     actions: Any = parser.add_subparsers(required=True, metavar="submit|status|cancel|doctor")
 
     def action(name: str, main: Any) -> argparse.ArgumentParser:
-        sub = actions.add_parser(name, help=main.__doc__.splitlines()[0], allow_abbrev=False)
+        text = main.__doc__.splitlines()[0]
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(main=main)
         return sub
 
-    def path(text: str) -> Path:
-        return Path(text).absolute()
-
-    run = action("submit", submit)
-    run.add_argument("--run-dir", type=path, required=True, help="folder of the chain; all nodes must see it")
-    run.add_argument("--unlabeled", type=path, required=True, help="pool of unlabelled drawings")
-    run.add_argument("--data-dir", type=path, required=True, help="labelled sheets: train/ valid/ test/")
-    run.add_argument("--method", choices=("vicreg", "simclr"), default="vicreg", help="default: vicreg")
-    for name in stages.STAGES:
-        run.add_argument(
-            f"--{name}", default="", metavar="FLAGS", help=f"flags of the {name} stage, in quotes"
-        )
-    run.add_argument(
-        "--sbatch", default="", metavar="FLAGS", help="flags of sbatch, in quotes, for every stage"
-    )
-    for name in stages.STAGES:
-        run.add_argument(f"--sbatch-{name}", default="", metavar="FLAGS", help=f"more of them for {name}")
-    run.add_argument("--dry-run", action="store_true", help="print the commands; submit and write nothing")
-    run.add_argument("--local", action="store_true", help="run the chain here, without Slurm")
+    add_submit(action("submit", submit))
     show = action("status", show_status)
-    show.add_argument("--run-dir", type=path, required=True)
-    show.add_argument("--json", action="store_true")
-    action("cancel", cancel).add_argument("--run-dir", type=path, required=True)
+    show.add_argument("--run-dir", type=path, required=True, help="Folder of the chain to show.")
+    show.add_argument("--json", action="store_true", help="Print JSON for a program instead of a table.")
+    end = action("cancel", cancel)
+    end.add_argument("--run-dir", type=path, required=True, help="Folder of the chain to end.")
     check = action("doctor", doctor.main)
-    check.add_argument("--run-dir", type=path, default=Path.cwd(), help="folder to write in; default: here")
-    check.add_argument("--nodes", help="check these nodes (a Slurm host list, or all), one task each")
-    check.add_argument("--srun", default="", metavar="FLAGS", help="flags of srun: partition, account, GPUs")
-    check.add_argument("--json", action="store_true")
+    check.add_argument(
+        "--run-dir",
+        type=path,
+        default=Path.cwd(),
+        help="Folder whose disk is tried; default: the current folder.",
+    )
+    check.add_argument(
+        "--nodes", help="Check these nodes, one task on each: a Slurm host list such as node[1-8], or all."
+    )
+    check.add_argument(
+        "--srun",
+        default="",
+        metavar="FLAGS",
+        help="Flags of srun, in quotes, that get the nodes: partition, account, GPUs.",
+    )
+    check.add_argument("--json", action="store_true", help="Print each report as one line of JSON.")
     return parser.parse_args(joined(argv))
 
 
+def add_submit(run: argparse.ArgumentParser) -> None:
+    """The flags of `submit`."""
+    run.add_argument(
+        "--run-dir",
+        type=path,
+        required=True,
+        help="Folder of the chain, on a file system that all nodes see.",
+    )
+    run.add_argument("--unlabeled", type=path, required=True, help="Folder of unlabelled drawings.")
+    run.add_argument(
+        "--data-dir",
+        type=path,
+        required=True,
+        help="Folder of labelled sheets, with train/, valid/ and test/ in it.",
+    )
+    run.add_argument(
+        "--method",
+        choices=stages.methods(),
+        default=DEFAULT,
+        help=f"Method of pretraining; default: {DEFAULT}.",
+    )
+    for name in stages.STAGES:
+        run.add_argument(
+            f"--{name}", default="", metavar="FLAGS", help=f"Flags of the {name} stage, in quotes."
+        )
+    run.add_argument(
+        "--sbatch", default="", metavar="FLAGS", help="Flags of sbatch for every stage, in quotes."
+    )
+    for name in stages.STAGES:
+        run.add_argument(
+            f"--sbatch-{name}",
+            default="",
+            metavar="FLAGS",
+            help=f"Flags of sbatch for the {name} stage, in quotes; they win over --sbatch.",
+        )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Print the commands as a shell script; submit nothing and write nothing.",
+    )
+    run.add_argument("--local", action="store_true", help="Run the chain on this machine, without Slurm.")
+
+
+def path(text: str) -> Path:
+    return Path(text).absolute()
+
+
 def joined(argv: list[str]) -> list[str]:
-    """argparse takes a value that begins with a dash for a flag, unless it is joined by an equals sign."""
+    """The words of a command line, with each value that is itself flags joined to its flag by an equals sign.
+
+    Otherwise argparse would take such a value, which begins with a dash, for a flag of its own.
+    """
+    kinds = [f"--{kind}{name}" for name in stages.STAGES for kind in ("", "sbatch-")]
+    holders = {"--sbatch", "--srun", *kinds}
     words: list[str] = []
-    holders = {
-        "--sbatch",
-        "--srun",
-        *(f"--{kind}{name}" for name in stages.STAGES for kind in ("", "sbatch-")),
-    }
     for word in argv:
         if words and words[-1] in holders:
             words[-1] += f"={word}"
@@ -251,13 +308,8 @@ def joined(argv: list[str]) -> list[str]:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    try:
-        args.main(args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    args.main(args)
 
 
 if __name__ == "__main__":
-    main()
+    live(main)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,13 +20,48 @@ from cluster import atomic, checkpoint
 from cluster.errors import UserError
 
 STAGES = ("pretrain", "finetune", "evaluate")
-SOURCES = ("schematics", "cluster", "pretraining", "simclr", "vicreg", "detection", "evaluate", "slurm")
+SCRIPTS = ("evaluate", "slurm")  # folders of scripts, which belong to the code but are no packages
 HOME = Path(__file__).resolve().parent.parent  # the code that this file is part of
+
+
+def packages(home: Path = HOME) -> list[str]:
+    """The names of all packages, from the one list of them: `packages = [...]` in pyproject.toml.
+
+    tomllib comes with Python 3.11 only, so this looks for that one assignment; it may go over several lines.
+    Raises UserError when there is no such list, or when a package of it has no folder.
+    """
+    path = home / "pyproject.toml"
+    try:
+        found = re.search(r"^packages\s*=\s*(\[[^]]*\])", path.read_text("utf-8"), re.MULTILINE)
+        names = [str(name) for name in ast.literal_eval(found[1])] if found else []
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: its list of packages cannot be read ({error}); mend it") from None
+    if not names:
+        raise UserError(f'{path}: has no list of packages; write packages = ["...", "..."] in it')
+    for name in names:
+        if not home.joinpath(*name.split(".")).is_dir():
+            raise UserError(f"{path}: lists the package {name}, which has no folder; mend the list")
+    return names
+
+
+def methods() -> list[str]:
+    """The methods of pretraining: the packages that hold a loss.py and a pretrain.py."""
+    needed = ("loss.py", "pretrain.py")
+    return [name for name in packages() if all((HOME / name / file).exists() for file in needed)]
+
+
+def sources() -> list[str]:
+    """What the jobs need of the code: the folders of the packages and scripts, and the list of packages."""
+    folders = dict.fromkeys(name.split(".")[0] for name in packages())
+    return [*folders, *SCRIPTS, "pyproject.toml"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One job of the chain. folder: its exp-dir. arguments: of its .slurm file. sbatch: flags of sbatch."""
+    """One job of the chain.
+
+    folder is its exp-dir, arguments are those of its .slurm file, sbatch holds flags of sbatch.
+    """
 
     name: str
     folder: Path
@@ -46,15 +83,19 @@ def chain(
     flags: Mapping[str, str],
     sbatch: Mapping[str, str],
 ) -> list[Stage]:
-    """The stages. flags and sbatch: what to pass on to each and to its sbatch; sbatch[""] is for all."""
+    """The stages in their order.
+
+    flags holds what to pass on to each stage, sbatch what to pass on to its sbatch, both as one text a stage
+    in a shell's quoting; sbatch[""] is for every stage. Raises UserError for a quotation that is not closed.
+    """
     folder = {name: run_dir / name for name in STAGES}
+    backbone = folder["pretrain"] / "backbone.safetensors"
+    model = folder["finetune"] / "model.pt"
     own = {
         "pretrain": [method, "--data-dir", unlabeled, "--exp-dir", folder["pretrain"]],
-        "finetune": ["--data-dir", data_dir, "--backbone", folder["pretrain"] / "backbone.safetensors",
-                     "--exp-dir", folder["finetune"]],
-        "evaluate": ["--checkpoint", folder["finetune"] / "model.pt", "--data-dir", data_dir,
-                     "--out", folder["evaluate"]],
-    }  # fmt: skip
+        "finetune": ["--data-dir", data_dir, "--backbone", backbone, "--exp-dir", folder["finetune"]],
+        "evaluate": ["--checkpoint", model, "--data-dir", data_dir, "--out", folder["evaluate"]],
+    }
     shape = {"pretrain": [], "finetune": [], "evaluate": ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]}
     return [
         Stage(
@@ -68,7 +109,7 @@ def chain(
 
 
 def split(text: str, flag: str) -> list[str]:
-    """The words of a flag that holds flags."""
+    """The words of a flag whose value is flags. Raises UserError for a quotation that is not closed."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -76,25 +117,29 @@ def split(text: str, flag: str) -> list[str]:
 
 
 def command(stage: Stage, run_dir: Path, code: Path, after: str | None) -> list[str]:
-    """The sbatch call of a stage. after: the job whose success it waits for."""
+    """The sbatch call of a stage, which starts when the job `after` has succeeded; None waits for no job."""
     log = str(run_dir / "logs" / stage.name).replace("%", "%%")
     waits = [f"--dependency=afterok:{after}"] if after else []
     if after and not any(word.startswith("--kill-on-invalid-dep") for word in stage.sbatch):
         waits.append("--kill-on-invalid-dep=yes")  # a "no" that followed would not undo it
-    return ["sbatch", "--parsable", f"--job-name=linework-{stage.name}", f"--chdir={code}",
-            f"--output={log}-%j.log", *waits, *stage.sbatch,
-            str(code / "slurm" / f"{stage.name}.slurm"), *stage.arguments]  # fmt: skip
+    own = [f"--job-name=linework-{stage.name}", f"--chdir={code}", f"--output={log}-%j.log"]
+    return ["sbatch", "--parsable", *own, *waits, *stage.sbatch, *script(stage, code)]
 
 
 def local_command(stage: Stage, code: Path) -> list[str]:
-    """The same stage here, without Slurm."""
-    return ["bash", str(code / "slurm" / f"{stage.name}.slurm"), *stage.arguments]
+    """The call that runs the same stage on this machine, without Slurm."""
+    return ["bash", *script(stage, code)]
+
+
+def script(stage: Stage, code: Path) -> list[str]:
+    """The .slurm file of a stage and its arguments."""
+    return [str(code / "slurm" / f"{stage.name}.slurm"), *stage.arguments]
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment to start a stage in: without what a surrounding job left, with the Python to use."""
+    """The environment to start a stage in: with the Python to use, without what a surrounding job left."""
     kept = dict(environment)
-    if "SLURM_JOB_ID" in kept:  # its task counts, CPU binding and GPUs are not those of the new job
+    if "SLURM_JOB_ID" in kept:  # that job's task counts, CPU binding and GPUs are not those of the new one
         left = ("SLURM", "SRUN_", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
         kept = {
             name: value for name, value in kept.items() if name == "SLURM_CONF" or not name.startswith(left)
@@ -103,7 +148,7 @@ def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def python(environment: Mapping[str, str]) -> str:
-    """The interpreter of the stages: LINEWORK_PYTHON, that of the .venv beside the code, or this one."""
+    """The interpreter of the stages: LINEWORK_PYTHON, else that of .venv beside the code, else this one."""
     given, own = environment.get("LINEWORK_PYTHON"), HOME / ".venv" / "bin" / "python"
     if given:
         return os.path.abspath(given) if os.sep in given else given  # the stages run in another folder
@@ -111,25 +156,30 @@ def python(environment: Mapping[str, str]) -> str:
 
 
 def snapshot(run_dir: Path) -> Path:
-    """Copies the code as it is on disk to RUN_DIR/code, so that later edits don't reach queued jobs."""
+    """Copy the code as it is on disk to RUN_DIR/code, so that later edits don't reach queued jobs."""
     code, fresh = run_dir / "code", run_dir / ".code-new"
     shutil.rmtree(fresh, ignore_errors=True)
-    for name in SOURCES:
-        shutil.copytree(HOME / name, fresh / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    fresh.mkdir(parents=True)
+    for name in sources():
+        if (HOME / name).is_dir():
+            shutil.copytree(HOME / name, fresh / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        else:
+            shutil.copy(HOME / name, fresh / name)
     shutil.rmtree(code, ignore_errors=True)
     fresh.rename(code)
     return code
 
 
 def commit() -> str | None:
-    """The git commit of the code, with "+changes" when the files differ from it; None without git."""
+    """The git commit of the code, with "+changes" where its files differ from that; None without git."""
 
     def git(*arguments: str) -> str:
         argv = ["git", "-C", str(HOME), *arguments]
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *SOURCES) else "")
+        changes = git("status", "--porcelain", "--", *sources())
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -137,7 +187,7 @@ def commit() -> str | None:
 def write_record(
     run_dir: Path, method: str, resubmit: str, flags: Mapping[str, str], jobs: Mapping[str, str]
 ) -> None:
-    """RUN_DIR/pipeline.json: what was submitted, from which commit, each stage with what, as which jobs."""
+    """Write RUN_DIR/pipeline.json: what was submitted, from which commit, with which flags, as which jobs."""
     record = {
         "method": method,
         "commit": commit(),

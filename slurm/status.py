@@ -15,15 +15,25 @@ from stages import Stage
 
 from cluster.errors import UserError
 
-ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY",
-         "BOOT_FAIL", "DEADLINE", "FORGOTTEN"}  # fmt: skip
-FIGURES = ("loss", "valid_AP", "valid_AP50", "AP", "AP50")  # shown when a stage wrote them
-TAIL = 1 << 18  # bytes that are read of a log or of metrics.jsonl
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "TIMEOUT",
+    "CANCELLED",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "FORGOTTEN",
+}
+FIGURES = ("loss", "valid_AP", "valid_AP50", "AP", "AP50")  # shown where a stage wrote them
+TAIL = 1 << 18  # so many bytes at the end of a log or of metrics.jsonl are read
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job by Slurm's word: one of its states, FORGOTTEN by it, or UNKNOWN as it can't be asked."""
+    """A job. state: one of Slurm's; FORGOTTEN when Slurm has no such job; UNKNOWN when it can't be asked."""
 
     id: str
     state: str = "UNKNOWN"
@@ -36,7 +46,7 @@ class Job:
 
 @dataclass
 class Line:
-    """One stage in the table."""
+    """One stage in the table. step: how many are done. error: the last `error: ...` line of the log."""
 
     stage: str
     job: str
@@ -46,13 +56,13 @@ class Line:
     figures: dict[str, float]
     finished: bool
     log: str | None
-    error: str | None  # the log's last `error: ...` line
+    error: str | None
 
 
 def jobs_of(record: Mapping, code: Path) -> dict[str, Job]:
-    """Slurm's word on each recorded job, by stage: squeue's, else sacct's.
+    """What Slurm says of each recorded job, by stage: squeue, or sacct where squeue no longer knows the job.
 
-    code: the chain's snapshot. A job that works elsewhere is a stranger with a re-used number.
+    A job whose folder is not `code`, the snapshot of this chain, is another's that was given the same number.
     Raises UserError when squeue is there but its controller can't be asked.
     """
     ids = record["jobs"]
@@ -72,16 +82,17 @@ def jobs_of(record: Mapping, code: Path) -> dict[str, Job]:
         for line in answer.stdout.splitlines():
             number, state, folder = line.split("|", 2)
             if Path(folder) == code and number not in known:
-                known[number] = Job(number, state.split()[0])  # "CANCELLED by 0"
+                known[number] = Job(number, state.split()[0])  # sacct writes "CANCELLED by 0"
     return {name: known.get(number, Job(number, "FORGOTTEN")) for name, number in ids.items()}
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands; the caller looks at its exit code."""
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[Line]:
-    """The table, one line a stage."""
+    """What there is to say of each stage, from its job, its folder and its log."""
     lines = []
     for stage in stages:
         job = jobs.get(stage.name, Job(""))
@@ -90,6 +101,7 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
         except UserError as error:
             finished, damage = False, f"error: {error}"
         log = logs / f"{stage.name}-{job.id}.log"
+        errors = (line for line in newest_first(log) if line.startswith("error:"))
         step, figures = progress(stage)
         lines.append(
             Line(
@@ -101,14 +113,14 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
                 figures=figures,
                 finished=finished,
                 log=str(log) if log.exists() else None,
-                error=damage or next((line for line in newest_first(log) if line.startswith("error:")), None),
+                error=damage or next(errors, None),
             )
         )
     return lines
 
 
 def progress(stage: Stage) -> tuple[int | None, dict[str, float]]:
-    """(steps done, newest of each figure worth a look), from metrics.jsonl or, of evaluate, metrics.json."""
+    """The number of steps done, and the newest of each of FIGURES, from metrics.jsonl or metrics.json."""
     if stage.name == "evaluate":
         path = stage.folder / "metrics.json"
         coco = json.loads(path.read_text())["coco"] if path.exists() else {}
@@ -116,7 +128,7 @@ def progress(stage: Stage) -> tuple[int | None, dict[str, float]]:
     step: int | None = None
     figures: dict[str, float] = {}
     for line in newest_first(stage.folder / "metrics.jsonl"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a half-written line
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # of a line that is half written
             entry = json.loads(line)
             if step is None and "loss" in entry:
                 step = int(entry["step"]) + 1  # the journal counts from 0
@@ -125,7 +137,7 @@ def progress(stage: Stage) -> tuple[int | None, dict[str, float]]:
 
 
 def newest_first(path: Path) -> list[str]:
-    """The lines of a file, the last one first, as far back as TAIL reaches; none where it can't be read."""
+    """The lines in the last TAIL bytes of a file, the last one first; none when it can't be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - TAIL))
@@ -135,7 +147,7 @@ def newest_first(path: Path) -> list[str]:
 
 
 def explain(lines: list[Line], cancel: str, resubmit: str) -> list[str]:
-    """Why the chain does not go on, and the commands that clear it and go on; empty while it does."""
+    """Why the chain does not go on, and the commands that clear it and go on; nothing while it goes on."""
     stuck = [line for line in lines if not line.finished and line.state in ENDED]
     stuck += [line for line in lines if line.reason == "DependencyNeverSatisfied" and line not in stuck]
     if not stuck:
@@ -157,18 +169,18 @@ def explain(lines: list[Line], cancel: str, resubmit: str) -> list[str]:
 
 
 def table(lines: list[Line]) -> str:
-    """The lines for a reader."""
+    """The lines as a table for a reader."""
     rows = [("stage", "job", "state", "step", "figures")]
     for line in lines:
         state = line.state + (f" ({line.reason})" if line.reason and line.state == "PENDING" else "")
         figures = ", ".join(f"{name} {value:.4g}" for name, value in line.figures.items())
-        rows.append((
-            line.stage, line.job or "-", "finished" if line.finished else state,
-            "-" if line.step is None else str(line.step), figures or "-",
-        ))  # fmt: skip
+        step = "-" if line.step is None else str(line.step)
+        state = "finished" if line.finished else state
+        rows.append((line.stage, line.job or "-", state, step, figures or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def as_json(lines: list[Line], told: list[str]) -> str:
+    """The lines and the explanation of `explain` for a program."""
     return json.dumps({"stages": [asdict(line) for line in lines], "explanation": told}, indent=2)

@@ -1,4 +1,7 @@
-"""Who may import whom: the arrows of the house, read from the imports themselves."""
+"""Who may import whom: the arrows of the house, read from the imports themselves.
+
+The packages and methods are those of the one list in pyproject.toml, so a new method has its rule already.
+"""
 
 import ast
 import subprocess
@@ -6,40 +9,119 @@ import sys
 from pathlib import Path
 
 import pytest
+import stages
 
 ROOT = Path(__file__).parent.parent
-OURS = {"schematics", "cluster", "pretraining", "simclr", "vicreg", "detection", "evaluate", "slurm"}
 MAY_IMPORT = {
     "schematics": set(),
     "cluster": set(),
     "pretraining": {"schematics", "cluster"},
-    "detection": {"schematics", "cluster"},
-    "simclr": {"pretraining", "schematics", "cluster"},
-    "vicreg": {"pretraining", "schematics", "cluster"},
-    "evaluate": {"detection", "pretraining", "schematics", "cluster"},
+    "detection": {"detection.metrics", "detection.report", "schematics", "cluster"},
+    "detection.metrics": {"schematics"},
+    "detection.report": {"detection.metrics", "schematics", "cluster"},
+    "evaluate": {
+        "detection",
+        "detection.metrics",
+        "detection.report",
+        "pretraining",
+        "schematics",
+        "cluster",
+    },
     "slurm": {"cluster"},
+    **{method: {"pretraining", "schematics", "cluster"} for method in stages.methods()},
 }
+HOUSE = (*stages.packages(), *stages.SCRIPTS)
+
+
+def files_of(*folders: str) -> list[Path]:
+    """The Python files below these folders of the tree."""
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    """The dotted name of a file; a package goes by its folder's."""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def owner_of(module: str) -> str | None:
+    """The innermost package, or the folder of scripts, that a module belongs to; None for other people's."""
+    parts = module.split(".")
+    above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in above if name in HOUSE), None)
+
+
+def exists(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
 
 
 def imports(file: Path) -> set[str]:
-    """Top-level names a file imports, also inside functions."""
-    names = set()
+    """Dotted names of the modules that a file imports, also inside functions."""
+    package = file.relative_to(ROOT).parent.parts
+    found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0] if node.level == 0 else file.parent.name)
-    return names
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            within = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {base} | {name for name in within if exists(name)}
+    return found
 
 
-@pytest.mark.parametrize("folder", sorted(MAY_IMPORT))
-def test_folder_imports_only_what_the_house_allows(folder):
-    files = sorted((ROOT / folder).rglob("*.py"))
-    assert files, f"{folder}/ holds no code"
-    own = {folder} - {"evaluate", "slurm"}  # folders of scripts, not packages
+def is_entry(file: Path) -> bool:
+    """Whether a file has a command line: `if __name__ == "__main__"`."""
+    conditions = (
+        ast.unparse(node.test) for node in ast.parse(file.read_text()).body if isinstance(node, ast.If)
+    )
+    return "__name__ == '__main__'" in conditions
+
+
+ENTRIES = [module_of(file) for file in files_of(*stages.sources()) if is_entry(file)]
+
+
+def test_every_package_has_its_rule():
+    assert sorted(MAY_IMPORT) == sorted(HOUSE)
+
+
+def test_every_folder_of_code_is_in_the_list():
+    """A package that the list lacks would be neither installed nor checked."""
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in files_of(*stages.sources())}
+    assert folders == set(HOUSE)
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_package_imports_only_what_the_house_allows(package):
+    files = [file for file in files_of(*package.split(".")[:1]) if owner_of(module_of(file)) == package]
+    assert files, f"{package} holds no code"
+    own = {package} - {*stages.SCRIPTS}  # scripts are run, and not imported by that name
     for file in files:
-        forbidden = imports(file) & OURS - MAY_IMPORT[folder] - own
+        owners = {owner_of(name) for name in imports(file)} - {None}
+        forbidden = owners - MAY_IMPORT[package] - own
         assert not forbidden, f"{file.relative_to(ROOT)} imports {sorted(forbidden)}"
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_nothing_imports_an_entry(entry):
+    """What has a command line is run; what it shares with others stands in a module without one."""
+    folder, _, name = entry.rpartition(".")
+    importers = []
+    for file in files_of(*stages.sources(), "benchmarks"):
+        beside = (
+            folder in stages.SCRIPTS and file.parent == ROOT / folder
+        )  # a script knows it by its bare name
+        if imports(file) & ({entry, name} if beside else {entry}):
+            importers.append(str(file.relative_to(ROOT)))
+    assert not importers
+
+
+def test_no_test_file_imports_another():
+    """What tests share is in conftest.py, or in a plain module beside it."""
+    files = files_of("tests")
+    names = {file.stem for file in files if file.stem.startswith("test_")}
+    found = {file.stem: sorted(imports(file) & names) for file in files}
+    assert not {name: others for name, others in found.items() if others}
 
 
 def test_hugging_face_evaluate_is_not_shadowed():

@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import stages
 from slurm_cluster import Cluster, clean_environment
 from test_slurm_scripts import program
+
+from cluster.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 STAGE = """\
@@ -99,20 +102,63 @@ def one_line_of_error(done: subprocess.CompletedProcess[str], code: int = 1) -> 
     return done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "code", "expected"), [
-    (["submit", "--steps", "3"], 2, "--steps"),
-    (["submit", "--method", "byol"], 2, "'byol'"),
-    (["submit", "--unlabeled", "/nowhere"], 1, "--unlabeled /nowhere: no such folder"),
-    (["submit", "--local", "--pretrain", "--note 'a"], 1, "No closing quotation"),
-    (["submit"], 1, "--local runs the chain here"),
-    (["status"], 1, "no chain was submitted"),
-    (["cancel"], 1, "no chain was submitted"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["submit", "--steps", "3"], 2, "--steps"),
+        (["submit", "--method", "byol"], 2, "'byol'"),
+        (["submit", "--unlabeled", "/nowhere"], 1, "--unlabeled /nowhere: no such folder"),
+        (["submit", "--local", "--pretrain", "--note 'a"], 1, "No closing quotation"),
+        (["submit"], 1, "--local runs the chain here"),
+        (["doctor", "--nodes", "all"], 1, "sinfo not found"),
+        (["status"], 1, "no chain was submitted"),
+        (["cancel"], 1, "no chain was submitted"),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(arguments, code, expected, work):
     if arguments[1:2] == ["--unlabeled"]:
         arguments = [*arguments, "--local"]
     assert expected in one_line_of_error(pipeline(work, *arguments), code)
     assert not (work / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "cannot be read"),
+        ('packages = ["one", two]', "cannot be read"),
+        ('[tool.setuptools]\nname = "one"', "has no list of packages"),
+        ("packages = []", "has no list of packages"),
+        ('packages = ["one", "three"]', "lists the package three, which has no folder"),
+    ],
+)
+def test_a_list_of_packages_that_is_no_list_is_one_line(text, expected, tmp_path):
+    (tmp_path / "one").mkdir()
+    path = tmp_path / "pyproject.toml"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match=expected) as refusal:
+        stages.packages(tmp_path)
+    assert str(refusal.value).startswith(f"{path}: ") and "\n" not in str(refusal.value)
+
+
+def test_the_list_of_packages_may_be_written_in_any_way(tmp_path):
+    (tmp_path / "one" / "inner").mkdir(parents=True)
+    for text in (
+        "packages=['one', 'one.inner']",
+        '  [t]\npackages = [\n  "one", # first\n  "one.inner",\n]\nx = []',
+    ):
+        (tmp_path / "pyproject.toml").write_text(text)
+        assert stages.packages(tmp_path) == ["one", "one.inner"]
+
+
+def test_pipeline_runs_without_any_package(work):
+    """Also on a login node whose Python has none; here -S leaves them out."""
+    data = ["--unlabeled", work / "pool", "--data-dir", work / "sheets", "--run-dir", work / "run"]
+    command = [sys.executable, "-S", ROOT / "slurm" / "pipeline.py", "submit", *data, "--dry-run"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout.count("sbatch --parsable")) == (0, "", 3)
 
 
 def test_dry_run_is_what_submit_submits(slurm, work):
@@ -142,8 +188,10 @@ def test_local_chain_stops_at_the_first_failure_and_goes_on_there(work):
     stopped = pipeline(work, "submit", *flags)
     assert "error: finetune ended with exit code 1" in stopped.stderr
     assert [(line["finished"], line["state"]) for line in told(work).values()] == [
-        (True, "UNKNOWN"), (False, "UNKNOWN"), (False, "UNKNOWN"),
-    ]  # fmt: skip
+        (True, "UNKNOWN"),
+        (False, "UNKNOWN"),
+        (False, "UNKNOWN"),
+    ]
     (work / "run" / "mended").touch()
     assert pipeline(work, "submit", *flags).returncode == 0
     assert all(line["finished"] for line in told(work).values())
@@ -215,8 +263,10 @@ def test_failed_parent_is_explained_with_commands_that_clear_it(slurm, work):
     assert f"finetune (job {jobs(work)['finetune']} PENDING)" in refusal
 
     commands = dict(line.split(" with:  ") for line in said.splitlines() if " with:  " in line)
-    clear, go_on = (commands[name].replace("python ", f"{shlex.quote(sys.executable)} ", 1)
-                    for name in ("clear it", "go on"))  # fmt: skip
+    clear, go_on = (
+        commands[name].replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+        for name in ("clear it", "go on")
+    )
     slurm.run("bash", "-c", clear)
     assert slurm.wait(jobs(work)["evaluate"]) == "CANCELLED"
     (work / "run" / "mended").touch()
@@ -254,17 +304,10 @@ def test_cancel_ends_the_chain_and_no_stranger(slurm, work):
 
 def test_source_edited_while_queued_does_not_reach_the_job(slurm, work):
     home = work / "home"
-    for name in (
-        "schematics",
-        "cluster",
-        "pretraining",
-        "simclr",
-        "vicreg",
-        "detection",
-        "evaluate",
-        "slurm",
-    ):
-        shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (*stages.packages(), *stages.SCRIPTS):
+        if "." not in name:
+            shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", home)
     done = pipeline(work, "submit", "--sbatch", "--hold", slurm=slurm, home=home)
     assert done.returncode == 0, done.stderr
     (home / "cluster" / "__init__.py").write_text("EDITED = 'edited while queued'\n")
@@ -276,12 +319,13 @@ def test_source_edited_while_queued_does_not_reach_the_job(slurm, work):
 
 
 def test_submission_from_inside_a_job_inherits_nothing_of_it(slurm, work):
-    command = [sys.executable, ROOT / "slurm" / "pipeline.py", "submit", "--run-dir", work / "run",
-               "--unlabeled", work / "pool", "--data-dir", work / "sheets"]  # fmt: skip
+    data = ["--unlabeled", work / "pool", "--data-dir", work / "sheets", "--run-dir", work / "run"]
+    command = [sys.executable, ROOT / "slurm" / "pipeline.py", "submit", *data]
     script = work / "outer"
     script.write_text(f"#!/bin/bash\nsrun --ntasks=1 --nodes=1 {shlex.join(map(str, command))}\n")
-    outer = slurm.sbatch("-N2", "--ntasks-per-node=2", "--cpus-per-task=2", "-o", work / "outer.log", script,
-                         env={"LINEWORK_PYTHON": str(work / "program")})  # fmt: skip
+    shape = ["-N2", "--ntasks-per-node=2", "--cpus-per-task=2"]
+    environment = {"LINEWORK_PYTHON": str(work / "program")}
+    outer = slurm.sbatch(*shape, "-o", work / "outer.log", script, env=environment)
     assert slurm.wait(outer) == "COMPLETED", (work / "outer.log").read_text()
     assert slurm.wait(jobs(work)["evaluate"]) == "COMPLETED"
     log = work / "run" / "logs" / f"finetune-{jobs(work)['finetune']}.log"
@@ -302,16 +346,8 @@ def test_doctor_checks_nodes_alone_and_together(slurm, tmp_path):
 def test_doctor_names_unfit_nodes_for_exclude(slurm, tmp_path):
     slurm.run("scontrol", "update", "nodename=node2", "state=drain", "reason=fan")
     try:
-        command = [
-            sys.executable,
-            ROOT / "slurm" / "pipeline.py",
-            "doctor",
-            "--nodes",
-            "all",
-            "--run-dir",
-            tmp_path,
-        ]
-        done = slurm.call(*command, env={"LINEWORK_PYTHON": sys.executable})
+        command = [sys.executable, ROOT / "slurm" / "pipeline.py", "doctor", "--nodes", "all"]
+        done = slurm.call(*command, "--run-dir", tmp_path, env={"LINEWORK_PYTHON": sys.executable})
     finally:
         slurm.run("scontrol", "update", "nodename=node2", "state=resume")
     assert done.returncode == 1

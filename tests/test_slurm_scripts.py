@@ -68,16 +68,22 @@ def test_flags_pass_through_bash_untouched(name, tmp_path):
     told = json.loads(done.stdout)
     assert told["argv"][-len(flags) :] == flags
     assert told["path"] == str(ROOT)
-    started = {"pretrain": ["-m", "vicreg.pretrain"], "finetune": ["-m", "detection.finetune"],
-               "evaluate": [str(ROOT / "evaluate" / "evaluate.py")]}[name]  # fmt: skip
+    started = {
+        "pretrain": ["-m", "vicreg.pretrain"],
+        "finetune": ["-m", "detection.finetune"],
+        "evaluate": [str(ROOT / "evaluate" / "evaluate.py")],
+    }[name]
     assert told["argv"][: -len(flags)] == started
 
 
-@pytest.mark.parametrize(("words", "code", "expected"), [
-    (["simclr", "--steps", "3"], 0, "simclr.pretrain"),
-    (["vicreg"], 0, "vicreg.pretrain"),
-    (["byol", "--steps", "3"], 2, "error: unknown method 'byol': give simclr or vicreg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (["simclr", "--steps", "3"], 0, "simclr.pretrain"),
+        (["vicreg"], 0, "vicreg.pretrain"),
+        (["byol", "--steps", "3"], 2, "error: unknown method 'byol': give simclr or vicreg"),
+    ],
+)
 def test_first_word_of_pretrain_is_the_method(words, code, expected, tmp_path):
     command = ["bash", str(ROOT / "slurm" / "pretrain.slurm"), *words]
     done = subprocess.run(command, env=program(tmp_path, RECORDER), capture_output=True, text=True)
@@ -99,11 +105,13 @@ def test_missing_python_is_one_line(tmp_path):
 def test_a_rank_on_each_node_from_a_folder_with_a_hostile_name(slurm, tmp_path):
     """sbatch runs a copy of the script: it finds its code by the job's record, in any current folder."""
     code = tmp_path / "it's 100 % code"
-    shutil.copytree(ROOT / "slurm", code / "slurm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("slurm", "simclr"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     log, flags = tmp_path / "log", ["--data-dir", "a b", "--exp-dir", str(tmp_path)]
     environment = program(tmp_path, RECORDER)
-    job = slurm.sbatch("-N2", "-o", log, code / "slurm" / "pretrain.slurm", "simclr", *flags,
-                       cwd=Path("/"), env=environment)  # fmt: skip
+    job = slurm.sbatch(
+        "-N2", "-o", log, code / "slurm" / "pretrain.slurm", "simclr", *flags, cwd=Path("/"), env=environment
+    )
     assert ended(slurm, job) == ("COMPLETED", "0")
     told = [json.loads(line) for line in log.read_text().splitlines()]
     assert {(rank["rank"], rank["node"]) for rank in told} == {("0", "node1"), ("1", "node2")}
@@ -113,8 +121,8 @@ def test_a_rank_on_each_node_from_a_folder_with_a_hostile_name(slurm, tmp_path):
 
 def test_evaluate_is_one_process_in_any_allocation(slurm, tmp_path):
     log = tmp_path / "log"
-    job = slurm.sbatch("-N2", "--ntasks-per-node=2", "-o", log, ROOT / "slurm" / "evaluate.slurm",
-                       env=program(tmp_path, RECORDER))  # fmt: skip
+    script, environment = ROOT / "slurm" / "evaluate.slurm", program(tmp_path, RECORDER)
+    job = slurm.sbatch("-N2", "--ntasks-per-node=2", "-o", log, script, env=environment)
     assert ended(slurm, job) == ("COMPLETED", "0")
     assert len([line for line in log.read_text().splitlines() if line.startswith("{")]) == 1
 
@@ -122,8 +130,8 @@ def test_evaluate_is_one_process_in_any_allocation(slurm, tmp_path):
 def test_job_submitted_without_an_environment_runs(slurm, tmp_path):
     """--export=NONE reaches srun as well, which then starts tasks without a PATH, unless told otherwise."""
     log, python = tmp_path / "log", program(tmp_path, RECORDER)["LINEWORK_PYTHON"]
-    job = slurm.sbatch(f"--export=NONE,LINEWORK_PYTHON={python}", f"--chdir={ROOT}", "-o", log,
-                       ROOT / "slurm" / "finetune.slurm")  # fmt: skip
+    flags = [f"--export=NONE,LINEWORK_PYTHON={python}", f"--chdir={ROOT}"]
+    job = slurm.sbatch(*flags, "-o", log, ROOT / "slurm" / "finetune.slurm")
     assert ended(slurm, job) == ("COMPLETED", "0"), log.read_text()
 
 
@@ -135,8 +143,9 @@ def test_crashes_are_started_again_while_checkpoints_move(slurm, tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     log = tmp_path / "log"
-    job = slurm.sbatch("-o", log, ROOT / "slurm" / "finetune.slurm", f"--exp-dir={tmp_path}",
-                       env=program(tmp_path, crash))  # fmt: skip
+    job = slurm.sbatch(
+        "-o", log, ROOT / "slurm" / "finetune.slurm", f"--exp-dir={tmp_path}", env=program(tmp_path, crash)
+    )
     assert ended(slurm, job) == ("COMPLETED", "0"), log.read_text()
     assert launches(tmp_path) == 4
     assert f"starting again from {tmp_path}/checkpoints/step_00000003.pt" in log.read_text()
@@ -151,16 +160,18 @@ def test_progress_below_a_damaged_checkpoint_counts(slurm, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_00000099.pt").touch()  # passed over by every launch
     log = tmp_path / "log"
-    job = slurm.sbatch("-o", log, ROOT / "slurm" / "finetune.slurm", "--exp-dir", tmp_path,
-                       env=program(tmp_path, crash))  # fmt: skip
+    job = slurm.sbatch(
+        "-o", log, ROOT / "slurm" / "finetune.slurm", "--exp-dir", tmp_path, env=program(tmp_path, crash)
+    )
     assert ended(slurm, job) == ("COMPLETED", "0"), log.read_text()
     assert f"starting again from {tmp_path}/checkpoints/step_00000003.pt" in log.read_text()
 
 
 def test_crash_without_a_new_checkpoint_gets_one_more_try(slurm, tmp_path):
     log, crash = tmp_path / "log", CRASHING + "os.kill(os.getpid(), signal.SIGKILL)\n"
-    job = slurm.sbatch("-o", log, ROOT / "slurm" / "finetune.slurm", "--exp-dir", tmp_path,
-                       env=program(tmp_path, crash))  # fmt: skip
+    job = slurm.sbatch(
+        "-o", log, ROOT / "slurm" / "finetune.slurm", "--exp-dir", tmp_path, env=program(tmp_path, crash)
+    )
     assert ended(slurm, job) == ("FAILED", "137")
     assert launches(tmp_path) == 2
     assert "crashed twice without a new checkpoint (exit code 137): giving up" in log.read_text()
@@ -170,9 +181,8 @@ def test_crash_without_a_new_checkpoint_gets_one_more_try(slurm, tmp_path):
 def test_error_of_one_rank_ends_the_job_with_its_exit_code(code, slurm, tmp_path):
     """srun itself ends with 143 here: the other rank's, ended by --kill-on-bad-exit."""
     failing = CRASHING + f"if rank == '0': sys.exit({code})\ntime.sleep(60)\n"
-    log = tmp_path / "log"
-    job = slurm.sbatch("-N2", "-o", log, ROOT / "slurm" / "pretrain.slurm", "--exp-dir", tmp_path,
-                       env=program(tmp_path, failing))  # fmt: skip
+    script, environment = ROOT / "slurm" / "pretrain.slurm", program(tmp_path, failing)
+    job = slurm.sbatch("-N2", "-o", tmp_path / "log", script, "--exp-dir", tmp_path, env=environment)
     assert ended(slurm, job) == ("FAILED", str(code))
     assert launches(tmp_path) == 1
 
