@@ -53,10 +53,7 @@ def test_projectors_of_the_papers():
 
 
 def test_batchnorm_sees_both_views_in_simclr_and_one_in_vicreg():
-    view1, view2 = (
-        torch.zeros(4, 3, 1, 1, dtype=torch.uint8),
-        torch.full((4, 3, 1, 1), 255, dtype=torch.uint8),
-    )
+    view1, view2 = (torch.full((4, 3, 1, 1), level, dtype=torch.uint8) for level in (0, 255))
     for joint in (True, False):
         backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3, affine=False))
         encoder = Encoder(Normalise([0.0] * 3, [1.0] * 3), backbone, nn.Identity(), joint=joint)
@@ -68,10 +65,8 @@ def test_batchnorm_sees_both_views_in_simclr_and_one_in_vicreg():
 def test_pixels_are_normalised_by_the_mean_and_std_that_travel_with_the_weights():
     normalise = Normalise([0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
     pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    expected = torch.stack(
-        [(pixels[:, c] / 255 - mean) / std for c, mean, std in ((0, 0.1, 0.5), (1, 0.2, 1.0), (2, 0.3, 2.0))],
-        1,
-    )
+    channels = zip(pixels.unbind(1), (0.1, 0.2, 0.3), (0.5, 1.0, 2.0), strict=True)
+    expected = torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], 1)
     torch.testing.assert_close(normalise(pixels), expected)
     assert normalise(pixels).is_contiguous(memory_format=torch.channels_last)
     encoder = Encoder(normalise, nn.Conv2d(3, 2, 1), nn.Flatten(), joint=True)

@@ -208,15 +208,15 @@ def test_another_architecture_on_the_same_exp_dir_is_refused_and_changes_nothing
     assert before == {file: file.stat().st_mtime_ns for file in (config.exp_dir / "checkpoints").iterdir()}
 
 
-def keys_of(first, last, world=World()):
-    """The keys of batches of 8 out of a pool of 50 windows."""
-    order = epoch_order(seed=3, samples=50)
+def keys_of(first, last, rank=0, size=1):
+    """The keys of a rank's share of batches of 8 out of a pool of 50 windows."""
+    order, world = epoch_order(seed=3, samples=50), World(rank=rank, size=size)
     return list(Batches(None, order, per_epoch=6, batch_size=8, world=world).keys(first, last))
 
 
 def test_the_global_batch_is_the_same_for_every_number_of_ranks():
     def batches(world):
-        shares = [keys_of(4, 9, World(rank=rank, size=world)) for rank in range(world)]
+        shares = [keys_of(4, 9, rank, world) for rank in range(world)]
         return [list(chain(*parts)) for parts in zip(*shares, strict=True)]
 
     assert batches(1) == batches(2) == batches(4)
