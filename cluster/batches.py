@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
@@ -99,6 +100,4 @@ def _leave_threads_to_the_others(_: int) -> None:
 
     0 and not 1: OpenCV would stop the threads of its parent for 1, which a forked process does not have.
     """
-    import cv2
-
     cv2.setNumThreads(0)

@@ -53,8 +53,8 @@ def live(work: Callable[[], Any]) -> None:
         said = str(error)
         if "Original Traceback" in said:  # out of a DataLoader's worker: the last line is the error's own
             said = said.strip().splitlines()[-1].partition(": ")[2]
-        rendezvous.tell_once(f"error: {' '.join(said.split())}")
-        end(status)
+        told = rendezvous.tell_once(f"error: {' '.join(said.split())}")
+        end(status if told else 0)  # of several ranks only the one that tells has a status other than 0
 
 
 def end(status: int) -> NoReturn:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
 ORDINARY_STEPS = 0xFFFFFFF0  # above: the batch script, the shell of salloc, extern
-LINGER = 3.0  # seconds that rank 0 waits for the others to find the mistake that it has found
+LINGER = 3.0  # seconds for all ranks to find a mistake that one has found
 
 _met: tuple[Place, Store] | None = None  # kept alive: rank 0 serves the store
 
@@ -92,26 +92,35 @@ def part() -> None:
     _met = None
 
 
-def tell_once(line: str) -> None:
-    """Print `line` on standard error, once for all ranks that come here with it.
+def tell_once(line: str) -> bool:
+    """Print `line` on standard error, from one rank of all that come here with it. True on that rank.
 
-    Ranks find the same mistake in the same input, each by itself. The first to count itself tells it.
+    Ranks find the same mistake in the same input, each by itself: rank 0 tells it. What rank 0 has not told
+    within LINGER seconds it has not found, and the first of the others tells it.
     """
-    if _count(f"told {line}") == 1:
-        print(line, file=sys.stderr, flush=True)
+    if _met and _met[0].rank:
+        _wait(lambda: _count(f"told {line}", 0) > 0)
+    if _count(f"told {line}") > 1:
+        return False
+    print(line, file=sys.stderr, flush=True)
+    return True
 
 
 def leave(after_mistake: bool) -> None:
-    """Tell the others that this rank ends. After a mistake rank 0, which serves the store, waits for them.
+    """Count this rank as one that ends. After a mistake rank 0, which serves the store, waits for the others.
 
-    They find the same mistake a moment later and ask the store who tells it. Those that are busy elsewhere
-    are waited for LINGER seconds.
+    They ask the store who tells what they have found. Those that are busy elsewhere are not waited for long.
     """
     _count("left")
+    if after_mistake and _met and _met[0].rank == 0:
+        size = _met[0].size
+        _wait(lambda: _count("left", 0) >= size)
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    """Until the condition holds, at most LINGER seconds."""
     deadline = time.monotonic() + LINGER
-    while after_mistake and _met and _met[0].rank == 0 and time.monotonic() < deadline:
-        if _count("left", 0) >= _met[0].size:
-            return
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
