@@ -120,6 +120,15 @@ class RunConfig(Config):
     # Steps from one line of metrics.jsonl to the next.
     log_every: int = setting(10, least=1, may_change=True)
 
+    @property
+    def saving(self) -> dict[str, Any]:
+        """What `lifecycle.Run` is told of checkpoints and of hung steps."""
+        return {
+            "checkpoint_every": self.checkpoint_every,
+            "keep": self.keep,
+            "step_timeout": self.step_timeout,
+        }
+
 
 def flag(name: str) -> str:
     """The flag of a field: weight_decay -> --weight-decay."""

@@ -12,7 +12,7 @@ times and results.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +118,18 @@ class FinetuneConfig(RunConfig):
     # (pip install 'linework[fast]').
     coco_engine: Engine = setting("pycocotools", may_change=True)
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What `plan_detector` is told of the detector, None for what it fits to the sheets."""
+        return {
+            "head": self.head,
+            "fpn_channels": self.fpn_channels,
+            "window": self.window,
+            "overlap": self.overlap,
+            "detections": self.detections_per_image,
+            "score_threshold": self.score_threshold,
+        }
+
 
 def read_splits(data_dir: Path) -> tuple[Split, Split]:
     """Training and validation split. Raises DataError where one is absent or their classes differ."""
@@ -175,16 +187,13 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
 
 
-def prepare(
-    detector: Detector, world: World, freeze_stages: int, optimizer: Mapping[str, float], ema_decay: float
-) -> Progress:
-    """The detector on its device with its optimizer and averaged weights; optimizer: see build_optimizer."""
+def put_on_device(detector: Detector, world: World, freeze_stages: int) -> Detector:
+    """The detector on its device in training mode, its norm layers synced and its first stages frozen."""
     if detector.spec.norm == "sync" and world.size > 1:
         detector = convert_sync_batchnorm(detector)
     detector.to(world.device, memory_format=torch.channels_last).train()
     detector.backbone.freeze(freeze_stages)
-    ema = ModelEmaV3(detector, ema_decay, use_warmup=True) if ema_decay else None
-    return Progress(detector, build_optimizer(detector, **optimizer), Guard(), ema)
+    return detector
 
 
 def refuse_other_classes(spec: Spec, split: Split, data_dir: Path, exp_dir: Path) -> None:
@@ -215,45 +224,19 @@ def main(config: FinetuneConfig) -> None:
     norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)
-    build = functools.partial(
-        fresh_detector,
-        splits[0],
-        config.backbone,
-        config.arch,
-        config.seed,
-        norm=norm,
-        head=config.head,
-        fpn_channels=config.fpn_channels,
-        window=config.window,
-        overlap=config.overlap,
-        detections=config.detections_per_image,
-        score_threshold=config.score_threshold,
-    )
+    given = splits[0], config.backbone, config.arch, config.seed
+    build = functools.partial(fresh_detector, *given, norm=norm, **config.choices)
     # Whatever is wrong with the input shows before the exp-dir is touched.
     fresh = None if checkpoint.listed(config.exp_dir / "checkpoints") else build()
-    run = Run(
-        config.exp_dir,
-        world,
-        checkpoint_every=config.checkpoint_every,
-        keep=config.keep,
-        step_timeout=config.step_timeout,
-    )
-    with run:
+    with Run(config.exp_dir, world, **config.saving) as run:
         saved = run.resume()
         detector, story = (Detector(Spec.from_dict(saved["spec"])), "") if saved else fresh or build()
         refuse_other_classes(detector.spec, splits[0], config.data_dir, config.exp_dir)
         refuse_unsynced(detector.spec.norm, world)
         augment = Augment(True, config.scale_jitter, config.photometric, config.flip, config.rot90)
         readers = [SheetReader(split, detector.spec.color_mode).preload() for split in splits]
-        windows = TrainingWindows(
-            readers[0],
-            detector.spec.window,
-            detector.spec.overlap,
-            config.seed,
-            augment,
-            config.negatives,
-            config.repeat,
-        )
+        place = readers[0], detector.spec.window, detector.spec.overlap
+        windows = TrainingWindows(*place, config.seed, augment, config.negatives, config.repeat)
         per_epoch = steps_per_epoch(windows, config.batch_size)
         total = config.epochs * per_epoch if config.steps is None else config.steps
         patience_steps = config.patience * per_epoch
@@ -262,12 +245,10 @@ def main(config: FinetuneConfig) -> None:
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
 
-        sgd = {
-            "momentum": config.momentum,
-            "weight_decay": config.weight_decay,
-            "predictor_lr": config.predictor_lr,
-        }
-        progress = prepare(detector, world, config.freeze_stages, sgd, config.ema_decay)
+        detector = put_on_device(detector, world, config.freeze_stages)
+        optimizer = build_optimizer(detector, config.momentum, config.weight_decay, config.predictor_lr)
+        ema = ModelEmaV3(detector, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        progress = Progress(detector, optimizer, Guard(), ema)
         begin(run, saved, progress.guard, progress.state, progress.restore)
         wanted = Phase(
             0, config.lr, config.scheduler, config.lr_step_size * per_epoch, config.lr_gamma, total
@@ -279,10 +260,10 @@ def main(config: FinetuneConfig) -> None:
         journal = Journal(config.exp_dir, world, total, progress.step, every=config.log_every)
         journal.message(story or f"going on at step {progress.step}")
         journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
-        model = parallel(progress.detector, world)
+        model = parallel(detector, world)
         lr = functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10))
         guarded = GuardedStep(
-            model, progress.optimizer, lr, progress.guard, world.device, config.clip_grad, config.precision
+            model, optimizer, lr, progress.guard, world.device, config.clip_grad, config.precision
         )
         boundary = Boundary(
             progress,
@@ -291,9 +272,9 @@ def main(config: FinetuneConfig) -> None:
             readers[1],
             per_epoch,
             total,
-            config.validate_every,
-            patience_steps,
-            config.coco_engine,
+            validate_every=config.validate_every,
+            patience=patience_steps,
+            engine=config.coco_engine,
         )
         order = functools.partial(windows.order, at_least=config.batch_size)
         batches = Batches(windows, order, per_epoch, config.batch_size, world, config.workers, collate)

@@ -134,9 +134,13 @@ class Boundary:
         while judged is None:
             with self.run.allow(VALIDATING):
                 judged = validate(
-                    progress.judged, self.reader, self.truth, self.run.world, self.engine,
+                    progress.judged,
+                    self.reader,
+                    self.truth,
+                    self.run.world,
+                    self.engine,
                     leave=lambda: self.run.stopping,
-                )  # fmt: skip
+                )
             if judged is None:
                 self.run.after_step(step, progress.state)  # the signal's: saves and stops
         figures, thresholds = judged

@@ -1,9 +1,10 @@
 """The pretraining stage, from a configuration to a signed backbone.safetensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -106,14 +107,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     """
     world = distributed.start(config.device, config.exp_dir)
     refuse_small_batch(config.batch_size, method.joint, world)
-    run = Run(
-        config.exp_dir,
-        world,
-        checkpoint_every=config.checkpoint_every,
-        keep=config.keep,
-        step_timeout=config.step_timeout,
-    )
-    with run:
+    with Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
         with run.allow(PACKING):
             folder = store_folder(config.data_dir, config.exp_dir)
@@ -140,10 +134,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             print(f"views by the recipe {config.recipe}, {config.image_size} px a side", flush=True)
 
         journal = Journal(config.exp_dir, world, total, start, config.log_every)
-        boundary = Boundary(
-            training, run, journal, store, schedule,
-            config.image_size, config.checkpoint_epochs, config.embed_every,
-        )  # fmt: skip
+        every = {"checkpoint_epochs": config.checkpoint_epochs, "embed_every": config.embed_every}
+        boundary = Boundary(training, run, journal, store, schedule, config.image_size, **every)
         pairs = Pairs(
             store, config.recipe, config.image_size, config.seed, config.strength, config.orientation
         )
@@ -153,10 +145,11 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         guarded = GuardedStep(
             wrapped, optimizer, schedule.lr, training.guard, world.device, config.clip_grad, config.precision
         )
-        train_guarded(
-            lambda batches: train(wrapped, method.loss, guarded, batches, journal, boundary),
-            batches, training.guard, run, journal, training.restore, start, total,
-        )  # fmt: skip
+
+        def train_on(rest: Iterable[tuple[int, Any]]) -> None:
+            train(wrapped, method.loss, guarded, rest, journal, boundary)
+
+        train_guarded(train_on, batches, training.guard, run, journal, training.restore, start, total)
         journal.close()
         backbone = encoder.backbone.state_dict()
         if world.main:
