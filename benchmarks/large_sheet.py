@@ -44,11 +44,22 @@ def build(arch: str) -> Detector:
     """As `detection.finetune` plans it for sheets that are much larger than a window."""
     boxes = np.array([[0.0, 0.0, 40.0, 30.0]])
     spec = Spec(
-        arch=arch, norm="sync", head="mlp", fpn_channels=256,
-        categories=tuple((n, f"class {n}") for n in range(1, 32)), color_mode="rgb", mean=(0.9,) * 3,
-        std=(0.2,) * 3, window=1024, overlap=128, anchors=fit_anchors(boxes), rois=512, proposals=2000,
-        detections=300, score_threshold=0.01,
-    )  # fmt: skip
+        arch=arch,
+        norm="sync",
+        head="mlp",
+        fpn_channels=256,
+        categories=tuple((n, f"class {n}") for n in range(1, 32)),
+        color_mode="rgb",
+        mean=(0.9,) * 3,
+        std=(0.2,) * 3,
+        window=1024,
+        overlap=128,
+        anchors=fit_anchors(boxes),
+        rois=512,
+        proposals=2000,
+        detections=300,
+        score_threshold=0.01,
+    )
     return Detector(spec).eval()
 
 

@@ -60,10 +60,15 @@ def to_onnx(detector: Detector) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # shapes are constants here, as the tracer remarks
         torch.onnx.export(
-            OneWindow(detector).eval(), (window,), file, input_names=[INPUT], output_names=list(OUTPUTS),
-            dynamic_axes={name: {0: "N"} for name in OUTPUTS}, opset_version=OPSET,
+            OneWindow(detector).eval(),
+            (window,),
+            file,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_axes={name: {0: "N"} for name in OUTPUTS},
+            opset_version=OPSET,
             dynamo=False,  # the newer exporter can't follow torchvision's NMS (torch 2.14)
-        )  # fmt: skip
+        )
     model = onnx.load_from_string(file.getvalue())
     about = {"spec": detector.spec.to_dict(), "thresholds": detector.thresholds}
     onnx.helper.set_model_props(model, {PROPERTY: json.dumps(about)})

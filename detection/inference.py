@@ -99,9 +99,15 @@ def detect(detector: Detector | OnnxDetector, image: np.ndarray, batch_size: int
 
 
 def merge(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, windows: np.ndarray, tiles: np.ndarray,
-    width: int, height: int, iou: float = 0.5,
-) -> np.ndarray:  # fmt: skip
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    windows: np.ndarray,
+    tiles: np.ndarray,
+    width: int,
+    height: int,
+    iou: float = 0.5,
+) -> np.ndarray:
     """Indices of the detections that stay, best first.
 
     boxes [N, 4] in sheet pixels, windows [N] the row of tiles [T, 4] each was seen in. A detection cut by an

@@ -140,9 +140,12 @@ class PixelAnchors(AnchorGenerator):
     """
 
     def generate_anchors(
-        self, scales: Sequence[float], aspect_ratios: Sequence[float],
-        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-    ) -> Tensor:  # fmt: skip
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """[ratios x scales, 4] xyxy about the origin."""
         sides = torch.tensor(scales, dtype=dtype, device=device)
         root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()

@@ -22,9 +22,18 @@ SAMPLED = 64  # sheets looked at for colours
 
 
 def plan_detector(
-    split: Split, meta: Mapping[str, Any], *, arch: str, norm: str, head: str, fpn_channels: int,
-    window: int | None, overlap: int | None, detections: int | None, score_threshold: float,
-) -> Spec:  # fmt: skip
+    split: Split,
+    meta: Mapping[str, Any],
+    *,
+    arch: str,
+    norm: str,
+    head: str,
+    fpn_channels: int,
+    window: int | None,
+    overlap: int | None,
+    detections: int | None,
+    score_threshold: float,
+) -> Spec:
     """The detector for the training split.
 
     meta: color_mode, mean and std as the backbone was pretrained; what it lacks is taken from the sheets.

@@ -39,9 +39,13 @@ class KnnConfig(Config):
 def main(config: KnnConfig) -> None:
     device = distributed.start(config.device).device
     classes, (train, test) = split_features(
-        config.checkpoint, config.data_dir, [config.train_split, config.test_split],
-        config.image_size, device, config.workers,
-    )  # fmt: skip
+        config.checkpoint,
+        config.data_dir,
+        [config.train_split, config.test_split],
+        config.image_size,
+        device,
+        config.workers,
+    )
     top1, mean = accuracy(knn_predict(*train, test[0], len(classes), config.k), test[1])
     counts = f"{len(test[1])} crops, {len(classes)} classes, k {config.k}"
     print(f"kNN top-1 {top1:.4f}  mean over classes {mean:.4f}  ({counts})")

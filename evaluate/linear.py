@@ -36,9 +36,13 @@ class LinearConfig(Config):
 def main(config: LinearConfig) -> None:
     device = distributed.start(config.device).device
     classes, (train, valid, test) = split_features(
-        config.checkpoint, config.data_dir, ["train", "valid", "test"],
-        config.image_size, device, config.workers,
-    )  # fmt: skip
+        config.checkpoint,
+        config.data_dir,
+        ["train", "valid", "test"],
+        config.image_size,
+        device,
+        config.workers,
+    )
     mean, std = train[0].mean(dim=0), train[0].std(dim=0).clamp_min(1e-6)
     standard = [((features - mean) / std, labels) for features, labels in (train, valid, test)]
     (x, y), (x_valid, y_valid), (x_test, y_test) = standard

@@ -88,8 +88,20 @@ ip link set lw0 up
 touch "$1/up"
 while :; do sleep 3600 & wait $!; done
 """
-NAMESPACES = ["unshare", "--mount", "--uts", "--pid", "--net", "--fork", "--kill-child", "--mount-proc",
-            "--propagation", "private", "bash", "-c"]  # fmt: skip
+NAMESPACES = [
+    "unshare",
+    "--mount",
+    "--uts",
+    "--pid",
+    "--net",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+    "--propagation",
+    "private",
+    "bash",
+    "-c",
+]
 
 
 class Cluster:
@@ -136,9 +148,16 @@ class Cluster:
             place = f"NodeHostname={host} NodeAddr={address}"
         has = f"CPUs={CPUS} RealMemory=100000 Gres=gpu:{GPUS}"
         nodes = [f"NodeName=node{k} {place.format(k=k)} Port={ports[k]} {has}" for k in NODES]
-        (d / "slurm.conf").write_text(SLURM_CONF.format(
-            dir=d, host=host, address=address, port=ports[0], user=getpass.getuser(), nodes="\n".join(nodes)
-        ))  # fmt: skip
+        (d / "slurm.conf").write_text(
+            SLURM_CONF.format(
+                dir=d,
+                host=host,
+                address=address,
+                port=ports[0],
+                user=getpass.getuser(),
+                nodes="\n".join(nodes),
+            )
+        )
         for g in range(GPUS):
             (d / f"gpu{g}").symlink_to("/dev/null")
         (d / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={d}/gpu[0-{GPUS - 1}]\n")

@@ -23,7 +23,7 @@ from detection.data import (
     resize,
     steps_per_epoch,
     turn,
-)  # fmt: skip
+)
 from detection.plan import fit_colors, fit_overlap, fit_window, large_side, plan_detector
 from detection.schedule import Phase, continue_phases, lr_at
 from schematics.coco import Category, read_split, write_split
@@ -203,9 +203,13 @@ def test_windows_and_overlap_fit_the_symbols(split):
     assert spec.categories == ((5, "relay"), (6, "lamp"))
     assert 0.9 < spec.mean[0] < 1.0 and spec.mean[0] == spec.mean[2]
     given = plan_detector(
-        split, {"color_mode": "rgb", "mean": [0.5] * 3, "std": [0.1] * 3},
-        window=256, detections=7, score_threshold=0.01, **choices,
-    )  # fmt: skip
+        split,
+        {"color_mode": "rgb", "mean": [0.5] * 3, "std": [0.1] * 3},
+        window=256,
+        detections=7,
+        score_threshold=0.01,
+        **choices,
+    )
     assert (given.color_mode, given.mean, given.detections) == ("rgb", (0.5,) * 3, 7)
 
 
@@ -223,8 +227,16 @@ def test_the_window_covers_the_sheets_with_few_pixels(split):
 
 def test_a_title_block_does_not_make_the_window_the_sheet(split):
     title = np.array([[0.0, 0, 2000, 2000]])
-    large = [replace(split.sheets[0], width=5000, height=4000, boxes=title, labels=np.array([1]),
-                     crowd=np.zeros(1, bool))]  # fmt: skip
+    large = [
+        replace(
+            split.sheets[0],
+            width=5000,
+            height=4000,
+            boxes=title,
+            labels=np.array([1]),
+            crowd=np.zeros(1, bool),
+        )
+    ]
     assert fit_window(large) == 2048
     choices = {"arch": "resnet18", "norm": "sync", "head": "mlp", "fpn_channels": 64, "detections": None}
     one = replace(split, sheets=large)

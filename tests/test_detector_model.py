@@ -143,9 +143,13 @@ def test_a_backbone_of_an_unfinished_or_changed_run_is_refused(tmp_path, resnet1
 
 
 @pytest.mark.parametrize("head", ["mlp", "conv"])
-@pytest.mark.parametrize(("norm", "kind", "other"), [
-    ("sync", nn.BatchNorm2d, nn.GroupNorm), ("group", nn.GroupNorm, nn.BatchNorm2d),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("norm", "kind", "other"),
+    [
+        ("sync", nn.BatchNorm2d, nn.GroupNorm),
+        ("group", nn.GroupNorm, nn.BatchNorm2d),
+    ],
+)
 def test_every_norm_layer_is_of_the_chosen_kind(norm, kind, other, head):
     detector = Detector(spec_of(norm=norm, head=head))
     places = {

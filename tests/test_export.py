@@ -32,11 +32,22 @@ def save(folder, norm, seed=0):
     """A model.pt with random weights and running statistics."""
     torch.manual_seed(seed)
     spec = Spec(
-        arch="resnet10t", norm=norm, head="conv", fpn_channels=16, categories=((4, "relay"), (9, "lamp")),
-        color_mode="gray", mean=(0.5,) * 3, std=(0.3,) * 3, window=128, overlap=32,
-        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])), rois=16, proposals=32, detections=20,
+        arch="resnet10t",
+        norm=norm,
+        head="conv",
+        fpn_channels=16,
+        categories=((4, "relay"), (9, "lamp")),
+        color_mode="gray",
+        mean=(0.5,) * 3,
+        std=(0.3,) * 3,
+        window=128,
+        overlap=32,
+        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])),
+        rois=16,
+        proposals=32,
+        detections=20,
         score_threshold=0.05,
-    )  # fmt: skip
+    )
     detector = Detector(spec).train()
     image = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
     target = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1])}

@@ -80,11 +80,22 @@ def test_merging_thousands_needs_little_memory():
 def detector():
     torch.manual_seed(0)
     spec = Spec(
-        arch="resnet10t", norm="group", head="mlp", fpn_channels=16, categories=((4, "relay"), (9, "lamp")),
-        color_mode="gray", mean=(0.9,) * 3, std=(0.2,) * 3, window=128, overlap=32,
-        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])), rois=16, proposals=64, detections=20,
+        arch="resnet10t",
+        norm="group",
+        head="mlp",
+        fpn_channels=16,
+        categories=((4, "relay"), (9, "lamp")),
+        color_mode="gray",
+        mean=(0.9,) * 3,
+        std=(0.2,) * 3,
+        window=128,
+        overlap=32,
+        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])),
+        rois=16,
+        proposals=64,
+        detections=20,
         score_threshold=0.0,
-    )  # fmt: skip
+    )
     return Detector(spec).eval()
 
 

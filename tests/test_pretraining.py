@@ -47,9 +47,18 @@ def pool(tmp_path_factory):
 @pytest.fixture
 def config(pool, tmp_path):
     return PretrainConfig(
-        data_dir=pool, exp_dir=tmp_path / "run", arch="resnet18", projector=(16, 16), batch_size=4,
-        steps=STEPS, image_size=32, window=96, workers=0, log_every=1, device="cpu",
-    )  # fmt: skip
+        data_dir=pool,
+        exp_dir=tmp_path / "run",
+        arch="resnet18",
+        projector=(16, 16),
+        batch_size=4,
+        steps=STEPS,
+        image_size=32,
+        window=96,
+        workers=0,
+        log_every=1,
+        device="cpu",
+    )
 
 
 def run(config, method="vicreg", loss=None):
