@@ -29,7 +29,7 @@ from cluster.journal import Journal
 from cluster.lifecycle import Run
 from detection.data import Augment, SheetReader, TrainingWindows, steps_per_epoch
 from detection.loop import Boundary, Progress, out_of_patience, train_to
-from detection.metrics.coco import Engine, coco_classes
+from detection.metrics.matching import Engine, coco_classes
 from detection.model import Detector, Spec
 from detection.plan import describe, plan_detector
 from detection.pretrained import load_backbone, read_pretrained

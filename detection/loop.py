@@ -22,7 +22,7 @@ from cluster.journal import Journal
 from cluster.lifecycle import Run
 from detection.data import SheetReader, TrainingWindows, batches, collate
 from detection.metrics.analysis import fit_thresholds
-from detection.metrics.coco import Engine, Figures, evaluate
+from detection.metrics.coco import Engine, Figures, measure
 from detection.model import Detector
 from detection.predict import detect, to_results
 from detection.schedule import Phase
@@ -209,9 +209,12 @@ def validate(
         return None
     found = {image_id: d for share in distributed.gather_objects(mine) for image_id, d in share.items()}
     results = to_results(found, [category_id for category_id, _ in detector.spec.categories])
-    return distributed.on_main(
-        lambda: (evaluate(truth, results, engine=engine), fit_thresholds(truth, results, engine))
-    )
+
+    def judge() -> tuple[Figures, dict[int, float]]:
+        figures, matches = measure(truth, results, engine=engine)
+        return figures, fit_thresholds(matches)
+
+    return distributed.on_main(judge)
 
 
 def write_model(
