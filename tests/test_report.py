@@ -15,7 +15,7 @@ from browser import Browser, find_chromium
 from detection.metrics.analysis import analyse
 from detection.metrics.coco import measure
 from detection.metrics.tide import KINDS
-from detection.report.gallery import LONGEST, choose_sheets, picture
+from detection.report.gallery import LONGEST, choose_sheets, picture_uri
 from detection.report.page import write_report
 from schematics.coco import Category, read_split, to_coco, write_split
 from schematics.sheets import DataError, read_sheet
@@ -155,7 +155,7 @@ def test_the_gallery_holds_the_worst_and_the_best_sheets(made):
 
 
 def test_pictures_are_bounded(tmp_path):
-    large = picture(np.full((900, 4000), 255, np.uint8))
+    large = picture_uri(np.full((900, 4000), 255, np.uint8))
     assert large.startswith("data:image/webp;base64,")
     (tmp_path / "large.webp").write_bytes(base64.b64decode(large.partition(",")[2]))
     assert read_sheet(tmp_path / "large.webp").shape == (round(900 * LONGEST / 4000), LONGEST)
