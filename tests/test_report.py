@@ -2,8 +2,10 @@
 in a real browser it opens clean, filters, sorts, reads out and fits a phone."""
 
 import base64
+import json
 import os
 import re
+import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -172,6 +174,19 @@ def test_a_report_that_fails_leaves_the_old_one(made, tmp_path):
     finally:
         (split.folder / "away.png").rename(split.folder / "sheet_0.png")
     assert page.read_text() == "the old one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_example_in_the_docs_runs_as_written(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text().partition("## In Python")[2]
+    lines = [line for line in text.splitlines() if line.startswith("    ") or not line]
+    for name in ("valid", "test"):
+        split = drawn_split(tmp_path / "DATA" / name)
+        (tmp_path / "OUT" / f"evaluate-{name}").mkdir(parents=True)
+        results = json.dumps(one_of_each(split))
+        (tmp_path / "OUT" / f"evaluate-{name}" / "predictions.json").write_text(results)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent("\n".join(lines)), {})
+    assert "5 sheets, 42 boxes of 3 classes" in Reader(tmp_path / "report.html").text
 
 
 def test_a_report_on_nothing_found(tmp_path):
