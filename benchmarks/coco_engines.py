@@ -1,9 +1,9 @@
-"""hotcoco against pycocotools inside `detection.metrics.coco.evaluate`, in turn in one process.
+"""hotcoco against pycocotools inside `detection.metrics.coco.measure`, in turn in one process.
 
     python benchmarks/coco_engines.py [--sheets 1000] [--boxes 30] [--detections 100] [--classes 30]
 
-Prints seconds of the whole of `evaluate`, repairs and sorting included, and of the engine's matching alone;
-and whether the figures are equal to the last bit.
+Prints the seconds of the whole of `measure`, with repairs, sorting and reading the matches, and those of the
+engine's run alone; and whether the figures are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any, get_args
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from detection.metrics import coco as coco_metrics
+from detection.metrics.coco import measure
+from detection.metrics.matching import AREAS, Engine, prepare, repair, run_engine
 
-ENGINES = get_args(coco_metrics.Engine)
+ENGINES = get_args(Engine)
 
 
 def random_sheets(sheets: int, boxes: int, detections: int, classes: int) -> tuple[dict, list[dict]]:
@@ -59,23 +60,25 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     truth, found = random_sheets(options.sheets, options.boxes, options.detections, options.classes)
-    repaired = coco_metrics.repair(truth)
-    prepared = coco_metrics.prepare(repaired, found)
+    repaired = repair(truth)
+    prepared = prepare(repaired, found)
     whole: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     own: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     figures = {}
     for _ in range(options.rounds):
         for engine in ENGINES:
             began = time.perf_counter()
-            figures[engine] = coco_metrics.evaluate(truth, found, engine=engine)
+            figures[engine], _ = measure(truth, found, engine=engine)
             whole[engine].append(time.perf_counter() - began)
             began = time.perf_counter()
-            coco_metrics.match_boxes(repaired, prepared, [1, 10, 100], coco_metrics.AREAS, engine)
+            run_engine(repaired, prepared, AREAS, engine=engine)
             own[engine].append(time.perf_counter() - began)
     slow, fast = ENGINES
-    print(f"{options.sheets} sheets, {len(truth['annotations'])} boxes, {len(found)} detections, "
-          f"{options.classes} classes")  # fmt: skip
-    for title, seconds in (("evaluate", whole), ("matching alone", own)):
+    print(
+        f"{options.sheets} sheets, {len(truth['annotations'])} boxes, {len(found)} detections, "
+        f"{options.classes} classes"
+    )
+    for title, seconds in (("measure", whole), ("the engine's run alone", own)):
         ratio = median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
         print(
             f"{title}: {slow} {median(seconds[slow]):.2f} s, "

@@ -130,13 +130,15 @@ def train_torchvision(split: Split, seed: int, options: argparse.Namespace) -> F
             image, boxes = reader[n][0], split.sheets[n].boxes
             if rng.random() < 0.5:
                 width = image.shape[1]
-                image, boxes = image[:, ::-1], np.array([width, 0, width, 0]) + boxes[:, [2, 1, 0, 3]] * [
-                    -1, 1, -1, 1]  # fmt: skip
+                image = image[:, ::-1]
+                boxes = np.array([width, 0, width, 0]) + boxes[:, [2, 1, 0, 3]] * [-1, 1, -1, 1]
             images.append(as_float(image).to(options.device))
-            targets.append({
-                "boxes": torch.from_numpy(boxes.astype(np.float32)).to(options.device),
-                "labels": torch.from_numpy(split.sheets[n].labels).to(options.device),
-            })  # fmt: skip
+            targets.append(
+                {
+                    "boxes": torch.from_numpy(boxes.astype(np.float32)).to(options.device),
+                    "labels": torch.from_numpy(split.sheets[n].labels).to(options.device),
+                }
+            )
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, phases, min(options.warmup, options.steps // 10))
         loss = torch.stack(list(model(images, targets).values())).sum()
@@ -224,7 +226,7 @@ def backbone_of(folder: Path) -> str:
 
 def judge(run: dict[str, Any], valid: Split, test: Split, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Draws [B + 1] of each figure on test over resampled sheets, the sheets as they are first."""
-    thresholds = fit_thresholds(to_coco(valid), run["valid"])
+    thresholds = fit_thresholds(match(to_coco(valid), run["valid"]))
     matches = match(to_coco(test), run["test"])
     whole = np.vstack([np.ones((1, weights.shape[1]), np.int64), weights])
     figures = average_precision(matches, whole)

@@ -16,13 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cluster import atomic
 
-LONGEST = (1000, 2400)  # pixels a picture's longer side is brought to, from below and from above
-DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # Latin, Greek, Cyrillic
-NAMED = 150  # boxes up to which each one carries its name; above, the legend must do
+LONGEST = (1000, 2400)  # pixels: a picture is scaled so that its longer side lies between these
+# A font that has Latin, Greek and Cyrillic.
+DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+NAMED = 150  # up to so many boxes each one carries its name; with more, the legend must do
 
 
-def colour_of(label: int) -> tuple[int, int, int]:
-    """A colour for label 1, 2, ...: hues a golden ratio apart, dark enough for white text on them."""
+def color_of(label: int) -> tuple[int, int, int]:
+    """RGB for label 1, 2, ...: hues a golden ratio apart, dark enough for white text on them."""
     hue = (label * 0.618034) % 1.0
     red, green, blue = colorsys.hls_to_rgb(hue, 0.36 if 0.1 < hue < 0.5 else 0.45, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -36,10 +37,11 @@ def annotate(
     scores: np.ndarray | None = None,
     title: str = "",
 ) -> np.ndarray:
-    """A picture [h, w, 3] of the sheet with boxes [N, 4], and above it `title` and a legend with counts.
+    """A picture, uint8 [h, w, 3] RGB, of the sheet with its boxes, under `title` and a legend with counts.
 
-    names: of labels 1..K; "class 3" stands for one that no font here can write. The sheet is scaled so that
-    its longer side suits a screen.
+    image: uint8 [H, W] or [H, W, 3] RGB, scaled here so that its longer side suits a screen. boxes: [N, 4],
+    x0, y0, x1, y1 in its pixels. labels: int64 [N], 1..K. names: [K]; "class 3" stands for the third where no
+    font on this machine can write it. scores: [N], 0 to 1; None leaves them out.
     """
     canvas, factor = _canvas(image)
     file = find_font("".join(sorted({*"".join(names), *title})))
@@ -50,11 +52,11 @@ def annotate(
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
     for box, label in zip((boxes * factor).tolist(), labels.tolist(), strict=True):
-        pen.rectangle(box, outline=colour_of(label), width=2)
+        pen.rectangle(box, outline=color_of(label), width=2)
     if len(boxes) <= NAMED:
         for n, (x0, y0, _, y1) in enumerate((boxes * factor).tolist()):
             text = names[labels[n] - 1] + ("" if scores is None else f" {100 * scores[n]:.0f}")
-            _tag(pen, x0, y0, y1, text, colour_of(int(labels[n])), font, picture.size)
+            _tag(pen, x0, y0, y1, text, color_of(int(labels[n])), font, picture.size)
     return np.vstack([_legend(picture.width, labels, names, title, file), np.asarray(picture)])
 
 
@@ -63,7 +65,7 @@ def find_font(letters: str) -> Path:
     """The file of a font with all these letters: DejaVu, or else one of the system's; DejaVu if none has."""
     if _characters(DEJAVU).issuperset(letters):
         return DEJAVU
-    from matplotlib.font_manager import findSystemFonts  # takes a while, and few need it
+    from matplotlib.font_manager import findSystemFonts  # takes a while to import, and few need it
 
     files = map(Path, sorted(findSystemFonts()))
     return next((file for file in files if _characters(file).issuperset(letters)), DEJAVU)
@@ -78,14 +80,14 @@ def _characters(file: Path) -> frozenset[str]:
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Two pictures next to each other on white, aligned at the bottom, where the sheets are."""
+    """Two pictures next to each other on white, aligned at the bottom, where their sheets are."""
     height = max(len(left), len(right))
     padded = [np.pad(p, ((height - len(p), 0), (0, 0), (0, 0)), constant_values=255) for p in (left, right)]
     return np.hstack([padded[0], np.full((height, 12, 3), 255, np.uint8), padded[1]])
 
 
 def _canvas(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """RGB copy at a size for the screen, and the factor it was scaled by."""
+    """An RGB copy at a size for the screen, and the factor that it was scaled by."""
     longer = max(image.shape[:2])
     factor = min(max(longer, LONGEST[0]), LONGEST[1]) / longer
     if factor < 1:
@@ -96,19 +98,25 @@ def _canvas(image: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _tag(
-    pen: ImageDraw.ImageDraw, x: float, top: float, bottom: float, text: str,
-    colour: tuple[int, int, int], font: ImageFont.FreeTypeFont, size: tuple[int, int],
-) -> None:  # fmt: skip
-    """The name on its box's upper edge; below the box where it would leave the sheet."""
+    pen: ImageDraw.ImageDraw,
+    x: float,
+    top: float,
+    bottom: float,
+    text: str,
+    color: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont,
+    size: tuple[int, int],
+) -> None:
+    """Write `text` on the upper edge of its box, or below the box where it would leave the picture."""
     width, height = pen.textlength(text, font=font) + 6, 15
     x = max(0.0, min(x, size[0] - width))
     y = top - height if top >= height else min(bottom, size[1] - height)
-    pen.rectangle((x, y, x + width, y + height), fill=colour)
+    pen.rectangle((x, y, x + width, y + height), fill=color)
     pen.text((x + 3, y), text, fill="white", font=font)
 
 
 def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str, file: Path) -> np.ndarray:
-    """A strip [h, width, 3]: the title, then each class that occurs with its count."""
+    """A strip uint8 [h, width, 3] with the title, then each class that occurs with its count."""
     font = ImageFont.truetype(file, size=14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places, x, y = [], 8, 32 if title else 6
@@ -123,12 +131,12 @@ def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str, fi
     pen = ImageDraw.Draw(strip)
     pen.text((8, 6), title, fill="black", font=ImageFont.truetype(file, size=18))
     for x, y, label, text in places:
-        pen.rectangle((x, y + 2, x + 14, y + 16), fill=colour_of(label))
+        pen.rectangle((x, y + 2, x + 14, y + 16), fill=color_of(label))
         pen.text((x + 20, y), text, fill="black", font=font)
     return np.asarray(strip)
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """An RGB picture, whole or not at all. Raises UserError where the disk is full or refuses."""
+    """Write an RGB picture, whole or not at all. Raises UserError where the file can't be written."""
     data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
     atomic.replace(path, lambda file: file.write(data))

@@ -34,7 +34,7 @@ from cluster.training import GuardedStep, begin, parallel, train_guarded
 from cluster.weights import read_weights
 from detection.data import Augment, SheetReader, TrainingWindows, collate, steps_per_epoch
 from detection.loop import Boundary, Progress, train
-from detection.metrics.coco import Engine, coco_classes
+from detection.metrics.matching import Engine, coco_classes
 from detection.model import Detector, Spec
 from detection.plan import describe, plan_detector
 from detection.pretrained import fill_backbone

@@ -11,7 +11,8 @@ from cluster.distributed import World
 from detection.data import SheetReader
 from detection.inference import detect, to_results
 from detection.metrics.analysis import fit_thresholds
-from detection.metrics.coco import Engine, Figures, evaluate
+from detection.metrics.coco import Figures, measure
+from detection.metrics.matching import Engine
 from detection.model import Detector
 
 VALIDATING = 6 * 3600.0  # seconds that a validation may take before it counts as hung
@@ -42,9 +43,12 @@ def validate(
         return None
     found = {image_id: d for share in distributed.gather_objects(mine) for image_id, d in share.items()}
     results = to_results(found, [category_id for category_id, _ in detector.spec.categories])
-    return distributed.on_main(
-        lambda: (evaluate(truth, results, engine=engine), fit_thresholds(truth, results, engine))
-    )
+
+    def judge() -> tuple[Figures, dict[int, float]]:
+        figures, matches = measure(truth, results, engine=engine)
+        return figures, fit_thresholds(matches)
+
+    return distributed.on_main(judge)
 
 
 def out_of_patience(best: Mapping[str, float], step: int, patience: int) -> bool:

@@ -3,7 +3,7 @@
     python evaluate/evaluate.py --checkpoint OUT/model.pt --data-dir DATA --split test --out REPORT
 
 REPORT gets report.html (see docs/report.md), validation_results.txt (the 12 COCO figures and what they leave
-out), metrics.json, predictions.json (COCO results, with the data set's own ids) and pictures/ (truth beside
+out), metrics.json, predictions.json (COCO results with the data set's own ids) and pictures/ (truth beside
 prediction).
 """
 
@@ -25,7 +25,8 @@ from cluster.errors import UserError
 from detection.draw import annotate, side_by_side, write_png
 from detection.inference import Detections, detect, load_detector, to_results
 from detection.metrics.analysis import analyse
-from detection.metrics.coco import Engine, coco_classes, evaluate
+from detection.metrics.coco import measure
+from detection.metrics.matching import Engine, coco_classes
 from detection.model import Spec
 from detection.report.page import CHOSEN_HERE, write_report
 from schematics.coco import Category, LabelledSheet, find_split, read_split, to_coco
@@ -77,7 +78,7 @@ def main(config: EvaluateConfig) -> None:
         thresholds_from = "the detector's, of the highest F1 on its validation sheets"
     out = config.out or config.checkpoint.parent / f"evaluate-{config.split}"
     atomic.make_folder(out / "pictures")
-    for picture in (out / "pictures").glob("[0-9][0-9].png"):  # of an earlier run, perhaps of more sheets
+    for picture in (out / "pictures").glob("[0-9][0-9].png"):  # an earlier run may have drawn more sheets
         picture.unlink()
 
     ids, names = zip(*spec.categories, strict=True)
@@ -89,18 +90,20 @@ def main(config: EvaluateConfig) -> None:
             shown = found[sheet.image_id].above(np.array(thresholds))
             draw(out / "pictures" / f"{n + 1:02}.png", image, sheet, shown, names)
     truth, results = to_coco(split), to_results(found, ids)
-    figures = evaluate(truth, results, engine=config.coco_engine)
-    by_class = dict(zip(ids, thresholds, strict=True))
-    analysis = analyse(
-        truth, results, limit=figures.max_detections, thresholds=by_class, engine=config.coco_engine
-    )
+    figures, matches = measure(truth, results, engine=config.coco_engine)
+    analysis = analyse(matches, thresholds=dict(zip(ids, thresholds, strict=True)))
     settings = {
-        "checkpoint": str(config.checkpoint), "data_dir": str(config.data_dir), "split": config.split,
-        "window": spec.window, "overlap": spec.overlap, "score_threshold": spec.score_threshold,
+        "checkpoint": str(config.checkpoint),
+        "data_dir": str(config.data_dir),
+        "split": config.split,
+        "window": spec.window,
+        "overlap": spec.overlap,
+        "score_threshold": spec.score_threshold,
         "detections_per_window": spec.detections,
-        "max_detections": sorted({1, 10, 100, figures.max_detections}), "coco_engine": config.coco_engine,
+        "max_detections": sorted({1, 10, 100, figures.max_detections}),
+        "coco_engine": config.coco_engine,
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
     metrics = {
         "settings": {**settings, "thresholds": thresholds_from},
         **figures.to_dict(),
@@ -112,16 +115,21 @@ def main(config: EvaluateConfig) -> None:
     atomic.write_text(out / "validation_results.txt", summary)
     title = f"{config.data_dir.resolve().name}, {config.split}"
     report = write_report(
-        out / "report.html", split, figures, analysis,
-        title=title, thresholds_from=thresholds_from, settings=settings,
-    )  # fmt: skip
+        out / "report.html",
+        split,
+        figures,
+        analysis,
+        title=title,
+        thresholds_from=thresholds_from,
+        settings=settings,
+    )
     print(f"{summary}\nreport: {report}\nbeside it: figures, predictions and pictures")
 
 
 def refuse_unfinished(path: Path) -> None:
     """Raise UserError for a file in the exp-dir of a finetuning that has not signed it."""
     if not (path.parent / "config.json").exists():
-        return  # a copy: its sha256 is checked, its history is its owner's
+        return  # a copy elsewhere: its sha256 is checked, its history is its owner's affair
     try:
         signed = checkpoint.check_final(path.parent)
     except UserError as error:
@@ -147,7 +155,7 @@ def refuse_other_classes(checkpoint: Path, spec: Spec, folder: Path, categories:
 def draw(
     path: Path, image: np.ndarray, sheet: LabelledSheet, found: Detections, names: Sequence[str]
 ) -> None:
-    """Truth beside prediction, as one PNG."""
+    """Write truth beside prediction, as one PNG. Raises UserError where the file can't be written."""
     truth = annotate(image, sheet.boxes, sheet.labels, names, title=f"Truth: {sheet.file_name}")
     prediction = annotate(image, found.boxes, found.labels, names, found.scores, title="Found")
     write_png(path, side_by_side(truth, prediction))

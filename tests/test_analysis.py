@@ -7,56 +7,16 @@ import random
 
 import numpy as np
 import pytest
+from detections import CLASSES, found, jittered, truth_of
 
 from detection.metrics.analysis import analyse, fit_thresholds
 from detection.metrics.bootstrap import resample
-from detection.metrics.coco import evaluate
+from detection.metrics.coco import evaluate, measure
 from detection.metrics.counts import count, count_figures
 from detection.metrics.curves import best_thresholds, curves, operating
 from detection.metrics.matching import match
 from detection.metrics.tide import KINDS, confusion_matrix, confusions, delta_ap50, kinds_of
 from schematics.sheets import DataError
-
-CLASSES = (3, 7, 41)
-
-
-def truth_of(*sheets):
-    """A ground truth from lists of (class, x, y, width, height), one list a sheet; ids are 10, 20, ..."""
-    truth: dict[str, list] = {
-        "images": [{"id": 10 * (n + 1), "width": 800, "height": 800} for n in range(len(sheets))],
-        "categories": [{"id": number, "name": f"class {number}"} for number in CLASSES],
-        "annotations": [],
-    }
-    for n, boxes in enumerate(sheets):
-        for number, *bbox in boxes:
-            truth["annotations"].append({"image_id": 10 * (n + 1), "category_id": number, "bbox": bbox})
-    return truth
-
-
-def found(sheet, number, score, *bbox):
-    return {"image_id": sheet, "category_id": number, "bbox": list(bbox), "score": score}
-
-
-def jittered(seed, sheets=8, crowd=False, ties=False, most=14):
-    """Random truth, and detections that are moved truth, wrong classes, doubles and noise."""
-    rng = np.random.default_rng(seed)
-    truth, detections = truth_of(*[[] for _ in range(sheets)]), []
-
-    def add(sheet, number, box):
-        score = float(rng.random())
-        detections.append(found(sheet, int(number), round(score, 1) if ties else score, *map(float, box)))
-
-    for image in truth["images"][1:]:
-        for _ in range(int(rng.integers(0, most))):
-            number, box = int(rng.choice(CLASSES[:2])), [*rng.uniform(0, 600, 2), *rng.uniform(10, 120, 2)]
-            row = {"image_id": image["id"], "category_id": number, "bbox": [float(v) for v in box]}
-            truth["annotations"].append({**row, "iscrowd": int(crowd and rng.random() < 0.2)})
-            for _ in range(int(rng.integers(0, 3))):
-                said = rng.choice(CLASSES) if rng.random() < 0.2 else number
-                add(image["id"], said, np.array(box) + rng.normal(0, 4, 4) * (rng.random() < 0.9))
-        add(image["id"], rng.choice(CLASSES), [*rng.uniform(0, 600, 2), 50, 50])
-    return truth, detections
-
 
 # Kinds of errors
 
@@ -292,7 +252,8 @@ def test_counts_of_three_sheets_worked_by_hand():
 
 def test_an_analysis_agrees_with_the_figures_and_goes_into_json():
     truth, detections = jittered(4)
-    analysis, figures = analyse(truth, detections, resamples=50), evaluate(truth, detections)
+    figures, matches = measure(truth, detections)
+    analysis = analyse(matches, resamples=50)
     table = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))
     for name in ("AP", "AP50", "AP75"):
         bounds = table["intervals"][name]
@@ -311,7 +272,7 @@ def test_counts_are_not_cut_at_the_limit_of_ap():
     rows = [found(10, 3, 0.9, *SYMBOL)] + [found(10, 3, 0.8, 400, 2 * n, 9, 9) for n in range(299)]
     rows += [found(10, 7, 0.8, 600, 2 * n, 9, 9) for n in range(250)]
     truth = truth_of([(3, *SYMBOL)])
-    analysis = analyse(truth, rows, thresholds=dict.fromkeys(CLASSES, 0.5), resamples=5)
+    analysis = analyse(match(truth, rows), thresholds=dict.fromkeys(CLASSES, 0.5), resamples=5)
     assert analysis.matches.limit == 100
     assert analysis.counts.found.tolist() == [[300, 250, 0]]
     assert analysis.operating.found.tolist() == [300, 250, 0]
@@ -321,33 +282,33 @@ def test_counts_are_not_cut_at_the_limit_of_ap():
 
 def test_an_analysis_does_not_depend_on_the_order_of_detections():
     truth, detections = jittered(6, ties=True)
-    first = analyse(truth, detections, resamples=20).to_dict()
+    first = analyse(match(truth, detections), resamples=20).to_dict()
     random.Random(0).shuffle(detections)
-    assert analyse(truth, detections, resamples=20).to_dict() == first
+    assert analyse(match(truth, detections), resamples=20).to_dict() == first
 
 
 def test_thresholds_that_came_with_the_detector_are_used():
     truth, detections = jittered(7)
-    analysis = analyse(truth, detections, thresholds={3: 0.25, 7: 0.75, 41: 0.5}, resamples=5)
+    analysis = analyse(match(truth, detections), thresholds={3: 0.25, 7: 0.75, 41: 0.5}, resamples=5)
     assert analysis.thresholds.tolist() == [0.25, 0.75, 0.5] and analysis.thresholds_given
-    assert not analyse(truth, detections, resamples=5).thresholds_given
+    assert not analyse(match(truth, detections), resamples=5).thresholds_given
 
 
 def test_thresholds_fitted_on_one_split_are_those_an_analysis_of_it_chooses():
     truth, detections = jittered(7)
-    fitted = fit_thresholds(truth, detections)
+    fitted = fit_thresholds(match(truth, detections))
     assert list(fitted) == list(CLASSES)
-    assert analyse(truth, detections, resamples=5).thresholds.tolist() == list(fitted.values())
+    assert analyse(match(truth, detections), resamples=5).thresholds.tolist() == list(fitted.values())
 
 
 def test_a_class_on_few_sheets_has_no_interval():
-    analysis = analyse(truth_of([(3, *SYMBOL)], *[[(7, *AWAY)]] * 5), [], resamples=20)
+    analysis = analyse(match(truth_of([(3, *SYMBOL)], *[[(7, *AWAY)]] * 5), []), resamples=20)
     assert np.isnan(analysis.class_ap50[0].low)
     assert analysis.class_ap50[1].low == analysis.class_ap50[1].high == 0
 
 
 def test_nothing_found_is_analysed_too():
-    analysis = analyse(truth_of([(3, *SYMBOL)], []), [], resamples=10)
+    analysis = analyse(match(truth_of([(3, *SYMBOL)], []), []), resamples=10)
     assert analysis.intervals["AP50"].value == 0
     assert analysis.intervals["exact_sheets"].value == 0.5
     assert analysis.kinds.counts()["missed"] == 1 and analysis.delta_ap50["background"] == 0
@@ -357,4 +318,4 @@ def test_nothing_found_is_analysed_too():
 
 def test_detections_of_another_split_are_refused():
     with pytest.raises(DataError, match="image_id 99"):
-        analyse(truth_of([(3, *SYMBOL)]), [found(99, 3, 0.5, *SYMBOL)])
+        analyse(match(truth_of([(3, *SYMBOL)]), [found(99, 3, 0.5, *SYMBOL)]))

@@ -136,3 +136,21 @@ def test_hugging_face_evaluate_is_not_shadowed():
 def test_no_file_is_a_drawer():
     drawers = {"utils", "util", "misc", "helpers", "common", "manager", "registry", "factory", "callbacks"}
     assert not [file for file in ROOT.rglob("*.py") if file.stem in drawers and ".venv" not in file.parts]
+
+
+def test_metrics_need_no_torch_and_of_ours_only_schematics():
+    """Read from a fresh interpreter that has imported every module of detection.metrics."""
+    code = (
+        "import importlib, pkgutil, sys, detection.metrics as room\n"
+        "names = [module.name for module in pkgutil.iter_modules(room.__path__)]\n"
+        "assert len(names) > 1, names\n"
+        "for name in names: importlib.import_module(f'detection.metrics.{name}')\n"
+        "print(*sorted(sys.modules))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    ours = {name for name in loaded if name.split(".")[0] in {folder.split(".")[0] for folder in HOUSE}}
+    strays = {name for name in ours if not name.startswith(("schematics", "detection.metrics"))}
+    assert strays == {"detection"} and "detection.metrics.matching" in ours
+    assert not {name for name in loaded if name.split(".")[0] in ("torch", "torchvision", "timm")}

@@ -2,8 +2,10 @@
 in a real browser it opens clean, filters, sorts, reads out and fits a phone."""
 
 import base64
+import json
 import os
 import re
+import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +15,9 @@ import pytest
 from browser import Browser, find_chromium
 
 from detection.metrics.analysis import analyse
-from detection.metrics.coco import evaluate
+from detection.metrics.coco import measure
 from detection.metrics.tide import KINDS
-from detection.report.gallery import LONGEST, choose_sheets, picture
+from detection.report.gallery import LONGEST, choose_sheets, picture_uri
 from detection.report.page import write_report
 from schematics.coco import Category, read_split, to_coco, write_split
 from schematics.sheets import DataError, read_sheet
@@ -71,9 +73,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     split = drawn_split(folder / "test")
     detections = one_of_each(split)
-    figures = evaluate(to_coco(split), detections)
-    thresholds = dict.fromkeys(range(1, 5), 0.5)
-    analysis = analyse(to_coco(split), detections, thresholds=thresholds, resamples=50)
+    figures, matches = measure(to_coco(split), detections)
+    analysis = analyse(matches, thresholds=dict.fromkeys(range(1, 5), 0.5), resamples=50)
     settings = {"checkpoint": "runs/a&b/model.pt"}
     page = write_report(
         folder / "report.html", split, figures, analysis, title=EVIL, settings=settings, thresholds_from=GIVEN
@@ -156,7 +157,7 @@ def test_the_gallery_holds_the_worst_and_the_best_sheets(made):
 
 
 def test_pictures_are_bounded(tmp_path):
-    large = picture(np.full((900, 4000), 255, np.uint8))
+    large = picture_uri(np.full((900, 4000), 255, np.uint8))
     assert large.startswith("data:image/webp;base64,")
     (tmp_path / "large.webp").write_bytes(base64.b64decode(large.partition(",")[2]))
     assert read_sheet(tmp_path / "large.webp").shape == (round(900 * LONGEST / 4000), LONGEST)
@@ -175,10 +176,23 @@ def test_a_report_that_fails_leaves_the_old_one(made, tmp_path):
     assert page.read_text() == "the old one" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_example_in_the_docs_runs_as_written(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text().partition("## In Python")[2]
+    lines = [line for line in text.splitlines() if line.startswith("    ") or not line]
+    for name in ("valid", "test"):
+        split = drawn_split(tmp_path / "DATA" / name)
+        (tmp_path / "OUT" / f"evaluate-{name}").mkdir(parents=True)
+        results = json.dumps(one_of_each(split))
+        (tmp_path / "OUT" / f"evaluate-{name}" / "predictions.json").write_text(results)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent("\n".join(lines)), {})
+    assert "5 sheets, 42 boxes of 3 classes" in Reader(tmp_path / "report.html").text
+
+
 def test_a_report_on_nothing_found(tmp_path):
     split = drawn_split(tmp_path / "test")
-    truth = to_coco(split)
-    figures, analysis = evaluate(truth, []), analyse(truth, [], resamples=10)
+    figures, matches = measure(to_coco(split), [])
+    analysis = analyse(matches, resamples=10)
     text = Reader(write_report(tmp_path / "r.html", split, figures, analysis, title="empty")).text
     assert text.count("of the highest F1 on these very sheets, so F1 and counts are flattered") == 2
 
@@ -349,18 +363,18 @@ def test_text_has_contrast(browser, made):
     """WCAG's 4.5 to 1 for body and soft text on page and card, in both themes."""
     for dark in (False, True):
         browser.open(made[0], dark=dark)
-        colours = browser.run(
+        colors = browser.run(
             "['--ink', '--soft', '--page', '--card']"
             ".map(n => getComputedStyle(document.documentElement).getPropertyValue(n).trim())"
         )
-        ink, soft, page, card = map(luminance, colours)
+        ink, soft, page, card = map(luminance, colors)
         for text in (ink, soft):
             for ground in (page, card):
                 assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 4.5
 
 
-def luminance(colour):
-    digits = colour.removeprefix("#")
+def luminance(color):
+    digits = color.removeprefix("#")
     digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
     rgb = np.array([int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

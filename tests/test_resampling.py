@@ -5,9 +5,9 @@ import io
 
 import numpy as np
 import pytest
+from detections import found, jittered, truth_of
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_analysis import found, jittered, truth_of
 
 from detection.metrics.bootstrap import average_precision, interval, precision_at_recall, ratio, resample
 from detection.metrics.coco import evaluate

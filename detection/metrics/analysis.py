@@ -1,31 +1,30 @@
-"""Everything the report says about a detector beyond the COCO figures, from truth and detections alone."""
+"""Everything that the report says about a detector beyond the COCO figures, read off the matches alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from detection.metrics.bootstrap import Interval, average_precision, interval, resample
-from detection.metrics.coco import Engine
 from detection.metrics.counts import Counts, count, count_figures, share
 from detection.metrics.curves import Curves, Operating, best_thresholds, curves, operating
-from detection.metrics.matching import Matches, match
+from detection.metrics.matching import Matches
 from detection.metrics.tide import Kinds, confusion_matrix, delta_ap50, kinds_of
 
-FEWEST_SHEETS = 5  # with the class on them, for an interval of its own
+FEWEST_SHEETS = 5  # that a class must be on to get an interval of its own
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """I sheets, K classes, D detections, G boxes; classes in the order of `matches.category_ids`."""
+    """Classes are in the order of `matches.category_ids`; for the letters see `metrics.matching`."""
 
     matches: Matches
     thresholds: np.ndarray  # float64 [K]
-    thresholds_given: bool  # False: chosen on the very sheets they are judged on
-    # "AP", "AP50", "AP75" at matches.limit, "F1" pooled over classes, and those of `count_figures`.
+    thresholds_given: bool  # False where they were chosen on the very sheets they are judged on
+    # "AP", "AP50" and "AP75" at matches.limit, "F1" of all classes pooled, and those of `count_figures`.
     intervals: dict[str, Interval]
     class_ap50: list[Interval]  # [K]
     resamples: int
@@ -39,12 +38,12 @@ class Analysis:
 
     @property
     def sheet_f1(self) -> np.ndarray:
-        """float64 [I]: F1 of each sheet at the thresholds; NaN for an empty sheet left empty."""
-        right, made, boxes = _by_sheet(self.matches, self.matches.above(self.thresholds))
+        """float64 [I]: F1 of each sheet at the thresholds; NaN for a sheet without boxes or detections."""
+        right, made, boxes = _sheet_totals(self.matches, self.matches.above(self.thresholds))
         return np.divide(2.0 * right, made + boxes, out=np.full(len(boxes), np.nan), where=made + boxes > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; None for what is not a number."""
+        """Everything but the curves and single boxes, ready for JSON; None stands for NaN."""
         ids = self.matches.category_ids.tolist()
         classes = [
             {
@@ -74,29 +73,25 @@ class Analysis:
 
 
 def analyse(
-    ground_truth: Mapping[str, Any],
-    detections: Iterable[Mapping[str, Any]],
+    matches: Matches,
     *,
-    limit: int | None = None,
     thresholds: Mapping[int, float] | None = None,
     resamples: int = 500,
     seed: int = 0,
-    engine: Engine = "pycocotools",
 ) -> Analysis:
-    """Analyse COCO results against a COCO ground truth.
+    """Analyse the matches of `metrics.coco.measure`.
 
-    limit: detections of a class on a sheet that count, `Figures.max_detections`; None fits it the same way.
-    thresholds: score by category id from which a detection counts; for those not named, and for None, the
-    one that maximises F1 here. engine, and DataError: as `metrics.coco.evaluate`.
+    thresholds: by category id, the score from which a detection counts. A class that is not named gets the
+    one with the highest F1 on these sheets. resamples, seed: of the bootstrap behind the intervals.
     """
-    matches = match(ground_truth, detections, limit, engine)
-    best = best_thresholds(matches)
     given = thresholds or {}
-    chosen = np.array([given.get(int(n), best[k]) for k, n in enumerate(matches.category_ids)], np.float64)
+    chosen = np.array(
+        [given.get(number, best) for number, best in fit_thresholds(matches).items()], np.float64
+    )
     kept = matches.above(chosen)
     weights = resample(len(matches.image_ids), resamples, seed)
     draws, exact = average_precision(matches, weights), average_precision(matches)
-    right, made, boxes = _by_sheet(matches, kept)
+    right, made, boxes = _sheet_totals(matches, kept)
     counts = count(matches, kept)
     return Analysis(
         matches=matches,
@@ -119,37 +114,33 @@ def analyse(
     )
 
 
-def fit_thresholds(
-    ground_truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]], engine: Engine = "pycocotools"
-) -> dict[int, float]:
-    """Scores by category id from which a detection should count: those of the highest F1 on these sheets.
+def fit_thresholds(matches: Matches) -> dict[int, float]:
+    """By category id, the score from which a detection should count: that of the highest F1 on these sheets.
 
     Fit them on valid, keep them with the detector, judge them on test. See `curves.best_thresholds`.
     """
-    matches = match(ground_truth, detections, engine=engine)
     return dict(zip(matches.category_ids.tolist(), best_thresholds(matches).tolist(), strict=True))
 
 
 def _class_intervals(matches: Matches, draws: np.ndarray, values: np.ndarray) -> list[Interval]:
-    """Intervals of AP50 by class. One sheet drawn again and again says nothing, and few say little: NaN."""
+    """AP50 of each class, from its draws [B, K]; the bounds of a class on too few sheets are NaN."""
     sheets = (matches.positives > 0).sum(0)
     draws = np.where(sheets < FEWEST_SHEETS, np.nan, draws)
     return [interval(draws[:, k], value) for k, value in enumerate(values.tolist())]
 
 
-def _by_sheet(matches: Matches, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right detections, all detections and boxes of each sheet, int64 [I]."""
-    sheets, counted = len(matches.image_ids), kept & ~matches.ignored[0]
-    right = counted & (matches.match[0] >= 0)
+def _sheet_totals(matches: Matches, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right detections, all detections and boxes of each sheet, int64 [I] each."""
+    sheet, sheets = matches.found.sheet, len(matches.image_ids)
     return (
-        np.bincount(matches.found.sheet[right], minlength=sheets),
-        np.bincount(matches.found.sheet[counted], minlength=sheets),
+        np.bincount(sheet[matches.right(kept)], minlength=sheets),
+        np.bincount(sheet[matches.counted(kept)], minlength=sheets),
         matches.positives.sum(1),
     )
 
 
 def _plain(value: Any) -> Any:
-    """numpy numbers as Python's, NaN as None."""
+    """The same with numpy's numbers as Python's and NaN as None, all the way down."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

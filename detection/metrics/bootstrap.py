@@ -1,8 +1,9 @@
 """How far a figure would move with other sheets of the same kind: the bootstrap over sheets.
 
-Boxes of one sheet are not independent, so sheets are drawn, with replacement (Efron 1979; percentile
-intervals). Matching is done once; a drawn set only weights the sheets, and AP is accumulated again from the
-weights: 500 sets of 440 sheets and 31 classes take seconds.
+Boxes of one sheet are not independent of each other, so whole sheets are drawn, with replacement (Efron 1979;
+percentile intervals). Detections are matched once. A drawn set of sheets only weights them, and AP is
+accumulated again from the weights, so that 500 sets of 440 sheets with 31 classes take seconds.
+In shapes B is the number of resamples; for the other letters see `metrics.matching`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from detection.metrics.matching import Matches
 
-CELLS = 4_000_000  # resamples x detections held at a time
+CELLS = 4_000_000  # resamples times detections that are held in memory at a time
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,30 @@ class Interval:
 
 
 def resample(sheets: int, count: int, seed: int = 0) -> np.ndarray:
-    """int64 [count, sheets]: how often each sheet is in each drawn set of as many sheets.
+    """int64 [count, sheets]: how often each sheet is in each of `count` drawn sets of as many sheets.
 
-    The same (sheets, count, seed) gives the same sets, so that two detectors compared on one split are
-    compared on the same draws: interval(first - second, ...) is that of the difference.
+    The same (sheets, count, seed) gives the same sets. Two detectors on one split are thus compared on the
+    same draws, and interval(first - second, ...) is the interval of their difference.
     """
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, sheets, (count, sheets)) + sheets * np.arange(count)[:, None]
     return np.bincount(drawn.ravel(), minlength=count * sheets).reshape(count, sheets)
 
 
+def every_sheet_once(matches: Matches) -> np.ndarray:
+    """int64 [1, I]: the weights that leave the sheets as they are."""
+    return np.ones((1, len(matches.image_ids)), np.int64)
+
+
 def interval(draws: np.ndarray, value: float) -> Interval:
-    """The percentile interval of draws [B] around a figure; draws that are NaN are left out."""
+    """The percentile interval of draws [B] of a figure; draws that are NaN are left out."""
     draws = draws[~np.isnan(draws)]
     low, high = np.quantile(draws, [0.025, 0.975]).tolist() if draws.size else (np.nan, np.nan)
     return Interval(float(value), low, high)
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Sum over sheets of one quantity [I] over another's [I], for weights [B, I]: [B], NaN for 0/0."""
+    """float64 [B]: one quantity [I] over another [I], each summed by weights [B, I]; NaN for 0/0."""
     below = weights @ denominator
     return np.divide(weights @ numerator, below, out=np.full(len(weights), np.nan), where=below != 0)
 
@@ -55,12 +61,13 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -
 def average_precision(
     matches: Matches, weights: np.ndarray | None = None, limit: int | None = None
 ) -> dict[str, np.ndarray]:
-    """AP, AP50 and AP75 of each weighting of the sheets, [B], and AP50 by class, "AP50_class" [B, K].
+    """AP, AP50 and AP75 of each weighting of the sheets, float64 [B], and "AP50_class" by class, [B, K].
 
-    weights: int64 [B, I], None is one set of every sheet once. limit: as below. NaN where a set has no truth.
+    weights: int64 [B, I]; None takes every sheet once. limit: as `precision_at_recall` takes it. A figure is
+    NaN where a set of sheets has no truth for it.
     """
     if weights is None:
-        weights = np.ones((1, len(matches.image_ids)), np.int64)
+        weights = every_sheet_once(matches)
     at_half, at_three_quarters = (int(np.argmin(abs(matches.ious - iou))) for iou in (0.5, 0.75))
     figures: dict[str, list] = {"AP": [], "AP50": [], "AP75": [], "AP50_class": []}
     for first in range(0, len(weights), 64):
@@ -81,8 +88,9 @@ def _mean(precision: np.ndarray) -> float:
 def precision_at_recall(matches: Matches, weights: np.ndarray, limit: int | None = None) -> np.ndarray:
     """float64 [B, T, R, K]: pycocotools' eval["precision"] when sheet i is there weights[b, i] times.
 
-    limit: detections of a class on a sheet, None for matches.limit. -1 for a class without truth in the set.
-    Equal to pycocotools on the set written out, to the last bit, as long as no two scores of a class tie.
+    limit: the detections of a class on a sheet that count; None for matches.limit. Precision is -1 for a
+    class without truth in the set. As long as no two scores of a class tie, this equals pycocotools on the
+    set of sheets written out to the last bit.
     """
     shape = (len(weights), len(matches.ious), len(matches.recalls), len(matches.category_ids))
     precision = np.full(shape, -1.0)
@@ -98,9 +106,9 @@ def precision_at_recall(matches: Matches, weights: np.ndarray, limit: int | None
 
 
 def _of_class(matches: Matches, rows: np.ndarray, weights: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """[B, T, R] of the detections `rows` of one class, by falling score.
+    """float64 [B, T, R]: precision of the detections `rows` of one class, which come by falling score.
 
-    Precision only rises where a detection is right, so its envelope is known from those places alone.
+    Precision only rises where a detection is right, so those places alone give its envelope.
     """
     precision = np.zeros((len(weights), len(matches.ious), len(matches.recalls)))
     times = weights[:, matches.found.sheet[rows]]  # [B, D]
@@ -130,8 +138,8 @@ def _least_right(positives: np.ndarray, recalls: np.ndarray) -> np.ndarray:
 
 
 def _first_reaching(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """int64 [B, R]: in each row of ascending [B, P] the first place that is >= wanted [B, R]; P for none."""
+    """int64 [B, R]: the first place in each row of ascending [B, P] to reach wanted [B, R]; P for none."""
     step = int(max(ascending[:, -1].max(), wanted.max())) + 1
-    lift = step * np.arange(len(ascending))[:, None]  # rows laid end to end stay ascending
+    lift = step * np.arange(len(ascending))[:, None]  # so that the rows, laid end to end, stay ascending
     flat = np.searchsorted((ascending + lift).ravel(), (wanted + lift).ravel()).reshape(wanted.shape)
     return flat - ascending.shape[1] * np.arange(len(ascending))[:, None]

@@ -1,37 +1,48 @@
-"""COCO detection figures: pycocotools as the reference, its known traps closed.
+"""COCO's detection figures, and what they leave out.
 
-pycocotools stays the engine, so on a clean set the 12 figures are its own to the last bit. hotcoco (the extra
-"fast") is another, faster and equal to the bit after the same repairs. What is repaired
-before either sees the data: annotation ids (it never matches id 0 and confuses doubled ids), missing `area`,
-`iscrowd` and `info`, empty predictions, the order of tied scores. What is added: the figures at a limit of
-detections that fits the data (a sheet may hold 250 symbols of one class; COCO counts 100), size bins that fit
-the data, figures per class, and the false positives of classes without ground truth, which COCO lets go free.
+On a clean set the 12 figures are pycocotools' own to the last bit. Added are: the figures at a limit of
+detections that fits the data (a sheet may hold 250 symbols of one class, and COCO counts 100), size bins that
+fit the data, figures of each class, and the false positives of classes without ground truth, which COCO lets
+go free. `metrics.matching` holds the engine and the repairs that come before it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from schematics.sheets import DataError
-
-Engine = Literal["pycocotools", "hotcoco"]
+from detection.metrics.matching import (
+    AREAS,
+    Engine,
+    EngineRun,
+    Matches,
+    prepare,
+    read_matches,
+    repair,
+    run_engine,
+)
 
 NAMES = (
-    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
-    "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large",
-)  # fmt: skip
-# COCO's area ranges in square pixels: all, small, medium, large.
-AREAS = [[0.0, 1e10], [0.0, 32.0**2], [32.0**2, 96.0**2], [96.0**2, 1e10]]
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR_1",
+    "AR_10",
+    "AR_100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)
 
 
 @dataclass(frozen=True)
@@ -73,14 +84,6 @@ class Figures:
     boxes: int
     detections: int
 
-    @property
-    def ap(self) -> float:
-        return self.coco[0]
-
-    @property
-    def ap50(self) -> float:
-        return self.coco[1]
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; the 12 figures by name."""
         return {**asdict(self), "coco": dict(zip(NAMES, self.coco, strict=True))}
@@ -121,44 +124,59 @@ class Figures:
         return "\n".join(lines)
 
 
+def measure(
+    ground_truth: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    max_detections: int | None = None,
+    engine: Engine = "pycocotools",
+) -> tuple[Figures, Matches]:
+    """Figures of `detections` against `ground_truth`, and the matches for all else, by one run of the engine.
+
+    ground_truth: a COCO object (images, annotations, categories); it is not changed.
+    detections: COCO results, each with image_id, category_id, bbox [x, y, w, h] in pixels and score.
+    max_detections: a limit per class and sheet, 100 or more, beside COCO's 100; None fits it to the data.
+    Raises DataError for an image or class that the ground truth does not know, for a number that is not
+    finite, and for an engine that is not installed.
+    """
+    truth = repair(ground_truth)
+    found = prepare(truth, detections)
+    edges = fit_size_bins(truth["annotations"])
+    bins = [[low**2, float(np.nextafter(high**2, 0))] for low, high in itertools.pairwise(edges)]
+    run = run_engine(truth, found, AREAS + bins, max_detections, engine)
+    matches = read_matches(run)
+    return read_figures(run, matches, edges), matches
+
+
 def evaluate(
     ground_truth: Mapping[str, Any],
     detections: Iterable[Mapping[str, Any]],
     max_detections: int | None = None,
     engine: Engine = "pycocotools",
 ) -> Figures:
-    """Figures of `detections` against `ground_truth`.
+    """The figures of `measure` alone."""
+    return measure(ground_truth, detections, max_detections, engine)[0]
 
-    ground_truth: a COCO object dict (images, annotations, categories); it is not changed.
-    detections: COCO results: image_id, category_id, bbox [x, y, w, h] in pixels, score.
-    max_detections: a limit per class and sheet, 100 or more, beside COCO's 100; None fits it to the data.
-    Raises DataError for an image or class the ground truth does not know, for a number that isn't finite, and
-    for an engine that isn't installed.
-    """
-    truth = repair(ground_truth)
-    found = prepare(truth, detections)
-    limit = max(100, max_detections or fit_max_detections(truth["annotations"]))
-    edges = fit_size_bins(truth["annotations"])
-    # A further limit above 100 and further area ranges leave the standard figures alone: matching goes down
-    # the scores, and each range is matched by itself.
-    limits = sorted({1, 10, 100, limit})
-    bins = [[low**2, float(np.nextafter(high**2, 0))] for low, high in itertools.pairwise(edges)]
-    evaluator = match_boxes(truth, found, limits, AREAS + bins, engine)
+
+def read_figures(run: EngineRun, matches: Matches, edges: list[float]) -> Figures:
+    """The figures of a run over AREAS and the size bins between `edges`; `matches` are those of the run."""
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator.accumulate()
-    arrays, class_ids = evaluator.eval, evaluator.params.catIds
-    everything, last = slice(None), len(limits) - 1
-    fitted = _mean_figures(arrays, everything, 0, last)
-    boxes_of = Counter(a["category_id"] for a in truth["annotations"] if not a["iscrowd"])
-    found_of = Counter(d["category_id"] for d in found)
+        for evaluator in run.evaluators:
+            evaluator.accumulate()
+    arrays = {
+        name: np.concatenate([evaluator.eval[name] for evaluator in run.evaluators], axis=-2)
+        for name in ("precision", "recall")
+    }
+    limit = list(run.evaluators[0].params.maxDets).index(run.limit)
+    annotations = run.truth["annotations"]
+    boxes_of = Counter(a["category_id"] for a in annotations if not a["iscrowd"])
+    found_of = Counter(d["category_id"] for d in run.found)
     rows = []
-    by_id = {c["id"]: c["name"] for c in truth["categories"]}
-    for k, category_id in enumerate(class_ids):
-        figures = _mean_figures(arrays, slice(k, k + 1), 0, last)
+    for k, category_id in enumerate(matches.category_ids.tolist()):
+        figures = _mean_figures(arrays, slice(k, k + 1), 0, limit)
         rows.append(
             ClassFigures(
-                category_id=int(category_id),
-                name=by_id[category_id],
+                category_id=category_id,
+                name=matches.names[k],
                 boxes=boxes_of[category_id],
                 detections=found_of[category_id],
                 ap=figures["AP"],
@@ -168,137 +186,45 @@ def evaluate(
         )
     return Figures(
         coco=_coco_figures(arrays),
-        max_detections=limit,
-        fitted=fitted,
-        sizes=_size_figures(arrays, truth["annotations"], edges, last),
+        max_detections=run.limit,
+        fitted=_mean_figures(arrays, slice(None), 0, limit),
+        sizes=_size_figures(arrays, annotations, edges, limit),
         classes=rows,
-        false_positives_without_truth=_stray(rows, evaluator),
-        images=len(truth["images"]),
+        false_positives_without_truth=_stray(rows, matches),
+        images=len(run.truth["images"]),
         boxes=sum(boxes_of.values()),
-        detections=len(found),
+        detections=len(run.found),
     )
-
-
-def _stray(rows: Sequence[ClassFigures], evaluator: Any) -> dict[str, int]:
-    """Detections of classes without boxes to find; what lies in a crowd is not counted."""
-    in_crowd: Counter[int] = Counter()
-    for sheet in filter(None, evaluator.evalImgs):
-        if list(sheet["aRng"]) == AREAS[0]:
-            in_crowd[int(sheet["category_id"])] += int(np.sum(np.asarray(sheet["dtIgnore"])[0]))
-    stray: Counter[str] = Counter()
-    shared = Counter(row.name for row in rows)
-    for row in rows:
-        if not row.boxes:
-            name = row.name if shared[row.name] == 1 else f"{row.name} ({row.category_id})"
-            stray[name] = row.detections - in_crowd[row.category_id]
-    return {name: count for name, count in stray.items() if count}
-
-
-def fit_max_detections(annotations: Sequence[Mapping[str, Any]]) -> int:
-    """Twice the most boxes of one class on one sheet, rounded up to hundreds; at least COCO's 100."""
-    return max(100, 100 * math.ceil(2 * fullest(annotations) / 100))
-
-
-def fullest(rows: Iterable[Mapping[str, Any]]) -> int:
-    """The most annotations or detections of one class on one sheet."""
-    return max(Counter((row["image_id"], row["category_id"]) for row in rows).values(), default=0)
 
 
 def fit_size_bins(annotations: Sequence[Mapping[str, Any]]) -> list[float]:
     """Edges in pixels of up to three bins of sqrt(area) that hold a third of the boxes each.
 
-    COCO's edges are 32 and 96 px: with symbols of 20 to 60 px its AP_large is -1. Returned edges are whole
+    COCO's edges are 32 and 96 px, so that symbols of 20 to 60 px have an AP_large of -1. The edges are whole
     pixels, ascending, the first at or below the smallest box and the last above the largest.
     """
-    sides = np.sqrt([a["area"] for a in annotations if not a["iscrowd"]])
+    sides = _sides(annotations)
     if not sides.size:
         return []
     inner = np.round(np.quantile(sides, [1 / 3, 2 / 3]))
     return sorted({float(np.floor(sides.min())), *inner.tolist(), float(np.floor(sides.max()) + 1)})
 
 
-def repair(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with what pycocotools relies on: ids 1..N, area, iscrowd, info."""
-    annotations = []
-    for number, annotation in enumerate(ground_truth["annotations"], start=1):
-        _, _, width, height = annotation["bbox"]
-        annotations.append(
-            {
-                "id": number,
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"],
-                "bbox": [float(value) for value in annotation["bbox"]],
-                "area": annotation.get("area") or float(width) * float(height),
-                "iscrowd": int(annotation.get("iscrowd") or 0),
-            }
-        )
+def _sides(annotations: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """float64 [N]: sqrt(area) in pixels of the boxes to find."""
+    return np.sqrt([a["area"] for a in annotations if not a["iscrowd"]])
+
+
+def _stray(rows: Sequence[ClassFigures], matches: Matches) -> dict[str, int]:
+    """The number of detections of each class without boxes, less those that count and lie in a crowd."""
+    in_crowd = matches.ignored[0] & (matches.found.rank < matches.limit)
+    outside = np.bincount(matches.found.label[~in_crowd], minlength=len(rows)).tolist()
+    bearers = Counter(row.name for row in rows)
     return {
-        "info": {},
-        "images": [dict(image) for image in ground_truth["images"]],
-        "categories": [dict(category) for category in ground_truth["categories"]],
-        "annotations": annotations,
+        row.name if bearers[row.name] == 1 else f"{row.name} ({row.category_id})": number
+        for row, number in zip(rows, outside, strict=True)
+        if number and not row.boxes
     }
-
-
-def prepare(truth: Mapping[str, Any], detections: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Detections checked, in an order that does not depend on how they came, with ids 1..N and area."""
-    images = {image["id"] for image in truth["images"]}
-    classes = {category["id"] for category in truth["categories"]}
-    rows = []
-    for row in detections:
-        if row["image_id"] not in images:
-            raise DataError(f"predictions: image_id {row['image_id']} is not in the ground truth; "
-                            "evaluate against the split that was predicted")  # fmt: skip
-        if row["category_id"] not in classes:
-            raise DataError(f"predictions: category_id {row['category_id']} is not in the ground truth; "
-                            "write the data set's own category ids")  # fmt: skip
-        box = [float(value) for value in row["bbox"]]
-        score = float(row["score"])
-        if not all(map(math.isfinite, [*box, score])):
-            raise DataError(f"predictions: image_id {row['image_id']} has a box or score that is not finite")
-        rows.append((-score, row["image_id"], row["category_id"], box))
-    return [
-        {"id": n, "image_id": image, "category_id": category, "bbox": box, "score": -negated,
-         "area": box[2] * box[3], "iscrowd": 0}
-        for n, (negated, image, category, box) in enumerate(sorted(rows), start=1)
-    ]  # fmt: skip
-
-
-def match_boxes(
-    truth: Mapping[str, Any],
-    found: list[dict[str, Any]],
-    limits: list[int],
-    areas: list[list[float]],
-    engine: Engine = "pycocotools",
-) -> Any:
-    """The engine's COCOeval after `evaluate`, of what `repair` and `prepare` made.
-
-    limits: detections of a class on a sheet, ascending. areas: ranges in square pixels.
-    Raises DataError for an engine that isn't installed.
-    """
-    kinds = coco_classes(engine)
-    with contextlib.redirect_stdout(io.StringIO()):
-        gt, dt = kinds[0](), kinds[0]()
-        gt.dataset = truth
-        dt.dataset = {**truth, "annotations": found}
-        gt.createIndex()
-        dt.createIndex()
-        evaluator = kinds[1](gt, dt, "bbox")
-        evaluator.params.maxDets = limits
-        evaluator.params.areaRng = areas
-        evaluator.params.areaRngLbl = [str(n) for n in range(len(areas))]
-        evaluator.evaluate()
-    return evaluator
-
-
-def coco_classes(engine: Engine) -> tuple[Any, Any]:
-    """COCO and COCOeval of an engine. Raises DataError that names the cure where it isn't installed."""
-    homes = {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"), "hotcoco": ("hotcoco", "hotcoco")}
-    try:
-        coco, evaluation = (importlib.import_module(name) for name in homes[engine])
-    except ImportError:
-        raise DataError(f"{engine} is not installed: pip install 'linework[fast]'") from None
-    return coco.COCO, evaluation.COCOeval
 
 
 def _coco_figures(arrays: Mapping[str, Any]) -> tuple[float, ...]:
@@ -325,7 +251,7 @@ def _mean_figures(arrays: Mapping[str, Any], classes: slice, area: int, limit: i
 def _size_figures(
     arrays: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], edges: list[float], limit: int
 ) -> list[SizeFigures]:
-    sides = np.sqrt([a["area"] for a in annotations if not a["iscrowd"]])
+    sides = _sides(annotations)
     rows = []
     for n, (low, high) in enumerate(itertools.pairwise(edges)):
         figures = _mean_figures(arrays, slice(None), len(AREAS) + n, limit)

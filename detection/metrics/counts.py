@@ -1,4 +1,4 @@
-"""The bill of materials: how many symbols of each class a sheet has, counted and true."""
+"""The bill of materials: how many symbols of each class were counted on a sheet, and how many it has."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from detection.metrics.matching import Matches
 class Counts:
     """Numbers by sheet and class, int64 [I, K]; crowds and what lies in them are left out.
 
-    A (sheet, class) pair counts where the class is on the sheet or was thought to be: the many pairs that
-    are 0 on both sides would make any detector look right.
+    A (sheet, class) pair counts where the class is on the sheet or was thought to be. The many pairs that are
+    0 on both sides would make any detector look right.
     """
 
     truth: np.ndarray
@@ -23,35 +23,35 @@ class Counts:
 
     @property
     def pairs(self) -> np.ndarray:
-        """bool [I, K]"""
+        """bool [I, K], the pairs that count"""
         return (self.truth > 0) | (self.found > 0)
 
     @property
     def exact(self) -> np.ndarray:
-        """bool [I, K], of the pairs that count"""
+        """bool [I, K], those of the pairs with the right number"""
         return self.pairs & (self.truth == self.found)
 
     @property
     def error(self) -> np.ndarray:
-        """int64 [I, K], symbols too many or too few"""
+        """int64 [I, K], by how many symbols the count is too high or too low"""
         return abs(self.found - self.truth)
 
 
 def count(matches: Matches, kept: np.ndarray) -> Counts:
     """Counts of the detections bool kept [D], see `Matches.above`, beside the truth."""
-    found = np.zeros_like(matches.positives)
-    counted = kept & ~matches.ignored[0]
+    truth, counted = matches.positives, matches.counted(kept)
+    found = np.zeros_like(truth)
     np.add.at(found, (matches.found.sheet[counted], matches.found.label[counted]), 1)
-    return Counts(matches.positives, found)
+    return Counts(truth, found)
 
 
 def count_figures(counts: Counts, weights: np.ndarray) -> dict[str, Interval]:
-    """With intervals from the weights [B, I] of `resample`:
+    """What the counts are worth, with intervals from the weights int64 [B, I] of `resample`:
 
-    exact_pairs: share of (sheet, class) pairs with the right number
-    exact_sheets: share of sheets with the right number of every class
+    exact_pairs: share of the (sheet, class) pairs with the right number
+    exact_sheets: share of the sheets with the right number of every class
     count_error: mean absolute error of a pair, in symbols
-    total_error: absolute errors over the number of boxes
+    total_error: sum of the absolute errors over the number of boxes
     """
     pairs = counts.pairs.sum(1)
     sheets = np.ones(len(pairs))
@@ -65,7 +65,7 @@ def count_figures(counts: Counts, weights: np.ndarray) -> dict[str, Interval]:
 
 
 def share(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -> Interval:
-    """The ratio of two quantities [I] summed over sheets, with its interval."""
+    """The ratio of two quantities [I], each summed over the sheets, with its interval from weights [B, I]."""
     once = np.ones((1, len(numerator)), np.int64)
     draws = ratio(numerator.astype(float), denominator.astype(float), weights)
     return interval(draws, float(ratio(numerator, denominator, once)[0]))

@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.metrics.bootstrap import precision_at_recall
+from detection.metrics.bootstrap import every_sheet_once, precision_at_recall
 from detection.metrics.matching import Matches
 
-NO_EVIDENCE = 0.5  # the threshold where nothing at all was found
+NO_EVIDENCE = 0.5  # the threshold of every class where no detection of any class is right
 
 
 @dataclass(frozen=True)
 class Curves:
-    """NaN for classes without truth."""
+    """What a chart draws; NaN for classes without truth."""
 
     recalls: np.ndarray  # float64 [R]
-    precision: np.ndarray  # float64 [K, R], the best at this recall or beyond: its mean is the class's AP50
+    precision: np.ndarray  # float64 [K, R], the best at this recall or beyond; its mean is the class's AP50
     thresholds: np.ndarray  # float64 [S]: 0, 0.01, ..., 1
     f1: np.ndarray  # float64 [K, S]
 
 
 @dataclass(frozen=True)
 class Operating:
-    """What comes out at a threshold, by class [K]; NaN for 0/0."""
+    """What comes out at the thresholds, by class [K]; a ratio is NaN for 0/0."""
 
     right: np.ndarray  # int64
     found: np.ndarray  # int64
@@ -44,8 +44,8 @@ class Operating:
 
 
 def curves(matches: Matches) -> Curves:
-    once = np.ones((1, len(matches.image_ids)), np.int64)
-    precision = precision_at_recall(matches, once)[0, 0].T
+    """Precision over recall and F1 over the score threshold, at IoU 0.5."""
+    precision = precision_at_recall(matches, every_sheet_once(matches))[0, 0].T
     thresholds = np.arange(101) / 100
     boxes = matches.positives.sum(0)
     f1 = np.full((len(boxes), len(thresholds)), np.nan)
@@ -59,8 +59,9 @@ def curves(matches: Matches) -> Curves:
 def best_thresholds(matches: Matches) -> np.ndarray:
     """float64 [K]: for each class the score from which its F1 at IoU 0.5 is highest.
 
-    The threshold lies half way to the next lower score; of equal F1 the highest threshold is taken. A class
-    of which nothing was found, or that has no boxes, gets the threshold that is best for all classes pooled.
+    The threshold lies half way to the next lower score, and of equal F1 the highest threshold is taken. A
+    class of which nothing was found, or that has no boxes, gets the threshold that is best for all classes
+    pooled.
     """
     boxes = matches.positives.sum(0)
     everything = [_falling(matches, label) for label in range(len(boxes))]
@@ -73,30 +74,28 @@ def best_thresholds(matches: Matches) -> np.ndarray:
 
 
 def operating(matches: Matches, kept: np.ndarray) -> Operating:
-    """Right, made and asked for by class, of the detections bool kept [D]."""
-    classes, counted = len(matches.category_ids), kept & ~matches.ignored[0]
-    right = counted & (matches.match[0] >= 0)
-    label = matches.found.label
+    """What the detections bool kept [D], see `Matches.above`, come to in each class."""
+    label, classes = matches.found.label, len(matches.category_ids)
     return Operating(
-        right=np.bincount(label[right], minlength=classes),
-        found=np.bincount(label[counted], minlength=classes),
+        right=np.bincount(label[matches.right(kept)], minlength=classes),
+        found=np.bincount(label[matches.counted(kept)], minlength=classes),
         boxes=matches.positives.sum(0),
     )
 
 
 def _falling(matches: Matches, label: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of one class, falling, and whether each is right at IoU 0.5."""
+    """Scores of the detections of one class, falling, and whether each is right at IoU 0.5."""
     rows = matches.of_class(label)
     counted = ~matches.ignored[0, rows]
     return matches.found.score[rows][counted], matches.match[0, rows][counted] >= 0
 
 
 def _best(score: np.ndarray, right: np.ndarray, boxes: int) -> float | None:
-    """The threshold of the highest F1; None where nothing is right."""
+    """The threshold of the highest F1, for falling scores and whether each is right; None where none is."""
     if not right.any():
         return None
     f1 = 2 * right.cumsum() / (np.arange(1, len(score) + 1) + boxes)
-    f1[:-1][score[:-1] == score[1:]] = -1.0  # no threshold parts equal scores
+    f1[:-1][score[:-1] == score[1:]] = -1.0  # no threshold lies between equal scores
     last = int(f1.argmax())
     if last + 1 == len(score):
         return float(score[last])

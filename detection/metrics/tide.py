@@ -1,6 +1,7 @@
-"""What kind each error is and what it costs, by TIDE (Bolya et al. 2020, arXiv 2008.08115); the confusions.
+"""What kind each error is and what it costs, by TIDE (Bolya et al. 2020, arXiv 2008.08115); confusions.
 
-A wrong detection is, by its overlap with truth, the first of these that holds (as in the authors' program):
+The kind of a wrong detection is the first of these that holds for its overlap with truth, in the order of the
+authors' program:
 
   localisation  IoU 0.1 to 0.5 with its own class
   class         IoU 0.5 or more with another class
@@ -8,8 +9,8 @@ A wrong detection is, by its overlap with truth, the first of these that holds (
   background    IoU under 0.1 with everything
   both          the rest: badly placed on another class
 
-A box nobody found is missed, unless a detection with an error of class or localisation lies on it: then it
-carries that error's name.
+A box that no detection found is missed, unless a detection with an error of class or localisation lies on it.
+Then the box carries the name of that error.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from detection.metrics.matching import Matches
 
 KINDS = ("found", "class", "localisation", "both", "duplicate", "background", "missed")
 FOUND, CLASS, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(7)
-LEFT_OUT = -1  # below its threshold, or in a crowd
+LEFT_OUT = -1  # a detection below its threshold or in a crowd, or a crowd
 
 RIGHT_IOU = 0.5
 BACKGROUND_IOU = 0.1
@@ -31,14 +32,14 @@ BACKGROUND_IOU = 0.1
 
 @dataclass(frozen=True)
 class Kinds:
-    """Kind of each detection and truth: an index into KINDS, or LEFT_OUT."""
+    """The kind of each detection and of each box: an index into KINDS, or LEFT_OUT."""
 
     found: np.ndarray  # int64 [D]
     truth: np.ndarray  # int64 [G]
-    cause: np.ndarray  # int64 [D], the truth that a detection lies on or best overlaps, -1 for none
+    cause: np.ndarray  # int64 [D], the box that a detection has found or overlaps best, -1 for none
 
     def counts(self) -> dict[str, int]:
-        """How often each error occurs; "found" counts the right detections."""
+        """How often each kind of error occurs; "found" counts the right detections."""
         of_found = np.bincount(self.found[self.found >= 0], minlength=len(KINDS))
         table = dict(zip(KINDS, of_found.tolist(), strict=True))
         return {**table, "missed": int((self.truth == MISSED).sum())}
@@ -47,16 +48,15 @@ class Kinds:
 def kinds_of(matches: Matches, kept: np.ndarray | None = None) -> Kinds:
     """Sort detections and truth into kinds, at IoU 0.5.
 
-    kept: bool [D], see `Matches.above`; detections outside it count as not made. Of a class the best scores
-    must be kept first, or what was matched does not stay so.
+    kept: bool [D], see `Matches.above`; None keeps all. What is not kept counts as not made, so of each class
+    the best scores must be kept: without them, the other detections would have been matched differently.
     """
-    truth, found = matches.truth, matches.found
-    taken, ignored = matches.match[0], matches.ignored[0]
+    truth, found, taken = matches.truth, matches.found, matches.match[0]
     kept = np.ones(len(found.score), bool) if kept is None else kept
-    right = kept & (taken >= 0) & ~ignored
+    right = matches.right(kept)
     of_found = np.where(right, FOUND, LEFT_OUT)
     cause = np.where(right, taken, -1)
-    for sheet, wrong in _by_sheet(found.sheet, kept & ~ignored & (taken < 0)):
+    for sheet, wrong in _rows_by_sheet(found.sheet, matches.wrong(kept)):
         there = np.flatnonzero((truth.sheet == sheet) & ~truth.crowd)
         if not len(there):
             of_found[wrong] = BACKGROUND
@@ -82,8 +82,8 @@ def kinds_of(matches: Matches, kept: np.ndarray | None = None) -> Kinds:
     return Kinds(of_found, of_truth, cause)
 
 
-def _by_sheet(sheet: np.ndarray, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(sheet, its wanted rows in ascending order), sheets ascending."""
+def _rows_by_sheet(sheet: np.ndarray, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(sheet, its rows where bool wanted [D] holds, ascending), the sheets ascending too."""
     rows = np.flatnonzero(wanted)
     rows = rows[np.argsort(sheet[rows], kind="stable")]
     values, starts = np.unique(sheet[rows], return_index=True)
@@ -93,9 +93,11 @@ def _by_sheet(sheet: np.ndarray, wanted: np.ndarray) -> list[tuple[int, np.ndarr
 def delta_ap50(matches: Matches) -> dict[str, float]:
     """What AP50 would gain if all errors of one kind were mended and nothing else (paper, section 2.3).
 
-    Mended: class and localisation make of the best such detection of a free box a right one and drop the
-    rest; both, duplicate and background are dropped; missed boxes are no longer asked for. All detections
-    count, not only those above a threshold, as AP does. Kinds in the order of KINDS.
+    Errors of class and of localisation are mended by making the best such detection of a box that nothing has
+    found a right one, and dropping the rest. Errors of the kinds both, duplicate and background are dropped.
+    Missed boxes are no longer asked for. As in AP, all detections up to the limit count, not only those above
+    a threshold. The kinds come in the order of KINDS; AP50 is NaN, and so is each gain, where there are no
+    boxes.
     """
     kinds = kinds_of(matches, matches.found.rank < matches.limit)
     score, label = matches.found.score, matches.found.label
@@ -115,13 +117,13 @@ def delta_ap50(matches: Matches) -> dict[str, float]:
         gains[KINDS[kind]] = _ap50(*arrays, boxes, matches.recalls) - before
     unseen = np.bincount(matches.truth.label[kinds.truth == MISSED], minlength=len(boxes))
     asked = (score[counted], label[counted], right[counted], boxes - unseen, matches.recalls)
-    all_missed = unseen.any() and not (boxes - unseen).any()  # nothing is left to ask for
+    all_missed = unseen.any() and not (boxes - unseen).any()  # then nothing is left to ask for
     gains[KINDS[MISSED]] = (1.0 if all_missed else _ap50(*asked)) - before
     return {kind: gains[kind] for kind in KINDS[1:]}
 
 
 def _best_of_each(rows: np.ndarray, kinds: Kinds, score: np.ndarray) -> np.ndarray:
-    """Of the detections `rows` the highest scoring for each truth that nothing has found."""
+    """Of the detections `rows` the one with the highest score for each box that nothing has found."""
     rows = rows[kinds.truth[kinds.cause[rows]] != FOUND]
     rows = rows[np.argsort(-score[rows], kind="stable")]
     return rows[np.unique(kinds.cause[rows], return_index=True)[1]]
@@ -130,7 +132,10 @@ def _best_of_each(rows: np.ndarray, kinds: Kinds, score: np.ndarray) -> np.ndarr
 def _ap50(
     score: np.ndarray, label: np.ndarray, right: np.ndarray, boxes: np.ndarray, recalls: np.ndarray
 ) -> float:
-    """Mean over the classes with boxes [K] of the precision at 101 recalls, as COCO averages it; else NaN."""
+    """Mean over the classes with boxes of the precision at 101 recalls, as COCO takes it; NaN without boxes.
+
+    score, label, right: [D] of the detections. boxes: int64 [K].
+    """
     figures = []
     for k in np.flatnonzero(boxes).tolist():
         rows = np.flatnonzero(label == k)
@@ -144,19 +149,19 @@ def _ap50(
 def confusion_matrix(matches: Matches, kept: np.ndarray) -> np.ndarray:
     """int64 [K + 1, K + 1]: rows are true classes, columns predicted ones, the last of each is background.
 
-    Detections that found a box of their class at IoU 0.5 (bool kept [D]) are the diagonal. What is left on
-    both sides is paired whatever the class, closest first, down to IoU 0.5; the rest pairs with background.
+    kept: bool [D], see `Matches.above`. Detections that found a box of their class at IoU 0.5 are the
+    diagonal. What is left on both sides is paired whatever the class, closest first, down to IoU 0.5. The
+    rest pairs with background.
     """
     truth, found = matches.truth, matches.found
     background = len(matches.category_ids)
     matrix = np.zeros((background + 1, background + 1), np.int64)
-    taken, ignored = matches.match[0], matches.ignored[0]
-    right = kept & (taken >= 0) & ~ignored
+    taken, right = matches.match[0], matches.right(kept)
     np.add.at(matrix, (truth.label[taken[right]], found.label[right]), 1)
     free = ~truth.crowd
     free[taken[right]] = False
-    stray = kept & ~ignored & (taken < 0)
-    for sheet, rows in _by_sheet(found.sheet, stray):
+    stray = matches.wrong(kept)
+    for sheet, rows in _rows_by_sheet(found.sheet, stray):
         there = np.flatnonzero(free & (truth.sheet == sheet))
         if not len(there):
             continue
@@ -174,7 +179,7 @@ def confusion_matrix(matches: Matches, kept: np.ndarray) -> np.ndarray:
 
 
 def confusions(matrix: np.ndarray, most: int = 10) -> list[tuple[int, int, int]]:
-    """(true class, predicted class, times) of the most frequent mistakings of one class for another."""
+    """(true class, predicted class, times) of the mistakings that happened most, `most` of them."""
     classes = matrix[:-1, :-1].copy()
     np.fill_diagonal(classes, 0)
     order = np.argsort(-classes, axis=None, kind="stable")[:most]

@@ -1,4 +1,4 @@
-"""The sheets a report shows: which ones, at what size, with which boxes."""
+"""The sheets that a report shows: which ones, at what size and with which boxes."""
 
 from __future__ import annotations
 
@@ -15,48 +15,51 @@ from schematics.coco import Split
 from schematics.sheets import read_sheet
 from schematics.windows import paper_color
 
-LONGEST = 1400  # pixels of a picture's longer side; boxes are drawn over it at the sheet's own coordinates
-QUALITY = 72  # of WebP: lines stay sharp, a sheet takes some 50 to 150 kB
+# Pixels of a picture's longer side; the page draws the boxes over it in the sheet's own coordinates.
+LONGEST = 1400
+QUALITY = 72  # of WebP: lines stay sharp, and a sheet takes some 50 to 150 kB
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box to draw, in sheet pixels; `kind` and `label` as in `tide.Kinds` and `matching`."""
+    """A box to draw, a truth or a detection."""
 
-    xywh: tuple[float, ...]
-    kind: int
-    label: int
-    partner: int  # number of the truth it is, lies on or overlaps; -1 for none
-    score: float | None = None
+    xywh: tuple[float, ...]  # sheet pixels
+    kind: int  # index into tide.KINDS
+    label: int  # index into matches.category_ids
+    partner: int  # the truth that it is, has found or overlaps, by its index; -1 for none
+    score: float | None = None  # None for a truth
 
 
 @dataclass(frozen=True)
 class Card:
+    """A sheet of the gallery."""
+
     name: str
     group: str  # "worst" or "best"
     f1: float
     width: int
     height: int
-    picture: str  # data URI
-    dark: bool  # light lines on dark paper, as in CAD
+    picture: str  # a data URI
+    dark: bool  # the sheet has light lines on dark paper, as in CAD
     truth: list[Box]
     found: list[Box]
-    miscounts: list[tuple[str, int, int]]  # class, true number, counted number
+    miscounts: list[tuple[str, int, int]]  # see `miscounts`
 
     def kinds(self) -> Counter:
-        """How many of each kind, by index: detections, and the boxes that were missed."""
+        """How many there are of each kind, by its index: detections, and the boxes that were missed."""
         return Counter([b.kind for b in self.found] + [b.kind for b in self.truth if b.kind == MISSED])
 
 
 def choose_sheets(analysis: Analysis, most: int) -> list[tuple[int, str]]:
-    """(sheet, "worst" or "best"), half of each, the lowest and the highest F1 first.
+    """(sheet, "worst" or "best") of at most so many: half with the lowest F1, then half with the highest.
 
-    Of equal F1 the sheets with more errors are worse, and those with more boxes better. Sheets that are
-    rightly left empty show nothing and are left out.
+    Of equal F1 the sheets with more errors are worse, and those with more boxes are better. Empty sheets on
+    which nothing was found show nothing and are left out.
     """
     f1, boxes = analysis.sheet_f1, analysis.counts.truth.sum(1)
     sheets = np.flatnonzero(~np.isnan(f1))
-    # F1 is 2 right / (boxes + detections): where it is equal, more of these are more errors, too.
+    # F1 is 2 right / (boxes + detections), so at equal F1 more boxes and detections are more errors, too.
     size = boxes + analysis.counts.found.sum(1)
     worst = sheets[np.lexsort((sheets, -size[sheets], f1[sheets]))]
     best = sheets[np.lexsort((sheets, -size[sheets], -f1[sheets]))]
@@ -65,8 +68,8 @@ def choose_sheets(analysis: Analysis, most: int) -> list[tuple[int, str]]:
     return [(sheet, "worst") for sheet in lower] + [(sheet, "best") for sheet in upper]
 
 
-def card(split: Split, analysis: Analysis, sheet: int, group: str) -> Card:
-    """One sheet of the report. Raises DataError if its file can't be read."""
+def make_card(split: Split, analysis: Analysis, sheet: int, group: str) -> Card:
+    """The card of one sheet, by its index. Raises DataError where its file can't be read."""
     matches, kinds = analysis.matches, analysis.kinds
     image_id = matches.image_ids[sheet]
     labelled = next(s for s in split.sheets if s.image_id == image_id)
@@ -80,7 +83,7 @@ def card(split: Split, analysis: Analysis, sheet: int, group: str) -> Card:
         f1=float(analysis.sheet_f1[sheet]),
         width=labelled.width,
         height=labelled.height,
-        picture=picture(image),
+        picture=picture_uri(image),
         dark=float(np.mean(paper_color(image))) < 128,
         truth=[
             Box(tuple(truth.xywh[g].tolist()), int(kinds.truth[g]), int(truth.label[g]), int(g))
@@ -101,7 +104,7 @@ def card(split: Split, analysis: Analysis, sheet: int, group: str) -> Card:
 
 
 def miscounts(analysis: Analysis, sheet: int) -> list[tuple[str, int, int]]:
-    """(class, true number, counted number) where they differ on a sheet, the largest difference first."""
+    """(class, true number, counted number) where the two differ on a sheet, the largest difference first."""
     counts = analysis.counts
     order = np.argsort(-counts.error[sheet], kind="stable")
     return [
@@ -111,8 +114,8 @@ def miscounts(analysis: Analysis, sheet: int) -> list[tuple[str, int, int]]:
     ]
 
 
-def picture(image: np.ndarray) -> str:
-    """A data URI of the sheet, uint8 [H, W] or [H, W, 3] RGB, no larger than LONGEST."""
+def picture_uri(image: np.ndarray) -> str:
+    """A data URI of the sheet, uint8 [H, W] or [H, W, 3] RGB, with its longer side no longer than LONGEST."""
     factor = LONGEST / max(image.shape[:2])
     if factor < 1:
         size = tuple(max(1, round(side * factor)) for side in image.shape[1::-1])

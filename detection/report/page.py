@@ -1,14 +1,14 @@
-"""report.html: one file that shows how good a detector is and where it goes wrong. No network needed.
+"""report.html: one file that shows how good a detector is and where it goes wrong.
 
-Pictures are inside, boxes are drawn over them, and the page's policy lets nothing else be loaded or run.
-docs/report.md explains the figures.
+It needs no network: pictures are inside, boxes are drawn over them, and the page's content policy lets
+nothing else be loaded or run. docs/report.md explains the figures.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from cluster.atomic import write_text
 from detection.metrics.analysis import Analysis
 from detection.metrics.coco import Figures
 from detection.metrics.tide import KINDS, confusions
-from detection.report.gallery import card, choose_sheets, miscounts
+from detection.report.gallery import choose_sheets, make_card, miscounts
 from schematics.coco import Split
 
 TEMPLATE, STYLE, SCRIPT = (
     Path(__file__).with_name(name) for name in ("template.html.j2", "style.css", "script.js")
 )
-LISTED = 200  # sheets in the table of counts, the worst
+LISTED = 200  # the table of counts has at most so many sheets, those with the largest errors
 
 CHOSEN_HERE = (
     "of the highest F1 on these very sheets, so F1 and counts are flattered; judge them on another split"
@@ -56,16 +56,21 @@ def write_report(
 ) -> Path:
     """Write the page to `path`, whole or not at all, and return `path`.
 
-    figures, analysis: of the same detections on `split`, with the same limit.
-    thresholds_from: where the thresholds of the analysis are from, in words.
-    settings: what a reader needs to get the same figures again; shown as given, in its order.
-    most_sheets: sheets in the gallery, half of them the worst by F1 and half the best.
-    Raises DataError for a sheet that can't be read, UserError where the file can't be written.
+    figures, analysis: of the same `metrics.coco.measure` of detections on `split`.
+    thresholds_from: where the thresholds of the analysis come from, in words.
+    settings: what a reader needs to get the same figures again, shown as given and in this order.
+    most_sheets: how many sheets the gallery has, half of them the worst by F1 and half the best.
+    Raises DataError for a sheet that can't be read and UserError where the file can't be written.
     """
     script = SCRIPT.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"f2": _decimals(2), "f3": _decimals(3), "percent": _percent, "short": _short}
+    environment.filters |= {
+        "f2": _with_decimals(2),
+        "f3": _with_decimals(3),
+        "percent": _as_percent,
+        "short": _as_coordinate,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         title=title,
@@ -78,21 +83,21 @@ def write_report(
         settings=settings,
         kinds=KINDS,
         meaning=MEANING,
-        headline=_headline(figures, analysis),
-        errors=_errors(analysis),
-        classes=_classes(figures, analysis),
+        headline=_headline_figures(figures, analysis),
+        errors=_error_rows(analysis),
+        classes=_class_rows(figures, analysis),
         absent=[row for row in figures.classes if not row.boxes],
-        charts=_charts(analysis),
-        confusion=_confusion(analysis),
-        counted=_counted_sheets(analysis, split),
-        cards=[card(split, analysis, *chosen) for chosen in choose_sheets(analysis, most_sheets)],
+        charts=_curve_charts(analysis),
+        confusion=_confusion_table(analysis),
+        counted=_sheet_count_rows(analysis, split),
+        cards=[make_card(split, analysis, *chosen) for chosen in choose_sheets(analysis, most_sheets)],
     )
     write_text(Path(path), page)
     return Path(path)
 
 
-def _headline(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
-    """The figures in large print: name, interval, how it is written, what it says."""
+def _headline_figures(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
+    """The figures in large print: name, interval, how it is written and what it says."""
     limit = figures.max_detections
     at_100 = dict(zip(("AP", "AP50", "AP75"), figures.coco, strict=False))
     beside = {name: f"{value:.3f} at COCO's 100" if limit != 100 else "" for name, value in at_100.items()}
@@ -116,9 +121,10 @@ def _headline(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
     ]
 
 
-def _errors(analysis: Analysis) -> list[dict[str, Any]]:
+def _error_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    """Each kind of error with the AP50 it costs, in the order of KINDS; bar and part are percents."""
     counts, gains = analysis.kinds.counts(), analysis.delta_ap50
-    drawn = {kind: gain if gain > 0 else 0.0 for kind, gain in gains.items()}  # 0 for NaN: without any box
+    drawn = {kind: gain if gain > 0 else 0.0 for kind, gain in gains.items()}  # without any box a gain is NaN
     widest, total = max(drawn.values()) or 1.0, sum(drawn.values()) or 1.0
     return [
         {
@@ -133,8 +139,8 @@ def _errors(analysis: Analysis) -> list[dict[str, Any]]:
     ]
 
 
-def _classes(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
-    """Classes with boxes, most boxes first."""
+def _class_rows(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
+    """The classes with boxes, that with most boxes first."""
     known = {row.category_id: row for row in figures.classes}
     at, counts = analysis.operating, analysis.counts
     rows = []
@@ -160,12 +166,12 @@ def _classes(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
     return sorted((row for row in rows if row["boxes"]), key=lambda row: -row["boxes"])
 
 
-# Both charts: 0 to 1 on either axis, in a box of 440 x 320 units.
+# Where the plot of either chart lies in its picture of 440 x 320 units. Both axes go from 0 to 1.
 LEFT, TOP, WIDE, HIGH = 46, 14, 380, 260
 
 
-def _charts(analysis: Analysis) -> list[dict[str, Any]]:
-    """PR and F1: each line as points for a polyline and as whole percents for the tooltip."""
+def _curve_charts(analysis: Analysis) -> list[dict[str, Any]]:
+    """The PR and the F1 chart: each line as points of a polyline and as whole percents for the tooltip."""
     names, lines = analysis.matches.names, analysis.curves
     thresholds, f1 = analysis.thresholds, analysis.operating.f1
     shown = np.flatnonzero(~np.isnan(lines.precision[:, 0])).tolist()
@@ -178,9 +184,9 @@ def _charts(analysis: Analysis) -> list[dict[str, Any]]:
             {
                 "label": k,
                 "name": names[k],
-                "points": _points(table[k], key == "pr"),
-                "percents": _percents(table[k]),
-                "dot": _place(thresholds[k], f1[k]) if key == "f1" else None,
+                "points": _polyline_points(table[k], key == "pr"),
+                "percents": _tooltip_percents(table[k]),
+                "dot": _chart_position(thresholds[k], f1[k]) if key == "f1" else None,
             }
             for k in shown
         ]
@@ -192,35 +198,37 @@ def _charts(analysis: Analysis) -> list[dict[str, Any]]:
                 "x": x_name,
                 "y": y_name,
                 "lines": each,
-                "mean": {"points": _points(mean, key == "pr"), "percents": _percents(mean)},
+                "mean": {"points": _polyline_points(mean, key == "pr"), "percents": _tooltip_percents(mean)},
             }
         )
     return charts
 
 
-def _points(values: np.ndarray, ends_at_zero: bool) -> str:
+def _polyline_points(values: np.ndarray, ends_at_zero: bool) -> str:
     """Values at 0, 0.01, ..., 1 as the points of a polyline.
 
-    ends_at_zero: the line stops where it reaches 0, which on a PR curve is a recall never reached.
+    ends_at_zero: the line stops where it reaches 0, which on a PR curve is a recall that was never reached.
     """
     last = len(values)
     if ends_at_zero and (values == 0).any():
         last = int((values == 0).argmax()) + 1
     steps = len(values) - 1
-    places = [_place(n / steps, value) for n, value in enumerate(values[:last].tolist())]
+    places = [_chart_position(n / steps, value) for n, value in enumerate(values[:last].tolist())]
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
-def _place(x: float, y: float) -> tuple[float, float]:
+def _chart_position(x: float, y: float) -> tuple[float, float]:
+    """Where a point of the unit square lies in a chart's picture, in its units."""
     return LEFT + WIDE * float(x), TOP + HIGH * (1 - float(y))
 
 
-def _percents(values: np.ndarray) -> str:
+def _tooltip_percents(values: np.ndarray) -> str:
+    """Values from 0 to 1 as whole percents, which script.js reads out."""
     return " ".join(str(value) for value in np.round(100 * values).astype(int).tolist())
 
 
-def _confusion(analysis: Analysis) -> dict[str, Any]:
-    """The matrix without classes that are neither there nor predicted; shares are of the true class."""
+def _confusion_table(analysis: Analysis) -> dict[str, Any]:
+    """The matrix without the classes that are neither there nor predicted; shares are of the true class."""
     matrix, names = analysis.confusion, [*analysis.matches.names, "background"]
     busy = (matrix.sum(0) + matrix.sum(1)) > 0
     busy[-1] = True
@@ -240,10 +248,10 @@ def _confusion(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _counted_sheets(analysis: Analysis, split: Split) -> list[dict[str, Any]]:
-    """The LISTED sheets with the most symbols too many or too few."""
+def _sheet_count_rows(analysis: Analysis, split: Split) -> list[dict[str, Any]]:
+    """The LISTED sheets whose counts are furthest off, from the worst on."""
     names = {sheet.image_id: sheet.file_name for sheet in split.sheets}
-    counts = analysis.counts
+    counts, f1 = analysis.counts, analysis.sheet_f1
     order = np.argsort(-counts.error.sum(1), kind="stable")[:LISTED].tolist()
     return [
         {
@@ -251,21 +259,22 @@ def _counted_sheets(analysis: Analysis, split: Split) -> list[dict[str, Any]]:
             "boxes": int(counts.truth[sheet].sum()),
             "counted": int(counts.found[sheet].sum()),
             "off": int(counts.error[sheet].sum()),
-            "f1": analysis.sheet_f1[sheet],
+            "f1": f1[sheet],
             "wrong": miscounts(analysis, sheet),
         }
         for sheet in order
     ]
 
 
-def _decimals(places: int) -> Any:
+def _with_decimals(places: int) -> Callable[[float | None], str]:
+    """A filter that writes a number with so many decimals, and a dash where there is nothing to measure."""
     return lambda value: "–" if value is None or np.isnan(value) or value == -1 else f"{value:.{places}f}"
 
 
-def _percent(value: float) -> str:
+def _as_percent(value: float) -> str:
     return "–" if np.isnan(value) else f"{100 * value:.0f} %"
 
 
-def _short(value: float) -> str:
-    """A coordinate: to a tenth, without a trailing zero."""
+def _as_coordinate(value: float) -> str:
+    """Pixels to a tenth, without a trailing zero."""
     return f"{value:.1f}".removesuffix(".0")
