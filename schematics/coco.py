@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from schematics.folders import refuse_existing
 from schematics.repair import Row, SheetFile, Tally, class_names, clean_rows, renumber, usable_images
 from schematics.sheets import DataError
 
@@ -198,8 +199,7 @@ def write_split(
     Raises DataError if the file exists.
     """
     path = Path(folder) / ANNOTATIONS
-    if path.exists():
-        raise DataError(f"{path}: exists already; choose another folder")
+    refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, annotation in enumerate(annotations, start=1):

@@ -7,7 +7,6 @@ Sheets are copied, SRC is left as it is, and OUT appears whole or not at all. Ru
 """
 
 import argparse
-import os
 import random
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -20,6 +19,7 @@ import yaml
 
 from schematics.coco import SPLITS, Category, write_split
 from schematics.command import Parser, run
+from schematics.folders import refuse_existing, whole_folder
 from schematics.sheets import SUFFIXES, DataError, find_sheets, looks_truncated, sheet_size
 
 IMAGE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".pdf")
@@ -41,8 +41,7 @@ def convert(src: Path, out: Path, valid: float = 0.0, test: float = 0.0, seed: i
     `valid` and `test` are shares of the sheets, drawn by `seed`, for a source without splits.
     Raises DataError when OUT exists or `src` is neither VOC nor YOLO; nothing is left behind then.
     """
-    if out.exists():
-        raise DataError(f"{out}: exists already; choose another folder")
+    refuse_existing(out)
     if not src.is_dir():
         raise DataError(f"{src}: no such folder")
     left_out: Counter[str] = Counter()
@@ -56,12 +55,8 @@ def convert(src: Path, out: Path, valid: float = 0.0, test: float = 0.0, seed: i
         raise DataError(f"{src}: no sheet with a labelled box; give the folder that holds sheets and labels")
     if valid or test:
         sheets = _draw_splits(src, sheets, valid, test, seed)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        _write(partial, sheets, names)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out) as folder:
+        _write(folder, sheets, names)
     return left_out
 
 
@@ -71,7 +66,7 @@ def _write(out: Path, sheets: Sequence[Labelled], names: Sequence[str]) -> None:
     for sheet in sheets:
         by_split[sheet.split].append(sheet)
     for split, members in by_split.items():
-        (out / split).mkdir(parents=True)
+        (out / split).mkdir()
         images, annotations = [], []
         taken: set[str] = set()
         for number, sheet in enumerate(members, start=1):

@@ -17,8 +17,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +25,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from schematics.command import Parser, run
+from schematics.folders import remove_stale, sync, unfinished_folder
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
 from schematics.windows import Image, cut, ink_windows, mean_and_std, paper_color, starts
 
 LAYOUT = 1  # raise it when the files below change, and stores of the old layout are built anew
 STATISTICS_WINDOWS = 512  # mean and std come from at most this many windows, evenly spread
-STALE = 24 * 3600.0  # seconds after which the temporary folder of a killed build is removed
 MARGIN = 64 << 20  # bytes left free on the disk
 
 
@@ -121,16 +119,13 @@ def build_store(
         raise DataError(f"{out}: exists and is no window store; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_room(sheets, parameters, out.parent)
-    _remove_stale(out)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    remove_stale(out)
     try:
-        folder.chmod(0o755)  # mkdtemp makes it private; other users may share a store
-        _write(sheets, parameters, key, folder)
-        _publish(folder, out, key)
+        with unfinished_folder(out) as folder:
+            _write(sheets, parameters, key, folder)
+            _publish(folder, out, key)
     except OSError as error:
         raise DataError(f"{out}: {error.strerror}; free some room or choose another folder") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return WindowStore(out)
 
 
@@ -188,14 +183,6 @@ def _check_room(sheets: Sequence[Sheet], parameters: Parameters, folder: Path) -
         )
 
 
-def _remove_stale(out: Path) -> None:
-    for folder in out.parent.glob(f".{out.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # its builder has just finished
-            newest = max(path.stat().st_mtime for path in [folder, *folder.glob("*")])
-            if time.time() - newest > STALE:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Path) -> None:
     """Decode into `folder`: the pixels, windows.npy and index.json, all on the disk on return."""
     pixel_file = _pixel_file(folder, key)
@@ -225,7 +212,7 @@ def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Pa
     }
     (folder / "index.json").write_text(json.dumps(index))
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        sync(path)
 
 
 def _decode(
@@ -283,24 +270,15 @@ def _publish(folder: Path, out: Path, key: str) -> None:
     while True:
         try:
             os.rename(folder, out)
-            return _sync(out.parent)
+            return sync(out.parent)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         if _matches(out, key):
             return None
-        aside = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent)
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        # Another process may have moved it away first.
+        with unfinished_folder(out) as aside, contextlib.suppress(FileNotFoundError):
             os.rename(out, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -7,9 +7,7 @@ connected to; at the edge of the sheet it ends. Crowd boxes hold no single symbo
 """
 
 import argparse
-import os
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +16,8 @@ import numpy as np
 
 from schematics.coco import LabelledSheet, Split, find_splits, read_split
 from schematics.command import Parser, run
-from schematics.sheets import DataError, read_sheet
+from schematics.folders import refuse_existing, whole_folder
+from schematics.sheets import read_sheet
 
 
 def cut_symbols(data_dir: Path, out: Path, margin: float = 0.0) -> Counter[tuple[str, str]]:
@@ -26,22 +25,17 @@ def cut_symbols(data_dir: Path, out: Path, margin: float = 0.0) -> Counter[tuple
 
     Raises DataError when OUT exists, when no split is found, or for a sheet that can't be read.
     """
-    if out.exists():
-        raise DataError(f"{out}: exists already; choose another folder")
+    refuse_existing(out)
     splits = {folder.resolve().name: read_split(folder) for folder in find_splits(data_dir)}
     counts: Counter[tuple[str, str]] = Counter()
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with whole_folder(out) as whole:
         for name, split in splits.items():
             folders = _class_folders(split)
             for folder in folders:
-                (partial / name / folder).mkdir(parents=True)
+                (whole / name / folder).mkdir(parents=True)
             for sheet in split.sheets:
-                for label in _cut_sheet(sheet, [partial / name / folder for folder in folders], margin):
+                for label in _cut_sheet(sheet, [whole / name / folder for folder in folders], margin):
                     counts[name, split.categories[label - 1].name] += 1
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 

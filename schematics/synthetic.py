@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import cv2
@@ -24,6 +21,7 @@ import numpy as np
 from schematics.circuit import CLASSES, Drawing, draw_circuit
 from schematics.coco import Category, write_split
 from schematics.command import Parser, run
+from schematics.folders import whole_folder
 from schematics.sheets import DataError
 from schematics.strokes import FINER, Canvas, line, text_width
 
@@ -180,16 +178,10 @@ def write_sheets(
         if (out / MARKER).is_file() and json.loads((out / MARKER).read_text()) == made_with:
             return counts
         raise DataError(f"{out}: holds something else already; choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private
+    with whole_folder(out) as folder:
         for k, (split, count) in enumerate(counts.items()):
             _write_split(folder / split, range(k * SPLIT_STRIDE, k * SPLIT_STRIDE + count), seed, size, noise)
         (folder / MARKER).write_text(json.dumps(made_with))
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return counts
 
 
