@@ -191,13 +191,15 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-def _main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     (check_pool if args.unlabeled else check)(args.dir, args.files)
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.check", description=__doc__.split("\n")[0])
-    parser.add_argument("dir", type=Path, help="data folder")
-    parser.add_argument("--unlabeled", action="store_true", help="DIR is a pool of drawings without labels")
-    parser.add_argument("--files", type=int, default=5, help="how many files to name for each finding")
-    run(_main, parser)
+    parser = Parser("schematics.check", __doc__)
+    parser.add_argument("dir", type=Path, help="Folder with train/, valid/ or test/, or one of these.")
+    parser.add_argument("--unlabeled", action="store_true", help="DIR is a pool of drawings without labels.")
+    parser.add_argument(
+        "--files", type=int, default=5, help="Number of files to name under a finding (default %(default)s)."
+    )
+    run(main, parser)

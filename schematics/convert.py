@@ -235,7 +235,7 @@ def _yolo_box(
     return names[int(index)], left * width, top * height, w * width, h * height
 
 
-def _main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     left_out = convert(args.src, args.out, args.valid, args.test, args.seed)
     for reason, count in left_out.items():
         print(f"left out: {count} {reason}")
@@ -244,10 +244,18 @@ def _main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.convert", description=__doc__.split("\n")[0])
-    parser.add_argument("src", type=Path, help="Pascal VOC or YOLO folder")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--valid", type=float, default=0.0, help="share of the sheets to draw for valid")
-    parser.add_argument("--test", type=float, default=0.0, help="share of the sheets to draw for test")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw")
-    run(_main, parser)
+    parser = Parser("schematics.convert", __doc__)
+    parser.add_argument("src", type=Path, help="Folder of a Pascal VOC or YOLO data set, which is only read.")
+    parser.add_argument("out", type=Path, help="Folder to write, which must not exist.")
+    for split in ("valid", "test"):
+        parser.add_argument(
+            f"--{split}",
+            type=float,
+            default=0.0,
+            metavar="SHARE",
+            help=f"Share of the sheets, from 0 to 1, to draw for {split} (default %(default)s).",
+        )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Number from which these sheets are drawn (default %(default)s)."
+    )
+    run(main, parser)

@@ -29,6 +29,7 @@ from schematics.folders import remove_stale, sync, unfinished_folder
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
 from schematics.windows import Image, cut, ink_windows, mean_and_std, paper_color, starts
 
+COLOR_MODES = ("auto", "gray", "rgb")
 LAYOUT = 1  # raise it when the files below change, and stores of the old layout are built anew
 STATISTICS_WINDOWS = 512  # mean and std come from at most this many windows, evenly spread
 MARGIN = 64 << 20  # bytes left free on the disk
@@ -105,7 +106,7 @@ def build_store(
     Raises DataError when no sheet can be read, none holds ink, or the disk has too little room; nothing is
     written then.
     """
-    if color_mode not in ("auto", "gray", "rgb"):
+    if color_mode not in COLOR_MODES:
         raise DataError(f"--color-mode {color_mode}: choose auto, gray or rgb")
     parameters = Parameters(side, stride or max(1, side // 2), min_ink, color_mode, dpi)
     if min(parameters.side, parameters.stride, parameters.dpi) < 1:
@@ -294,14 +295,31 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.pack", description="Pack sheets into a store of windows.")
-    parser.add_argument("data", type=Path, help="a sheet or a folder of sheets")
-    parser.add_argument("out", type=Path, help="folder of the store")
-    parser.add_argument("--side", type=int, default=512, help="of a window, pixels (default 512)")
-    parser.add_argument("--stride", type=int, help="between windows, pixels (default: half of --side)")
+    parser = Parser("schematics.pack", __doc__)
+    parser.add_argument("data", type=Path, help="A sheet, or a folder of sheets.")
     parser.add_argument(
-        "--min-ink", type=float, default=0.002, help="share of a window's pixels (default 0.002)"
+        "out", type=Path, help="Folder of the store: a new one, or a store to bring up to date."
     )
-    parser.add_argument("--color-mode", choices=("auto", "gray", "rgb"), default="auto")
-    parser.add_argument("--dpi", type=int, default=200, help="resolution of PDF pages (default 200)")
+    parser.add_argument(
+        "--side", type=int, default=512, help="Side of a window in pixels (default %(default)s)."
+    )
+    parser.add_argument(
+        "--stride", type=int, help="Largest distance between neighbours in pixels (default: half of --side)."
+    )
+    parser.add_argument(
+        "--min-ink",
+        type=float,
+        default=0.002,
+        metavar="SHARE",
+        help="Share of a window's pixels that must be ink, or it is left out (default %(default)s).",
+    )
+    parser.add_argument(
+        "--color-mode",
+        choices=COLOR_MODES,
+        default="auto",
+        help="gray turns all sheets gray, rgb keeps color, auto is rgb if a sheet has color (default auto).",
+    )
+    parser.add_argument(
+        "--dpi", type=int, default=200, help="Resolution of PDF pages, dots per inch (default %(default)s)."
+    )
     run(main, parser)

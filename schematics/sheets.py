@@ -33,6 +33,10 @@ STRIPE = 1024  # rows handled at a time, so that a 400-megapixel sheet needs no 
 class DataError(Exception):
     """Bad input, in one line that names the file and the cure."""
 
+    # The status with which a command ends. An exception that carries `exit_status` is one line for the person
+    # at the keyboard, any other is a traceback: cluster/errors.py has the same convention.
+    exit_status = 1
+
 
 @dataclass(frozen=True)
 class Sheet:

@@ -70,7 +70,7 @@ def _cut_sheet(sheet: LabelledSheet, folders: list[Path], margin: float) -> list
     return [int(label) for label in sheet.labels[keep]]
 
 
-def _main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     counts = cut_symbols(args.data, args.out, args.margin)
     for split in sorted({split for split, _ in counts}):
         classes = [count for (home, _), count in counts.items() if home == split]
@@ -78,8 +78,14 @@ def _main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.symbols", description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, help="data folder with train/, valid/ or test/")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--margin", type=float, default=0.0, help="share of the longer side to add around")
-    run(_main, parser)
+    parser = Parser("schematics.symbols", __doc__)
+    parser.add_argument("data", type=Path, help="Folder with train/, valid/ or test/, or one of these.")
+    parser.add_argument("out", type=Path, help="Folder to write, which must not exist.")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="Share of a box's longer side to add on each of its four sides (default %(default)s).",
+    )
+    run(main, parser)

@@ -207,15 +207,34 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.synthetic", description="Draw circuits with known symbols.")
+    parser = Parser("schematics.synthetic", __doc__)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write; new, or drawn with the same flags"
+        "--out",
+        type=Path,
+        required=True,
+        help="Folder to write: a new one, or one drawn with the same flags.",
     )
-    parser.add_argument("--sheets", type=int, default=80, help="labelled sheets for training (default 80)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(512, 512), metavar=("W", "H"), help="px (512 512)"
+        "--sheets", type=int, default=80, help="Number of labelled sheets in train (default %(default)s)."
     )
-    parser.add_argument("--noise", type=float, default=0.0, help="0 clean print .. 1 bad scan (default 0)")
-    parser.add_argument("--unlabeled", type=int, help="sheets without labels (default: twice --sheets)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Number from which all sheets are drawn (default %(default)s)."
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(512, 512),
+        metavar=("W", "H"),
+        help=f"Width and height of a sheet in pixels, each at least {SMALLEST_SHEET} (default 512 512).",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="From 0, a clean print, to 1, a bad scan (default %(default)s).",
+    )
+    parser.add_argument(
+        "--unlabeled", type=int, help="Number of sheets without labels (default: twice --sheets)."
+    )
     run(main, parser)

@@ -365,12 +365,25 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.views", description="A picture of the recipes on your sheets.")
-    parser.add_argument("sheets", type=Path, help="a sheet or a folder of sheets")
-    parser.add_argument("out", type=Path, help="PNG to write")
-    parser.add_argument("--most", type=int, default=3, help="sheets shown (default 3)")
-    parser.add_argument("--side", type=int, default=512, help="of a window, pixels (default 512)")
-    parser.add_argument("--size", type=int, default=224, help="of a view, pixels (default 224)")
-    parser.add_argument("--pairs", type=int, default=4, help="shown a recipe (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser("schematics.views", __doc__)
+    parser.add_argument("sheets", type=Path, help="A sheet, or a folder of sheets.")
+    parser.add_argument("out", type=Path, help="PNG file to write; an old one is replaced.")
+    parser.add_argument(
+        "--most", type=int, default=3, help="Largest number of sheets to show (default %(default)s)."
+    )
+    parser.add_argument(
+        "--side", type=int, default=512, help="Side of a window in pixels (default %(default)s)."
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, help="Side of a view in pixels (default %(default)s)."
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=4,
+        help="Number of pairs of views to show a recipe (default %(default)s).",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Number from which the views are drawn (default %(default)s)."
+    )
     run(main, parser)
