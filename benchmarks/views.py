@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="default 7")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     gray = draw_sheet(0, 0, SIDE, SIDE, noise=0.3)[0]
     # A colour drawing: red, green and blue ink by the thirds of the sheet.
     rgb = cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)

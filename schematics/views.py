@@ -22,9 +22,6 @@ from schematics.windows import Colour, Image, cut, ink_mask, ink_windows, paper_
 
 RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
 
-# The loader's worker processes are the parallelism; OpenCV's own threads would fight them for the cores.
-cv2.setNumThreads(1)
-
 
 def generator(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
     """The one source of randomness: counter-based Philox, so that no two quadruples share a stream.

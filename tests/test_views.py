@@ -79,6 +79,12 @@ def test_workers_and_order_change_nothing():
     assert backwards[::-1] == alone
 
 
+def test_importing_the_recipes_leaves_the_threads_of_opencv_alone():
+    code = "import cv2; cv2.setNumThreads(3); import schematics.views; print(cv2.getNumThreads())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3"]
+
+
 # --- the published operations ----------------------------------------------------------------------------
 
 
