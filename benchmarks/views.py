@@ -80,7 +80,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     gray = draw_sheet(0, 0, SIDE, SIDE, noise=0.3)[0]
-    # A colour drawing: red, green and blue ink by the thirds of the sheet.
+    # A color drawing: red, green and blue ink by the thirds of the sheet.
     rgb = cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
     for k in range(3):
         part = rgb[:, k * SIDE // 3 : (k + 1) * SIDE // 3]

@@ -23,7 +23,7 @@ from schematics.command import Parser, run
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
 
 ACTIONS = ("fatal", "dropped", "repaired", "kept")
-SIZE_HEADER = ("in colour", "median px", "largest px")
+SIZE_HEADER = ("in color", "median px", "largest px")
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def _drawings_in(folder: Path) -> list[Path]:
 
 
 def _sizes(shapes: Sequence[tuple[int, ...]]) -> list[str]:
-    """How many are in colour; the median and the largest sheet."""
+    """How many are in color; the median and the largest sheet."""
     if not shapes:
         return ["0", "-", "-"]
     by_area = sorted(shapes, key=lambda shape: shape[0] * shape[1])
-    colour = sum(len(shape) == 3 for shape in shapes)
-    return [str(colour), *(f"{shape[1]} x {shape[0]}" for shape in (by_area[len(by_area) // 2], by_area[-1]))]
+    color = sum(len(shape) == 3 for shape in shapes)
+    return [str(color), *(f"{shape[1]} x {shape[0]}" for shape in (by_area[len(by_area) // 2], by_area[-1]))]
 
 
 def _print_splits(splits: Sequence[Split], decoded: Mapping[Path, Decoded]) -> None:

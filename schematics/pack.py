@@ -102,7 +102,7 @@ def build_store(
     """Decode all sheets at `root` into a store at `out`, or open the one there if it matches.
 
     side, stride: of the windows in pixels (stride: half of side); a window needs min_ink of its pixels.
-    color_mode: "auto" keeps gray and colour as found and calls the store rgb if any sheet has colour.
+    color_mode: "auto" keeps gray and color as found and calls the store rgb if any sheet has color.
     Raises DataError when no sheet can be read, none holds ink, or the disk has too little room; nothing is
     written then.
     """
@@ -198,13 +198,13 @@ def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Pa
         )
     np.save(folder / "windows.npy", windows)
     mean, std = _statistics(np.memmap(pixel_file, np.uint8, mode="r"), entries, windows, parameters.side)
-    colour = parameters.color_mode
-    if colour == "auto":
-        colour = "rgb" if any(len(entry["shape"]) == 3 for entry in entries) else "gray"
+    color_mode = parameters.color_mode
+    if color_mode == "auto":
+        color_mode = "rgb" if any(len(entry["shape"]) == 3 for entry in entries) else "gray"
     index = {
         "key": key,
         "parameters": asdict(parameters),
-        "color_mode": colour,
+        "color_mode": color_mode,
         "mean": mean,
         "std": std,
         "bytes": pixel_file.stat().st_size,

@@ -1,6 +1,6 @@
 """Find drawings and read them: image files and PDF pages in, uint8 arrays out, or one clear error.
 
-Gray stays gray (2-D) and colour stays colour; 16-bit, 1-bit, palette, CMYK and transparent files all end
+Gray stays gray (2-D) and color stays color; 16-bit, 1-bit, palette, CMYK and transparent files all end
 as 8-bit gray or RGB. A file that is cut short is an error, never a half-gray picture.
 """
 

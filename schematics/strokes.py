@@ -41,11 +41,11 @@ def line(*points: Point, filled: bool = False, bold: bool = False) -> Stroke:
 
 
 def arc(
-    centre: Point | np.ndarray, radius: float, start: float = 0.0, end: float = 360.0, filled: bool = False
+    center: Point | np.ndarray, radius: float, start: float = 0.0, end: float = 360.0, filled: bool = False
 ) -> Stroke:
     """Degrees, clockwise from east."""
     angle = np.radians(np.linspace(start, end, 33))
-    return Stroke(centre + radius * np.column_stack([np.cos(angle), np.sin(angle)]), filled)
+    return Stroke(center + radius * np.column_stack([np.cos(angle), np.sin(angle)]), filled)
 
 
 def _plate(x: float, half: float, bold: bool = False) -> Stroke:

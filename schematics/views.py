@@ -18,7 +18,7 @@ import numpy as np
 
 from schematics.command import Parser, run
 from schematics.sheets import DataError, find_sheets, read_sheet
-from schematics.windows import Colour, Image, cut, ink_mask, ink_windows, paper_color
+from schematics.windows import Color, Image, cut, ink_mask, ink_windows, paper_color
 
 RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
 
@@ -43,7 +43,7 @@ def two_views(
 ) -> tuple[Image, Image]:
     """Two views uint8 [size, size, 3] RGB of a window uint8 [H, W] or [H, W, 3].
 
-    strength: multiplies the ranges of the colour jitter. orientation: mirror and turn by 90 degrees in
+    strength: multiplies the ranges of the color jitter. orientation: mirror and turn by 90 degrees in
     `drawing` too, which erases classes told apart by orientation; the photo recipes mirror in any case.
     """
     if recipe == "drawing":
@@ -215,7 +215,7 @@ def _drawing_pair(
 
 
 def _around_ink(
-    image: Image, paper: Colour, width: int, height: int, rng: np.random.Generator
+    image: Image, paper: Color, width: int, height: int, rng: np.random.Generator
 ) -> tuple[int, int]:
     """Corner (x, y) of a crop with a random pixel of ink in its middle half, where the edges allow."""
     ys, xs = (rng.integers(side, size=TRIES) for side in image.shape[:2])
@@ -229,7 +229,7 @@ def _around_ink(
 
 
 def _drawing_view(
-    region: Image, paper: Colour, size: int, rng: np.random.Generator, strength: float, orientation: bool
+    region: Image, paper: Color, size: int, rng: np.random.Generator, strength: float, orientation: bool
 ) -> Image:
     image = resize(_crop(region, paper, rng), size)
     if orientation:
@@ -244,7 +244,7 @@ def _drawing_view(
     return image
 
 
-def _crop(region: Image, paper: Colour, rng: np.random.Generator) -> Image:
+def _crop(region: Image, paper: Color, rng: np.random.Generator) -> Image:
     """A crop of SHARE of the region's side, four times in ten turned and sheared by a few degrees."""
     height, width = region.shape[:2]
     share, ratio = rng.uniform(*SHARE), np.exp(rng.uniform(-RATIO, RATIO))
@@ -266,11 +266,11 @@ def _crop(region: Image, paper: Colour, rng: np.random.Generator) -> Image:
     )
 
 
-def _is_light(paper: Colour) -> bool:
+def _is_light(paper: Color) -> bool:
     return bool(np.mean(paper) > 127)
 
 
-def _wear(image: Image, paper: Colour, rng: np.random.Generator) -> Image:
+def _wear(image: Image, paper: Color, rng: np.random.Generator) -> Image:
     """What pens and copiers do to a line, one thing at most: thicker or thinner by a pixel, or blurred."""
     kind = rng.random()
     if kind < 0.25:  # thicker
@@ -283,10 +283,10 @@ def _wear(image: Image, paper: Colour, rng: np.random.Generator) -> Image:
     return image
 
 
-def _tone(image: Image, paper: Colour, rng: np.random.Generator, strength: float) -> Image:
-    """Contrast against the paper, brightness, at times inverted; colours shift only a little.
+def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float) -> Image:
+    """Contrast against the paper, brightness, at times inverted; colors shift only a little.
 
-    One linear map of x - paper, so that the paper keeps its colour but for the brightness.
+    One linear map of x - paper, so that the paper keeps its color but for the brightness.
     """
     contrast = 1 + strength * rng.uniform(-0.3, 0.1)
     brightness = strength * rng.uniform(-25, 25)
@@ -295,7 +295,7 @@ def _tone(image: Image, paper: Colour, rng: np.random.Generator, strength: float
     inverted = rng.random() < 0.2
     if isinstance(paper, int):
         image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * paper + brightness)
-    else:  # colour tells classes apart where a drawing has it: turned by 7 degrees at most
+    else:  # color tells classes apart where a drawing has it: turned by 7 degrees at most
         grays = np.full((3, 3), 1 / 3)
         across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
         turn = grays + np.cos(angle) * (np.eye(3) - grays) + np.sin(angle) * across  # about r = g = b
@@ -322,7 +322,7 @@ def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
 
 
 def _jpeg(image: Image, quality: int) -> Image:
-    """Through JPEG and back, chroma at full resolution: at half of it a thin line loses its colour."""
+    """Through JPEG and back, chroma at full resolution: at half of it a thin line loses its color."""
     full = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
     flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, full]
     data = cv2.imencode(".jpg", image, flags)[1]  # RGB goes as if it were BGR, there and back

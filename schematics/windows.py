@@ -1,7 +1,7 @@
 """Where to look on a sheet: windows that hold ink, and a grid of tiles that covers everything.
 
 A window is a square in absolute pixels of the sheet, never a share of it: a 2-px line stays a 2-px line
-however large the sheet. Paper is the most frequent colour, so dark CAD screens work like white paper.
+however large the sheet. Paper is the most frequent color, so dark CAD screens work like white paper.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Image = np.ndarray  # uint8 [H, W] gray or [H, W, 3] RGB
-Colour = int | tuple[int, int, int]
+Color = int | tuple[int, int, int]
 
 INK_TOLERANCE = 40  # gray levels; JPEG ringing and scan noise stay below, thin anti-aliased lines above
 PAPER_SAMPLE = 1 << 12  # pixels looked at to find the paper, evenly spread: plenty for what is most frequent
@@ -29,10 +29,10 @@ def mean_and_std(images: Iterable[Image], count: int) -> tuple[list[float], list
     return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
 
 
-def paper_color(image: Image) -> Colour:
-    """The most frequent colour of an image [H, W] or [H, W, 3]: an int, or (r, g, b).
+def paper_color(image: Image) -> Color:
+    """The most frequent color of an image [H, W] or [H, W, 3]: an int, or (r, g, b).
 
-    Colours are counted in bins of 8 levels, so that JPEG noise doesn't split the paper; the median of the
+    Colors are counted in bins of 8 levels, so that JPEG noise doesn't split the paper; the median of the
     winning bin is returned.
     """
     step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / PAPER_SAMPLE)))
@@ -42,7 +42,7 @@ def paper_color(image: Image) -> Colour:
     return paper[0] if image.ndim == 2 else tuple(paper)
 
 
-def ink_mask(image: Image, paper: Colour | None = None, tolerance: int = INK_TOLERANCE) -> NDArray[np.bool_]:
+def ink_mask(image: Image, paper: Color | None = None, tolerance: int = INK_TOLERANCE) -> NDArray[np.bool_]:
     """Pixels [H, W] that differ from the paper by more than `tolerance` levels in any channel."""
     level = np.atleast_1d(np.asarray(paper_color(image) if paper is None else paper, dtype=float))
     return cv2.inRange(image, level - tolerance, level + tolerance) == 0
@@ -55,7 +55,7 @@ def starts(length: int, side: int, stride: int) -> NDArray[np.int64]:
 
 
 def ink_windows(
-    image: Image, side: int, stride: int, min_ink: float, paper: Colour | None = None
+    image: Image, side: int, stride: int, min_ink: float, paper: Color | None = None
 ) -> NDArray[np.int64]:
     """Corners (x, y) [N, 2] of the windows of `side` px in which at least `min_ink` of the pixels are ink.
 
@@ -80,10 +80,10 @@ def ink_windows(
     return np.stack([xs[column], ys[row]], axis=1)
 
 
-def cut(image: Image, x: int, y: int, side: int, paper: Colour | None = None) -> Image:
+def cut(image: Image, x: int, y: int, side: int, paper: Color | None = None) -> Image:
     """The window [side, side] or [side, side, 3] at (x, y), a copy; beyond the sheet lies paper.
 
-    paper: that colour, found on the image where it's needed and not given.
+    paper: that color, found on the image where it's needed and not given.
     """
     height, width = image.shape[:2]
     x0, y0, x1, y1 = max(0, x), max(0, y), min(width, x + side), min(height, y + side)

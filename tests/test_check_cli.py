@@ -157,8 +157,8 @@ def test_an_unlabelled_pool(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["check", "convert", "symbols"])
 def test_unknown_flags_end_with_2_and_one_line(capsys, monkeypatch, name, data):
-    code, out, err = command(capsys, monkeypatch, name, data, data / "out", "--colour", "red")
-    assert (code, out) == (2, "") and "--colour" in err and err.count("\n") == 1
+    code, out, err = command(capsys, monkeypatch, name, data, data / "out", "--color", "red")
+    assert (code, out) == (2, "") and "--color" in err and err.count("\n") == 1
     assert not (data / "out").exists()
 
 

@@ -103,7 +103,7 @@ OPERATIONS = [
 @pytest.mark.parametrize(
     "ours, theirs, factors, tolerance", OPERATIONS, ids=lambda x: getattr(x, "__name__", "")
 )
-def test_colour_operations_equal_torchvisions(ours, theirs, factors, tolerance):
+def test_color_operations_equal_torchvisions(ours, theirs, factors, tolerance):
     for factor in factors:
         got = ours(PHOTO_RGB, factor).astype(int)
         want = theirs(tensor(PHOTO_RGB), factor).permute(1, 2, 0).numpy().astype(int)
@@ -127,10 +127,10 @@ def test_blur_equals_torchvisions_with_the_published_kernel(sigma):
 
 def test_gray_windows_give_what_their_three_equal_channels_give():
     for recipe in ("simclr", "vicreg"):
-        for gray, colour in zip(
+        for gray, color in zip(
             pairs(SHEET, recipe, 12), pairs(cv2.cvtColor(SHEET, cv2.COLOR_GRAY2RGB), recipe, 12), strict=True
         ):
-            assert np.abs(np.array(gray).astype(int) - np.array(colour)).max() <= 2
+            assert np.abs(np.array(gray).astype(int) - np.array(color)).max() <= 2
 
 
 def test_crops_are_distributed_as_torchvisions():
@@ -176,14 +176,14 @@ def test_share_of_solarized_and_mirrored_views():
 
 
 def test_share_of_gray_and_of_jittered_views():
-    coloured = np.full((64, 64, 3), (180, 90, 60), np.uint8)
+    colored = np.full((64, 64, 3), (180, 90, 60), np.uint8)
     for recipe in ("simclr", "vicreg"):
-        made = pairs(coloured, recipe, 500, size=32)
+        made = pairs(colored, recipe, 500, size=32)
         gray = share([[np.ptp(view[16, 16]) == 0 for view in pair] for pair in made])
         assert (np.abs(gray - 0.2) < 0.06).all()
         asis = [[(np.abs(v[16, 16].astype(int) - (180, 90, 60)) <= 1).all() for v in pair] for pair in made]
-        assert 0.1 < share(asis)[0] < 0.24  # .2 without jitter times .8 in colour
-    still = pairs(coloured, "simclr", 60, size=32, strength=0.0)
+        assert 0.1 < share(asis)[0] < 0.24  # .2 without jitter times .8 in color
+    still = pairs(colored, "simclr", 60, size=32, strength=0.0)
     assert all(
         (np.ptp(v[16, 16]) == 0) or np.abs(v[16, 16].astype(int) - (180, 90, 60)).max() <= 3 for v, _ in still
     )
@@ -263,7 +263,7 @@ def test_drawing_leaves_orientation_alone_unless_asked():
     assert 0.3 < np.mean(np.array(turned) == asis[0]) < 0.7
 
 
-def test_colour_that_carries_meaning_stays_in_drawing():
+def test_color_that_carries_meaning_stays_in_drawing():
     window = np.full((512, 512, 3), (20, 25, 30), np.uint8)
     for y in range(100, 400, 40):
         window[y : y + 2, 60:460] = (220, 40, 40)
@@ -281,8 +281,8 @@ def test_inverting_keeps_the_hue_and_undoes_itself():
     before, after = (
         cv2.cvtColor(np.float32(i) / 255, cv2.COLOR_RGB2HSV)[..., 0] for i in (PHOTO_RGB, inverted)
     )
-    colourful = np.ptp(PHOTO_RGB, axis=2) > 8
-    assert np.abs((before - after + 180) % 360 - 180)[colourful].max() < 1
+    colorful = np.ptp(PHOTO_RGB, axis=2) > 8
+    assert np.abs((before - after + 180) % 360 - 180)[colorful].max() < 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
