@@ -1,9 +1,14 @@
-"""Two views of a window: the published photo recipes of SimCLR and VICReg, and `drawing`, for line art.
+"""Change a window at random into the two views that pretraining sees, and draw a picture of such views.
 
-All on uint8 with OpenCV, numbers only from `generator`: a view is a function of (seed, epoch, sample, view)
-and of nothing else. What each recipe does to a drawing, and why, is in docs/views.md. To see it on yours:
+    python -m schematics.views SHEETS OUT.png [--most 3] [--side 512] [--size 224] [--pairs 4] [--seed 0]
 
-    python -m schematics.views SHEETS OUT.png [--side 512] [--size 224] [--pairs 4] [--seed 0]
+There are three recipes: `drawing`, which is made for line art, and the published photo recipes of SimCLR
+(arXiv 2002.05709) and VICReg (arXiv 2105.04906). docs/views.md says what each does to a drawing, and why. The
+picture shows a window of each of the first sheets beside pairs of its views, a row for each recipe. On two
+x86-64 cores the default of 3 sheets and 4 pairs takes 0.5 s.
+
+A view is a function of (seed, epoch, sample, view) and of nothing else: all its random numbers are from
+`generator`. Everything is worked on as uint8 with OpenCV, on as many threads as OpenCV is set to.
 """
 
 from __future__ import annotations
@@ -41,10 +46,11 @@ def two_views(
     strength: float = 1.0,
     orientation: bool = False,
 ) -> tuple[Image, Image]:
-    """Two views uint8 [size, size, 3] RGB of a window uint8 [H, W] or [H, W, 3].
+    """Two views, uint8 RGB [size, size, 3] each, of a window uint8 [H, W] or [H, W, 3].
 
-    strength: multiplies the ranges of the color jitter. orientation: mirror and turn by 90 degrees in
-    `drawing` too, which erases classes told apart by orientation; the photo recipes mirror in any case.
+    recipe: one of RECIPES. size: side of a view, px. strength: multiplies the ranges of the color jitter.
+    orientation: whether `drawing` mirrors and makes quarter turns too, which erases classes that are told
+    apart by their orientation; the photo recipes mirror in any case. Raises ValueError for an unknown recipe.
     """
     if recipe == "drawing":
         first, second = _drawing_pair(window, size, seed, epoch, sample, strength, orientation)
@@ -63,11 +69,12 @@ def _three_channels(image: Image) -> Image:
 
 
 def resize(image: Image, size: int) -> Image:
-    """[h, w] or [h, w, 3] -> [size, size(, 3)], bicubic, antialiased where it shrinks.
+    """[h, w] or [h, w, 3] -> [size, size] or [size, size, 3], bicubic, and antialiased where it shrinks.
 
-    Shrinking goes over a bicubic copy at 2, 4, ... times the size, averaged down: the weights of
-    INTER_AREA with a smoother edge, at half its time or less (powers of two have a fast path). Up to a
-    factor of 1.25 bicubic alone still gives every source pixel its weight.
+    To shrink, the image is first resized to 2, 4, ... times the size and then averaged down. That gives
+    source pixels about the weights of INTER_AREA from the start, in half its time or less, since OpenCV is
+    fast for powers of two. Up to a factor of 1.25 bicubic interpolation alone still gives every source pixel
+    its weight.
     """
     finer = 1
     while max(image.shape[:2]) > 1.25 * finer * size:
@@ -81,18 +88,22 @@ def resize(image: Image, size: int) -> Image:
 
 @dataclass(frozen=True)
 class Photo:
-    """One view's published numbers. Common to all: crop area .08-1, mirror p .5, jitter p .8, gray p .2."""
+    """The published numbers of a photo recipe's view.
 
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    blur: float  # probability; kernel side/10, sigma U(.1, 2)
-    solarize: float  # probability; threshold 128
+    All have in common: a crop of 8 % of the area to all of it, mirrored with probability 0.5, jittered in
+    color with 0.8, turned gray with 0.2.
+    """
+
+    brightness: float  # largest change of the factor 1
+    contrast: float  # largest change of the factor 1
+    saturation: float  # largest change of the factor 1
+    hue: float  # largest turn, as a share of the full circle
+    blur: float  # probability; the kernel is a tenth of the side, sigma U(0.1, 2)
+    solarize: float  # probability; the threshold is 128
 
 
 SIMCLR = Photo(0.8, 0.8, 0.8, 0.2, blur=0.5, solarize=0.0)  # arXiv 2002.05709, appendix A
-VICREG = (  # arXiv 2105.04906, appendix C.1: asymmetric, as in BYOL
+VICREG = (  # arXiv 2105.04906, appendix C.1: the two views differ, as in BYOL
     Photo(0.4, 0.4, 0.2, 0.1, blur=1.0, solarize=0.0),
     Photo(0.4, 0.4, 0.2, 0.1, blur=0.1, solarize=0.2),
 )
@@ -116,7 +127,10 @@ def _photo_view(image: Image, size: int, rng: np.random.Generator, strength: flo
 
 
 def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(x, y, w, h): area U(.08, 1) of the window, log-uniform ratio 3/4-4/3; ten tries, then the middle."""
+    """Draw a crop x, y, w, h in px: 8 % of the window's area to all of it, w / h log-uniform in 3/4 to 4/3.
+
+    A crop that the window doesn't hold is drawn anew; after ten tries it is the largest one in the middle.
+    """
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -128,7 +142,7 @@ def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tu
 
 
 def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
-    """Brightness, contrast, saturation and hue by factors drawn from the ranges, in random order."""
+    """Change brightness, contrast, saturation and hue in random order, by factors drawn from the ranges."""
     ranges = strength * np.array([photo.brightness, photo.contrast, photo.saturation])
     factors = rng.uniform(np.maximum(0, 1 - ranges), 1 + ranges)
     turn = rng.uniform(-1, 1) * min(0.5, strength * photo.hue)
@@ -145,38 +159,41 @@ def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo
 
 
 def to_gray(image: Image) -> Image:
-    """RGB -> luma (ITU-R 601) [H, W]; gray as it is."""
+    """RGB [H, W, 3] -> its luma [H, W] by ITU-R 601; a gray image as it is."""
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
 def adjust_brightness(image: Image, factor: float) -> Image:
-    """Blend with black."""
+    """Blend with black: 0 gives black, 1 the image."""
     return cv2.addWeighted(image, factor, image, 0.0, 0.0)
 
 
 def adjust_contrast(image: Image, factor: float) -> Image:
-    """Blend with the mean of the image's luma."""
+    """Blend with the mean of the image's luma: 0 gives an even gray, 1 the image."""
     return cv2.addWeighted(image, factor, image, 0.0, (1 - factor) * cv2.mean(to_gray(image))[0])
 
 
 def adjust_saturation(image: Image, factor: float) -> Image:
-    """Blend with the image's luma."""
+    """Blend with the image's luma: 0 gives grays, 1 the image."""
     if image.ndim == 2:
         return image
     return cv2.transform(image, factor * np.eye(3) + (1 - factor) * np.array([0.299, 0.587, 0.114]))
 
 
 def adjust_hue(image: Image, turn: float) -> Image:
-    """Turn the hue by `turn` of the full circle; hue in 256 steps, as Pillow has it."""
+    """Turn the hue by a share `turn` of the full circle, in 256 steps as Pillow does."""
     if image.ndim == 2:
         return image
     hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
-    hue += np.uint8(round(turn * 256) % 256)  # wraps around
+    hue += np.uint8(round(turn * 256) % 256)  # uint8 goes round from 255 to 0, as the hue does
     return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
 
 
 def blur(image: Image, sigma: float) -> Image:
-    """Gaussian, the published kernel of side/10; taps beyond 3 sigma add less than a gray level: left out."""
+    """Blur with a Gaussian whose kernel is a tenth of the side, as published.
+
+    Taps beyond 3 sigma are left out, since they change less than a gray level.
+    """
     radius = min(image.shape[0] // 10 // 2, int(np.ceil(3 * sigma)))
     return cv2.GaussianBlur(image, (2 * radius + 1, 2 * radius + 1), sigma)
 
@@ -185,25 +202,27 @@ SOLARIZED = np.array([x if x < 128 else 255 - x for x in range(256)], dtype=np.u
 
 
 def solarize(image: Image) -> Image:
-    """Invert what is 128 or lighter."""
+    """Invert the values that are 128 or more."""
     return cv2.LUT(image, SOLARIZED)
 
 
 # --- the recipe for drawings -----------------------------------------------------------------------------
 
-REACH = 1.75  # a crop is at most this many times the view's side: a 2-px line stays over a pixel wide
-SHARE = (0.56, 1.0)  # crop side, of the region's; times exp(-RATIO) over a half: any two crops overlap
-RATIO = 0.1  # width / height of a crop is up to exp(2 * RATIO), either way
-TRIES = 512  # pixels looked at for ink before looking at all
-PAIR = 2  # the stream of what both views share, beside those of view 0 and 1
-# Gray level of scan noise in units of its standard deviation, for each value of a random byte.
+# The region that both views show has at most this many times a view's side: a 2-px line stays over 1 px wide.
+REACH = 1.75
+# A crop's side as a share of the region's. Even with the ratio below it is over a half: two crops overlap.
+SHARE = (0.56, 1.0)
+RATIO = 0.1  # a crop's width / height is drawn from exp(-2 * RATIO) to exp(2 * RATIO)
+TRIES = 512  # random pixels that are looked at for ink before all pixels are
+PAIR = 2  # the number of the stream for what both views share; views 0 and 1 have streams of their own
+# For each value of a random byte, the gray level of scan noise in units of its standard deviation.
 NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
 
 
 def _drawing_pair(
     window: Image, size: int, seed: int, epoch: int, sample: int, strength: float, orientation: bool
 ) -> list[Image]:
-    """Both views look at one region of at most REACH * size a side, around ink."""
+    """Both views show the same region around ink, whose sides are at most REACH * size px."""
     paper = paper_color(window)
     width, height = (min(side, round(REACH * size)) for side in window.shape[1::-1])
     x, y = _around_ink(window, paper, width, height, generator(seed, epoch, sample, PAIR))
@@ -217,10 +236,10 @@ def _drawing_pair(
 def _around_ink(
     image: Image, paper: Color, width: int, height: int, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Corner (x, y) of a crop with a random pixel of ink in its middle half, where the edges allow."""
+    """Corner x, y of a crop that has a random pixel of ink in its middle half, as far as the edges allow."""
     ys, xs = (rng.integers(side, size=TRIES) for side in image.shape[:2])
     hit = ink_mask(image[ys, xs][:, None], paper)[:, 0]
-    if not hit.any():  # little ink: look at every pixel
+    if not hit.any():  # there is so little ink that every pixel must be looked at
         ys, xs = np.nonzero(ink_mask(image, paper))
         hit = rng.permutation(len(ys)) == 0
     at = (xs[hit][0], ys[hit][0]) if hit.any() else (image.shape[1] / 2, image.shape[0] / 2)
@@ -245,7 +264,7 @@ def _drawing_view(
 
 
 def _crop(region: Image, paper: Color, rng: np.random.Generator) -> Image:
-    """A crop of SHARE of the region's side, four times in ten turned and sheared by a few degrees."""
+    """Cut a crop around ink out of the region, four times in ten turned and sheared by a few degrees."""
     height, width = region.shape[:2]
     share, ratio = rng.uniform(*SHARE), np.exp(rng.uniform(-RATIO, RATIO))
     w = max(1, min(width, round(width * share * ratio)))
@@ -253,7 +272,7 @@ def _crop(region: Image, paper: Color, rng: np.random.Generator) -> Image:
     x, y = _around_ink(region, paper, w, h, rng)
     if rng.random() < 0.6:
         return region[y : y + h, x : x + w]
-    # At the sheet's own resolution, before shrinking: interpolation costs a thin line little there.
+    # The crop is turned before it is shrunk, since interpolation costs a thin line less at this resolution.
     angle, shear = np.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
     shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
@@ -271,11 +290,11 @@ def _is_light(paper: Color) -> bool:
 
 
 def _wear(image: Image, paper: Color, rng: np.random.Generator) -> Image:
-    """What pens and copiers do to a line, one thing at most: thicker or thinner by a pixel, or blurred."""
+    """Do to lines what pens and copiers do: make them thicker or thinner, blur them, or leave them alone."""
     kind = rng.random()
-    if kind < 0.25:  # thicker
+    if kind < 0.25:  # thicker by a pixel
         return (cv2.erode if _is_light(paper) else cv2.dilate)(image, np.ones((2, 2), np.uint8))
-    if kind < 0.4:  # thinner; by half, as a whole pixel would wipe out lines that are one wide
+    if kind < 0.4:  # thinner, but only by half: a whole pixel would wipe out lines that are one pixel wide
         thin = (cv2.dilate if _is_light(paper) else cv2.erode)(image, np.ones((2, 2), np.uint8))
         return cv2.addWeighted(image, 0.5, thin, 0.5, 0)
     if kind < 0.7:
@@ -284,9 +303,10 @@ def _wear(image: Image, paper: Color, rng: np.random.Generator) -> Image:
 
 
 def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float) -> Image:
-    """Contrast against the paper, brightness, at times inverted; colors shift only a little.
+    """Change the contrast against the paper, the brightness and a little of the colors, and invert at times.
 
-    One linear map of x - paper, so that the paper keeps its color but for the brightness.
+    All of it but the inversion is one linear map of (color - paper) and a shift by the brightness, so that
+    the paper changes in brightness only.
     """
     contrast = 1 + strength * rng.uniform(-0.3, 0.1)
     brightness = strength * rng.uniform(-25, 25)
@@ -295,7 +315,7 @@ def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float)
     inverted = rng.random() < 0.2
     if isinstance(paper, int):
         image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * paper + brightness)
-    else:  # color tells classes apart where a drawing has it: turned by 7 degrees at most
+    else:  # where a drawing has color it tells classes apart, so hues turn by 7 degrees at most
         grays = np.full((3, 3), 1 / 3)
         across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
         turn = grays + np.cos(angle) * (np.eye(3) - grays) + np.sin(angle) * across  # about r = g = b
@@ -305,7 +325,10 @@ def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float)
 
 
 def _invert(image: Image) -> Image:
-    """Light to dark and back; in RGB by max + min -> 255 - max + 255 - min, so that hues stay."""
+    """Turn light to dark and dark to light.
+
+    In RGB, max and min of the channels become 255 - min and 255 - max, so that a color keeps its hue.
+    """
     if image.ndim == 2:
         return cv2.bitwise_not(image)
     red, green, blue = cv2.split(image)
@@ -315,17 +338,17 @@ def _invert(image: Image) -> Image:
 
 
 def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
-    """Gaussian noise of `sigma` gray levels, equal in all channels; random bytes are its quantiles."""
+    """Add Gaussian noise of `sigma` gray levels, equal in all channels, whose quantiles are random bytes."""
     quantile = np.frombuffer(rng.bytes(image.shape[0] * image.shape[1]), np.uint8).reshape(image.shape[:2])
     noise = cv2.LUT(quantile, np.clip(np.rint(128 + sigma * NORMAL), 0, 255).astype(np.uint8))
     return cv2.addWeighted(image, 1.0, noise if image.ndim == 2 else cv2.merge([noise] * 3), 1.0, -128)
 
 
 def _jpeg(image: Image, quality: int) -> Image:
-    """Through JPEG and back, chroma at full resolution: at half of it a thin line loses its color."""
+    """Compress and decompress with chroma at full resolution: at half of it a thin line loses its color."""
     full = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
     flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, full]
-    data = cv2.imencode(".jpg", image, flags)[1]  # RGB goes as if it were BGR, there and back
+    data = cv2.imencode(".jpg", image, flags)[1]  # OpenCV takes RGB for BGR here, and again below
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
 
 
@@ -333,7 +356,7 @@ def _jpeg(image: Image, quality: int) -> Image:
 
 
 def contact_sheet(windows: list[Image], size: int, pairs: int, seed: int) -> Image:
-    """Three rows a window, one a recipe: the window itself, then `pairs` pairs of views, RGB."""
+    """An RGB picture with a row a window and recipe: the window itself, then `pairs` pairs of views."""
     rows = []
     for sample, window in enumerate(windows):
         for recipe in RECIPES:
