@@ -22,7 +22,18 @@ import cv2
 import numpy as np
 
 from schematics.command import Parser, run
-from schematics.sheets import DataError, find_sheets, read_sheet
+from schematics.pixels import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    blur,
+    invert,
+    jpeg,
+    resize,
+    solarize,
+)
+from schematics.sheets import DataError, find_sheets, read_sheet, to_color
 from schematics.windows import Color, Image, cut, ink_mask, ink_windows, paper_color
 
 RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
@@ -61,26 +72,7 @@ def two_views(
         )
     else:
         raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
-    return _three_channels(first), _three_channels(second)
-
-
-def _three_channels(image: Image) -> Image:
-    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image
-
-
-def resize(image: Image, size: int) -> Image:
-    """[h, w] or [h, w, 3] -> [size, size] or [size, size, 3], bicubic, and antialiased where it shrinks.
-
-    To shrink, the image is first resized to 2, 4, ... times the size and then averaged down. That gives
-    source pixels about the weights of INTER_AREA from the start, in half its time or less, since OpenCV is
-    fast for powers of two. Up to a factor of 1.25 bicubic interpolation alone still gives every source pixel
-    its weight.
-    """
-    finer = 1
-    while max(image.shape[:2]) > 1.25 * finer * size:
-        finer *= 2
-    image = cv2.resize(image, (finer * size, finer * size), interpolation=cv2.INTER_CUBIC)
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) if finer > 1 else image
+    return to_color(first, "rgb"), to_color(second, "rgb")
 
 
 # --- the photo recipes -----------------------------------------------------------------------------------
@@ -118,7 +110,7 @@ def _photo_view(image: Image, size: int, rng: np.random.Generator, strength: flo
     if rng.random() < 0.8:
         image = _color_jitter(image, rng, strength, photo)
     if rng.random() < 0.2:
-        image = to_gray(image)
+        image = to_color(image, "gray")
     if rng.random() < photo.blur:
         image = blur(image, rng.uniform(0.1, 2.0))
     if rng.random() < photo.solarize:
@@ -156,54 +148,6 @@ def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo
         else:
             image = adjust_hue(image, turn)
     return image
-
-
-def to_gray(image: Image) -> Image:
-    """RGB [H, W, 3] -> its luma [H, W] by ITU-R 601; a gray image as it is."""
-    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-
-
-def adjust_brightness(image: Image, factor: float) -> Image:
-    """Blend with black: 0 gives black, 1 the image."""
-    return cv2.addWeighted(image, factor, image, 0.0, 0.0)
-
-
-def adjust_contrast(image: Image, factor: float) -> Image:
-    """Blend with the mean of the image's luma: 0 gives an even gray, 1 the image."""
-    return cv2.addWeighted(image, factor, image, 0.0, (1 - factor) * cv2.mean(to_gray(image))[0])
-
-
-def adjust_saturation(image: Image, factor: float) -> Image:
-    """Blend with the image's luma: 0 gives grays, 1 the image."""
-    if image.ndim == 2:
-        return image
-    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * np.array([0.299, 0.587, 0.114]))
-
-
-def adjust_hue(image: Image, turn: float) -> Image:
-    """Turn the hue by a share `turn` of the full circle, in 256 steps as Pillow does."""
-    if image.ndim == 2:
-        return image
-    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
-    hue += np.uint8(round(turn * 256) % 256)  # uint8 goes round from 255 to 0, as the hue does
-    return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
-
-
-def blur(image: Image, sigma: float) -> Image:
-    """Blur with a Gaussian whose kernel is a tenth of the side, as published.
-
-    Taps beyond 3 sigma are left out, since they change less than a gray level.
-    """
-    radius = min(image.shape[0] // 10 // 2, int(np.ceil(3 * sigma)))
-    return cv2.GaussianBlur(image, (2 * radius + 1, 2 * radius + 1), sigma)
-
-
-SOLARIZED = np.array([x if x < 128 else 255 - x for x in range(256)], dtype=np.uint8)
-
-
-def solarize(image: Image) -> Image:
-    """Invert the values that are 128 or more."""
-    return cv2.LUT(image, SOLARIZED)
 
 
 # --- the recipe for drawings -----------------------------------------------------------------------------
@@ -259,7 +203,7 @@ def _drawing_view(
     if rng.random() < 0.3:
         image = _scan_noise(image, rng.uniform(2, 10), rng)
     if rng.random() < 0.2:
-        image = _jpeg(image, int(rng.integers(30, 91)))
+        image = jpeg(image, int(rng.integers(30, 91)))
     return image
 
 
@@ -321,20 +265,7 @@ def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float)
         turn = grays + np.cos(angle) * (np.eye(3) - grays) + np.sin(angle) * across  # about r = g = b
         matrix = contrast * (grays + saturation * (turn - grays))
         image = cv2.transform(image, np.column_stack([matrix, paper - matrix @ paper + brightness]))
-    return _invert(image) if inverted else image
-
-
-def _invert(image: Image) -> Image:
-    """Turn light to dark and dark to light.
-
-    In RGB, max and min of the channels become 255 - min and 255 - max, so that a color keeps its hue.
-    """
-    if image.ndim == 2:
-        return cv2.bitwise_not(image)
-    red, green, blue = cv2.split(image)
-    high = cv2.bitwise_not(cv2.max(cv2.max(red, green), blue))
-    low = cv2.min(cv2.min(red, green), blue)
-    return cv2.merge([cv2.add(cv2.subtract(channel, low), high) for channel in (red, green, blue)])
+    return invert(image) if inverted else image
 
 
 def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
@@ -342,14 +273,6 @@ def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
     quantile = np.frombuffer(rng.bytes(image.shape[0] * image.shape[1]), np.uint8).reshape(image.shape[:2])
     noise = cv2.LUT(quantile, np.clip(np.rint(128 + sigma * NORMAL), 0, 255).astype(np.uint8))
     return cv2.addWeighted(image, 1.0, noise if image.ndim == 2 else cv2.merge([noise] * 3), 1.0, -128)
-
-
-def _jpeg(image: Image, quality: int) -> Image:
-    """Compress and decompress with chroma at full resolution: at half of it a thin line loses its color."""
-    full = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
-    flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, full]
-    data = cv2.imencode(".jpg", image, flags)[1]  # OpenCV takes RGB for BGR here, and again below
-    return np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
 
 
 # --- a picture of them -----------------------------------------------------------------------------------
@@ -360,7 +283,7 @@ def contact_sheet(windows: list[Image], size: int, pairs: int, seed: int) -> Ima
     rows = []
     for sample, window in enumerate(windows):
         for recipe in RECIPES:
-            cells = [_three_channels(resize(window, size))]
+            cells = [to_color(resize(window, size), "rgb")]
             for epoch in range(pairs):
                 cells += two_views(window, recipe, size, seed, epoch, sample)
             rows.append(
