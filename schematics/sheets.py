@@ -1,4 +1,4 @@
-"""Find drawings and read them: image files and PDF pages in, uint8 arrays out, or one clear error.
+"""Find drawings, read and write them: image files and PDF pages in, uint8 arrays out, or one clear error.
 
 Gray drawings stay gray and those in color stay in color; 16-bit, 1-bit, palette, CMYK and transparent files
 all become 8-bit gray or RGB. A file that is cut short is an error, never a picture whose rest is gray.
@@ -143,6 +143,14 @@ def to_color(image: np.ndarray, color_mode: str) -> np.ndarray:
     if color_mode == "rgb":
         return image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     raise ValueError(f"color_mode is {color_mode!r}; gray or rgb")
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write an image uint8 [H, W] or [H, W, 3] RGB. Raises OSError if the disk refuses."""
+    if image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    # Not cv2.imwrite, which only returns False on a full disk and garbles file names on Windows.
+    path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
 
 
 def looks_truncated(path: Path) -> bool:

@@ -13,13 +13,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from schematics.coco import LabelledSheet, Split, find_splits, read_split
 from schematics.command import Parser, run
 from schematics.folders import refuse_existing, whole_folder
-from schematics.sheets import read_sheet
+from schematics.sheets import read_sheet, write_png
 
 
 def cut_symbols(data_dir: Path, out: Path, margin: float = 0.0) -> Counter[tuple[str, str]]:
@@ -67,12 +66,8 @@ def _cut_sheet(sheet: LabelledSheet, folders: list[Path], margin: float) -> list
         edge = margin * max(right - left, bottom - top)
         x0, y0 = max(0, int(np.floor(left - edge))), max(0, int(np.floor(top - edge)))
         x1, y1 = int(np.ceil(right + edge)), int(np.ceil(bottom + edge))
-        symbol = image[y0:y1, x0:x1]
-        if symbol.ndim == 3:
-            symbol = cv2.cvtColor(symbol, cv2.COLOR_RGB2BGR)
-        path = folders[sheet.labels[i] - 1] / f"{stem}_{sheet.annotation_ids[i]}.png"
-        # Not cv2.imwrite, which only returns False on a full disk and garbles file names on Windows.
-        path.write_bytes(cv2.imencode(".png", symbol)[1].tobytes())
+        name = f"{stem}_{sheet.annotation_ids[i]}.png"
+        write_png(folders[sheet.labels[i] - 1] / name, image[y0:y1, x0:x1])
     return [int(label) for label in sheet.labels[keep]]
 
 

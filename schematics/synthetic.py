@@ -23,7 +23,7 @@ from schematics.circuit import CLASSES, Drawing, draw_circuit
 from schematics.coco import Category, write_split
 from schematics.command import Parser, run
 from schematics.folders import whole_folder
-from schematics.sheets import DataError
+from schematics.sheets import DataError, write_png
 from schematics.strokes import FINER, Canvas, line, text_width
 
 SPLITS = ("train", "valid", "test", "unlabeled")
@@ -199,7 +199,7 @@ def _write_split(folder: Path, indices: range, seed: int, size: tuple[int, int],
     for image_id, index in enumerate(indices, 1):
         image, boxes, labels = draw_sheet(seed, index, *size, noise)
         name = f"{folder.name}_{image_id:05}.png"
-        (folder / name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
+        write_png(folder / name, image)
         images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
             box = [x0, y0, x1 - x0, y1 - y0]

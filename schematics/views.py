@@ -33,7 +33,7 @@ from schematics.pixels import (
     resize,
     solarize,
 )
-from schematics.sheets import DataError, find_sheets, read_sheet, to_color
+from schematics.sheets import DataError, find_sheets, read_sheet, to_color, write_png
 from schematics.windows import Color, Image, cut, ink_mask, ink_windows, paper_color
 
 RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
@@ -302,8 +302,7 @@ def main(args: argparse.Namespace) -> None:
             windows.append(cut(image, x, y, args.side))
     if not windows:
         raise DataError(f"{args.sheets}: blank paper; give drawings with lines")
-    picture = contact_sheet(windows, args.size, args.pairs, args.seed)
-    args.out.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
+    write_png(args.out, contact_sheet(windows, args.size, args.pairs, args.seed))
     print(f"{args.out}: from top to bottom of each group {', '.join(RECIPES)}; the window is on the left")
 
 
