@@ -1,12 +1,14 @@
-"""Pairs of views a second on one core: ours on uint8 with OpenCV, the published recipe in torchvision.
+"""Pairs of views a second on one core: ours on uint8 with OpenCV against torchvision on PIL images.
 
     python benchmarks/views.py [--pairs 40] [--rounds 7]
 
-The peer is the recipe as its authors' code has it: PIL images, torchvision.transforms, bicubic, 224 px, its
-gray windows turned to RGB as torchvision's loader does; stopped before ToTensor and Normalize, which we do on
-the device. The two run in turn, round after round, in CPU seconds of one process with one thread, so that
-load from elsewhere falls on both; the ratio is the median over the rounds. `drawing` has no published peer
-and is held against VICReg's.
+The peer is the recipe as its authors' code has it, with torchvision.transforms on PIL images, bicubic, at 224
+px. A gray window is turned to RGB first, as torchvision's loader does. ToTensor and Normalize are left out,
+since we do them on the device. `drawing` has no published peer and is compared with VICReg's recipe.
+
+The two run in turn, round after round, in one process with one thread, and CPU seconds are counted, so that
+load from elsewhere falls on both. It takes half a minute on an x86-64 core. A line for each kind of window
+and recipe gives the medians over the rounds and their ratio.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ SIZE, SIDE = 224, 512
 
 
 class PilBlur:
-    """Gaussian blur of Pillow with probability p, sigma U(.1, 2)."""
+    """Pillow's Gaussian blur, applied with probability p, with sigma U(0.1, 2) px."""
 
     def __init__(self, p: float):
         self.p = p
@@ -45,6 +47,7 @@ class PilBlur:
 
 
 def published(jitter: tuple[float, float, float, float], blur: Callable, solarize: float) -> T.Compose:
+    """A published recipe. jitter: of brightness, contrast, saturation and hue. solarize: its probability."""
     return T.Compose(
         [
             T.RandomResizedCrop(SIZE, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
@@ -74,12 +77,13 @@ def pairs_per_second(make_pair: Callable[[int], object], pairs: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=40, help="a round and side (default 40)")
-    parser.add_argument("--rounds", type=int, default=7, help="default 7")
+    parser.add_argument("--pairs", type=int, default=40, help="Pairs that we make a round (default 40).")
+    parser.add_argument("--rounds", type=int, default=7, help="Rounds to take the median over (default 7).")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     gray = draw_sheet(0, 0, SIDE, SIDE, noise=0.3)[0]
-    # A colour drawing: red, green and blue ink by the thirds of the sheet.
+    # The drawing in color has red, green and blue ink in the three thirds of the sheet.
     rgb = cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
     for k in range(3):
         part = rgb[:, k * SIDE // 3 : (k + 1) * SIDE // 3]

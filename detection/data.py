@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from cluster.batches import Key
 from schematics.coco import Split
 from schematics.sheets import DataError, read_sheet, to_color
-from schematics.windows import Colour, cut, paper_color, tile_sheet
+from schematics.windows import Color, cut, paper_color, tile_sheet
 
 MULTIPLE = 64  # of a window's side: the stride of the pyramid's last level
 KEEP = 0.6  # share of a symbol that makes it a target where a window's edge cuts it
@@ -45,7 +45,7 @@ class SheetReader:
         self.split = split
         self.color_mode = color_mode
         self.free = cache_bytes
-        self.cache: dict[int, tuple[np.ndarray, Colour]] = {}
+        self.cache: dict[int, tuple[np.ndarray, Color]] = {}
 
     def __len__(self) -> int:
         return len(self.split.sheets)
@@ -56,7 +56,7 @@ class SheetReader:
             self[index]
         return self
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Colour]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Color]:
         """Image and paper colour. Raises DataError for a file that is unreadable or of another size."""
         if index in self.cache:
             return self.cache[index]

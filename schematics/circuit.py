@@ -9,14 +9,14 @@ import numpy as np
 from schematics.strokes import FINER, SHAPES, Canvas, Stroke, arc, placed
 
 CLASSES: tuple[str, ...] = tuple(SHAPES)
-PITCH = 90  # px between the lines of the lattice, about
-UNIT = (32.0, 64.0)  # px, of the smallest and largest symbols
+PITCH = 90  # px, about the distance between neighbouring lines of the lattice
+UNIT = (32.0, 64.0)  # px, the unit length of the smallest and of the largest symbols
 
 EAST, SOUTH, WEST, NORTH = range(4)
 STEP = ((1, 0), (0, 1), (-1, 0), (0, -1))
-# Symbols that sit on a node, and where their leads go before they're mirrored and turned.
+# Symbols that sit on a node, and the directions of their leads before a symbol is mirrored and turned.
 DEVICES = {"transistor": (WEST, NORTH, SOUTH), "op-amp": (WEST, SOUTH, EAST)}
-REACH = 0.8  # units from a node to the ends of its device's leads
+REACH = 0.8  # distance from a node to the ends of its device's leads, in the device's unit length
 ON_EDGES = tuple(name for name in CLASSES if name not in DEVICES and name != "ground")
 
 Node = tuple[int, int]
@@ -24,10 +24,10 @@ Node = tuple[int, int]
 
 @dataclass
 class Lattice:
-    """Nodes (i, j) where uneven lines xs [I] and ys [J] cross.
+    """Nodes (i, j), where the vertical lines at xs [I] px cross the horizontal lines at ys [J] px.
 
-    links [I, J, 4]: whether a wire leaves a node eastward, southward, ...; reach [I, J]: how far from the
-    node it begins, px: not 0 where a device sits.
+    links [I, J, 4] says whether a wire leaves a node to the east, south, west and north. reach [I, J] is how
+    far from the node these wires begin, in px: 0 unless a device sits on the node.
     """
 
     xs: np.ndarray
@@ -39,34 +39,39 @@ class Lattice:
         self.nodes: list[Node] = list(np.ndindex(*self.reach.shape))
 
     def next(self, node: Node, direction: int) -> Node | None:
-        """The neighbour in that direction, None at the border."""
+        """The neighbouring node in that direction, or None at the border."""
         i, j = node[0] + STEP[direction][0], node[1] + STEP[direction][1]
         return (i, j) if 0 <= i < len(self.xs) and 0 <= j < len(self.ys) else None
 
     def link(self, node: Node, direction: int, on: bool) -> None:
+        """Say whether a wire joins the node and its neighbour in that direction."""
         if (there := self.next(node, direction)) is not None:
             self.links[node][direction] = self.links[there][(direction + 2) % 4] = on
 
     def at(self, node: Node) -> np.ndarray:
+        """The node's place [2] on the sheet, x y in px."""
         return np.array([self.xs[node[0]], self.ys[node[1]]])
 
 
 @dataclass
 class Drawing:
-    """A sheet in the making: its canvas, its source of randomness and the symbols so far."""
+    """A sheet in the making: its canvas, its random generator and the symbols drawn so far."""
 
     canvas: Canvas
     rng: np.random.Generator
-    unit: float  # px, of this sheet's symbols before each one's own variation
-    boxes: list[np.ndarray] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
+    unit: float  # px, the unit length of this sheet's symbols, which each symbol varies a little
+    boxes: list[np.ndarray] = field(default_factory=list)  # [4] each, x0 y0 x1 y1 in px
+    labels: list[int] = field(default_factory=list)  # 1 is the first of CLASSES
 
     def size(self) -> float:
-        """Unit of the next symbol, px."""
+        """Draw the unit length of the next symbol, in px."""
         return float(np.clip(self.unit * self.rng.uniform(0.85, 1.2), *UNIT))
 
     def add(self, name: str, at: np.ndarray, unit: float, quarter: int, mirror: bool = False) -> bool:
-        """Draw a symbol unless it comes within 4 px of another. Its box is that of its own ink."""
+        """Draw a symbol and note the box of its own ink, unless the box comes within 4 px of another.
+
+        Returns whether the symbol was drawn.
+        """
         patch, x, y = self.canvas.sketch(placed(SHAPES[name].strokes, at, unit, quarter, mirror))
         rows, columns = np.flatnonzero(patch.max(axis=1) > 127), np.flatnonzero(patch.max(axis=0) > 127)
         box = np.array([x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1]) / FINER
@@ -81,17 +86,19 @@ class Drawing:
         return True
 
     def wire(self, start: np.ndarray, end: np.ndarray) -> None:
+        """Draw a straight wire between two places [2] in px."""
         self.canvas.draw([Stroke(np.stack([start, end]))])
 
 
 def _lines(low: float, high: float, rng: np.random.Generator) -> np.ndarray:
-    """Lines of the lattice over [low, high], about PITCH apart, the inner ones moved a little."""
+    """Places of lines from `low` to `high`, about PITCH px apart, the inner ones moved a little."""
     lines = np.linspace(low, high, max(2, round((high - low) / PITCH) + 1))
     lines[1:-1] += rng.uniform(-8, 8, len(lines) - 2)
     return lines
 
 
 def draw_circuit(drawing: Drawing, width: int, height: int) -> None:
+    """Draw a circuit over a sheet of width x height px, with room for a frame and a title block."""
     rng = drawing.rng
     lattice = Lattice(_lines(64, width - 64, rng), _lines(62, height - 100, rng))
     for node in lattice.nodes:
@@ -103,7 +110,7 @@ def draw_circuit(drawing: Drawing, width: int, height: int) -> None:
 
 
 def _add_devices(drawing: Drawing, lattice: Lattice) -> None:
-    """Transistors and op-amps in turn, on nodes that aren't neighbours."""
+    """Draw transistors and op-amps in turn on some nodes, no two of which are neighbours."""
     rng = drawing.rng
     names = [str(name) for name in rng.permutation(list(DEVICES))]
     done: list[Node] = []
@@ -125,7 +132,7 @@ def _add_devices(drawing: Drawing, lattice: Lattice) -> None:
 
 
 def _add_edges(drawing: Drawing, lattice: Lattice) -> None:
-    """A wire along every link, four in ten through a symbol of two pins."""
+    """Draw a wire along every link, four in ten through a symbol of two pins if there is room for it."""
     rng = drawing.rng
     deck: list[str] = []
     for node in lattice.nodes:
@@ -133,7 +140,8 @@ def _add_edges(drawing: Drawing, lattice: Lattice) -> None:
             there = lattice.next(node, direction)
             if there is None or not lattice.links[node][direction]:
                 continue
-            deck = deck or [str(name) for name in rng.permutation(ON_EDGES)]  # all classes equally often
+            # Names are dealt like cards, so that all classes come equally often.
+            deck = deck or [str(name) for name in rng.permutation(ON_EDGES)]
             step = np.array(STEP[direction])
             start = lattice.at(node) + lattice.reach[node] * step
             end = lattice.at(there) - lattice.reach[there] * step
@@ -144,9 +152,9 @@ def _add_edges(drawing: Drawing, lattice: Lattice) -> None:
 
 
 def _add_between(drawing: Drawing, name: str, start: np.ndarray, end: np.ndarray, direction: int) -> bool:
-    """A symbol somewhere on the way from `start` to `end`, and its two wires; False where none fits."""
+    """Draw a symbol somewhere between `start` and `end` with its two wires. Returns whether it had room."""
     rng, step = drawing.rng, np.array(STEP[direction])
-    room = float((end - start) @ step) - 16  # 8 px of wire at least on each side
+    room = float((end - start) @ step) - 16  # at least 8 px of wire stay on each side
     pin = SHAPES[name].pin
     unit = min(drawing.size(), room / (2 * pin))
     if unit < UNIT[0]:
@@ -161,7 +169,7 @@ def _add_between(drawing: Drawing, name: str, start: np.ndarray, end: np.ndarray
 
 
 def _add_ends(drawing: Drawing, lattice: Lattice) -> None:
-    """Grounds and terminals where a wire ends, dots where wires meet, a few grounds on stubs."""
+    """Draw a ground or a terminal where a wire ends, dots where wires meet, and a few grounds on stubs."""
     rng = drawing.rng
     for node in lattice.nodes:
         if lattice.reach[node] > 0:
@@ -178,6 +186,7 @@ def _add_ends(drawing: Drawing, lattice: Lattice) -> None:
 
 
 def _add_ground(drawing: Drawing, at: np.ndarray, direction: int) -> bool:
+    """Draw a ground at the end of a short wire that leaves `at`. Returns whether it had room."""
     unit, step = drawing.size(), np.array(STEP[direction])
     pin = at + 12 * step
     if not drawing.add("ground", pin + SHAPES["ground"].pin * unit * step, unit, direction):

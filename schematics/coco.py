@@ -1,7 +1,7 @@
-"""Labelled sheets in COCO form: read, repair, write.
+"""Read labelled sheets in COCO form, repair what can be repaired, and write such sheets.
 
-A raw Roboflow export is read as it comes. What is wrong with it is repaired or dropped, never silently: each
-split carries its findings, and `python -m schematics.check` prints them. docs/data-format.md lists them all.
+A raw Roboflow export is read as it comes. What is wrong with it is repaired or dropped, but never silently:
+each split carries its findings, and `python -m schematics.check` prints them. docs/data-format.md lists them.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from schematics.folders import refuse_existing
 from schematics.repair import Row, SheetFile, Tally, class_names, clean_rows, renumber, usable_images
 from schematics.sheets import DataError
 
@@ -31,7 +32,10 @@ class Category:
 
 @dataclass
 class LabelledSheet:
-    """One sheet and its boxes; file_name is as in the annotation file, path is where the file really lies."""
+    """One sheet and its boxes.
+
+    file_name is what the annotation file says, path is where the image file really lies.
+    """
 
     image_id: int
     file_name: str
@@ -41,20 +45,21 @@ class LabelledSheet:
     boxes: np.ndarray  # float64 [N, 4], x0 y0 x1 y1 in pixels of the sheet
     labels: np.ndarray  # int64 [N], 1..K; label k is categories[k - 1] of the split
     crowd: np.ndarray  # bool [N]
-    area: np.ndarray  # float64 [N], as in the file (a mask's area may be less than its box's)
+    area: np.ndarray  # float64 [N], px²; that of a mask may be less than its box's
     annotation_ids: np.ndarray  # int64 [N], unique in the split and never 0
-    # float64 [N, 4], COCO's x y width height: x + width - x is not always width to the last bit.
+    # float64 [N, 4], COCO's x y width height. They are kept beside `boxes` because x1 - x0 may differ from
+    # the width in the last bit.
     xywh: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a split, at one place. `kind` of a fatal one names the cure."""
+    """Something that is wrong with a split at one place. The kind of a fatal one names the cure too."""
 
     kind: str
     where: str  # the sheet's file name, or the annotation file
     count: int
-    action: str  # "repaired", "dropped", "kept" (worth a look) or "fatal"
+    action: str  # "repaired", "dropped", "kept" (it is usable but worth a look) or "fatal"
 
 
 @dataclass
@@ -66,10 +71,10 @@ class Split:
 
 
 def read_split(folder: Path) -> Split:
-    """Read, repair and number one split: `folder` with sheets and their COCO annotation file.
+    """Read and repair one split: a folder with sheets and their COCO annotation file.
 
-    Labels agree between splits that lie side by side: the classes are the union of those listed in them.
-    Headers of all sheets are read, no pixels. Raises DataError where the split can't be used.
+    Splits that lie side by side number their classes alike, over the union of those that they list. Of the
+    sheets only headers are read, no pixels. Raises DataError if the split can't be used.
     """
     split = inspect_split(folder)
     for finding in split.findings:
@@ -79,7 +84,10 @@ def read_split(folder: Path) -> Split:
 
 
 def inspect_split(folder: Path) -> Split:
-    """`read_split` that leaves fatal findings in the list. Raises DataError only for an unreadable file."""
+    """Like `read_split`, but fatal findings are left in the list of findings.
+
+    Raises DataError if there is no annotation file that can be read.
+    """
     folder = Path(folder)
     file = annotation_file(folder)
     if file is None:
@@ -125,9 +133,9 @@ def _labelled(sheet: SheetFile, rows: Sequence[Row], label_of: dict[int, int]) -
 
 
 def find_split(data_dir: Path, split: str) -> Path:
-    """The folder of "train", "valid" (also val, validation) or "test" in `data_dir`.
+    """The folder of the split "train", "valid" or "test" in `data_dir`; valid may also be val or validation.
 
-    Raises DataError that names what was looked for and the cure.
+    Raises DataError if there is none.
     """
     data_dir = Path(data_dir)
     names = next((names for names in SPLITS.values() if split in names), (split,))
@@ -141,9 +149,9 @@ def find_split(data_dir: Path, split: str) -> Path:
 
 
 def find_splits(data_dir: Path) -> list[Path]:
-    """All split folders in `data_dir`, or `data_dir` itself where it is one.
+    """All split folders in `data_dir`, or `data_dir` itself if it is one.
 
-    Raises DataError if there is none, or if a folder named like a split lacks its annotations.
+    Raises DataError if there is none, or if a folder named like a split has no annotations.
     """
     data_dir = Path(data_dir)
     if data_dir.is_dir() and annotation_file(data_dir):
@@ -153,7 +161,10 @@ def find_splits(data_dir: Path) -> list[Path]:
 
 
 def annotation_file(folder: Path) -> Path | None:
-    """_annotations.coco.json, annotations.json or the only json file in `folder`; None without one."""
+    """_annotations.coco.json, annotations.json or the only json file in `folder`, or None.
+
+    Raises DataError if there are several json files of other names.
+    """
     for name in (ANNOTATIONS, "annotations.json"):
         if (folder / name).is_file():
             return folder / name
@@ -164,7 +175,7 @@ def annotation_file(folder: Path) -> Path | None:
 
 
 def to_coco(split: Split) -> dict[str, Any]:
-    """Clean COCO ground truth, ready for pycocotools: original image and category ids, complete rows."""
+    """The split as COCO ground truth for pycocotools: complete rows under the original ids."""
     images, annotations = [], []
     for sheet in split.sheets:
         images.append(
@@ -194,12 +205,11 @@ def write_split(
 
     `images`: {"id", "file_name" (relative to `folder`), "width", "height"}; `annotations`: {"image_id",
     "category_id", "bbox": [x, y, width, height] in pixels} and, where known, "id", "area", "iscrowd", which
-    default to 1, 2, ..., the box's area and 0. The caller puts the images beside it.
+    default to 1, 2, ..., the box's area and 0. The image files are left to the caller.
     Raises DataError if the file exists.
     """
     path = Path(folder) / ANNOTATIONS
-    if path.exists():
-        raise DataError(f"{path}: exists already; choose another folder")
+    refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, annotation in enumerate(annotations, start=1):
@@ -224,6 +234,7 @@ def _document(
 
 
 def _cure(folder: Path) -> str:
+    """What to do about a folder without COCO annotations, for the end of an error's line."""
     if next(folder.rglob("*.xml"), None):
         return f"it looks like Pascal VOC: python -m schematics.convert {folder} OUT"
     if next(folder.rglob("data.yaml"), None) or next(folder.rglob("labels"), None):
@@ -244,7 +255,10 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _siblings(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Annotations of the splits beside `folder`, if it is one; a broken one shows in its own reading."""
+    """Yield name and annotations of the splits beside `folder`, if `folder` is named like a split.
+
+    A broken annotation file is passed over here: the error comes when its own split is read.
+    """
     splits = [name for names in SPLITS.values() for name in names]
     if folder.resolve().name not in splits:
         return

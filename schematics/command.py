@@ -1,4 +1,4 @@
-"""The frame of the package's own commands: errors in one line, exit codes that scripts can trust."""
+"""The frame of the package's own commands: an error is one line, and scripts can trust the exit status."""
 
 import argparse
 import os
@@ -8,34 +8,49 @@ from typing import NoReturn
 
 from schematics.sheets import DataError
 
+# The statuses with which a command ends. cluster/errors.py has the same ones for the stages of training.
+DONE = 0
+FAILED = DataError.exit_status  # bad input or a file system that refuses, told in one line
+USAGE = 2  # flags that don't parse
+INTERRUPTED = 130  # ended by Ctrl-C
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line, without the usage block; exit code 2 as always."""
+    """The flags of `python -m MODULE`, described by the first line of the module's docstring.
+
+    A wrong flag is one line on stderr without the usage block.
+    """
+
+    def __init__(self, module: str, docstring: str | None) -> None:
+        super().__init__(prog=f"python -m {module}", description=(docstring or "").partition("\n")[0])
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"error: {message} (see {self.prog} --help)\n")
 
 
 def run(
-    main: Callable[[argparse.Namespace], int | None],
+    main: Callable[[argparse.Namespace], None],
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Parse the flags, call `main` with them and exit with its code (None is 0).
+    """Parse the flags, call `main` with them and end the process with one of the statuses above.
 
-    DataError and failed file operations become one line and code 1, flags that don't parse code 2.
+    An error that carries `exit_status`, as DataError does, and a failed file operation become one line on
+    stderr. Any other exception is a bug and ends as a traceback.
     """
     args = parser.parse_args(argv)
+    status = DONE
     try:
-        code = main(args) or 0
+        main(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        code = 130
-    raise SystemExit(code)
+        status = INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, OSError) and not hasattr(error, "exit_status"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = getattr(error, "exit_status", FAILED)
+    raise SystemExit(status)

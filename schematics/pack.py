@@ -1,10 +1,14 @@
-"""Decoded sheets in one memory-mapped file, with the windows that hold ink.
+"""Decode all sheets once into a store of windows, from which training reads what it needs.
 
     python -m schematics.pack DATA OUT [--side 512] [--stride 256] [--color-mode auto|gray|rgb] [--dpi 200]
 
-A 7000 x 5000 sheet takes 50 to 190 ms to decode, a window out of the map 0.06 ms: decoding happens once.
-The store is built in a temporary folder beside OUT and renamed, so it is there whole or not at all; one that
-matches its sources and parameters is used again. Any number of processes may build and read at once.
+The result is a folder OUT with the pixels of all sheets in one file, which is mapped into memory, and a list
+of the square windows that hold ink. On two x86-64 cores a pool of 599 drawings takes 4 s and becomes 3,255
+windows and 510 MB. Decoding a sheet of 7000 x 5000 px takes 50 to 190 ms, reading a window from the store
+0.06 ms.
+
+OUT appears whole or not at all, and a store that matches its sheets and flags is used again. Any number of
+processes may build and read a store at once. Pretraining builds its store by itself.
 """
 
 from __future__ import annotations
@@ -17,8 +21,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,31 +29,33 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from schematics.command import Parser, run
+from schematics.folders import remove_stale, sync, unfinished_folder
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
 from schematics.windows import Image, cut, ink_windows, mean_and_std, paper_color, starts
 
-LAYOUT = 1  # raise it when the files below change, and stores of the old layout are built anew
-STATISTICS_WINDOWS = 512  # mean and std come from at most this many windows, evenly spread
-STALE = 24 * 3600.0  # seconds after which the temporary folder of a killed build is removed
-MARGIN = 64 << 20  # bytes left free on the disk
+COLOR_MODES = ("auto", "gray", "rgb")
+LAYOUT = 1  # to be raised when the files of a store change, so that stores of the old layout are built anew
+STATISTICS_WINDOWS = 512  # mean and std are taken over at most this many windows, evenly spread over all
+MARGIN = 64 << 20  # bytes, left free on the disk
 
 
 @dataclass(frozen=True)
 class Parameters:
     """What a store depends on beside its sheets."""
 
-    side: int  # px
-    stride: int  # px
+    side: int  # of a window, px
+    stride: int  # largest distance between neighbouring windows, px
     min_ink: float  # share of a window's pixels
-    color_mode: str  # "auto", "gray" or "rgb"
-    dpi: int  # for PDF pages
+    color_mode: str  # one of COLOR_MODES
+    dpi: int  # resolution of PDF pages
 
 
 class WindowStore:
-    """The windows of a store at `folder`, opened for reading; cheap to pickle into loader workers.
+    """The store in `folder`, opened for reading. It may be pickled into the workers of a loader.
 
-    color_mode: "gray" or "rgb"; mean, std: three floats in [0, 1] over windows with ink;
-    skipped: one line for each sheet that could not be read. Raises DataError if there is no whole store.
+    color_mode is "gray" or "rgb". mean and std are three floats each in [0, 1], one a channel, over windows
+    with ink. skipped has a line for each sheet that could not be read. Raises DataError if there is no whole
+    store.
     """
 
     def __init__(self, folder: Path):
@@ -69,15 +73,21 @@ class WindowStore:
         return len(self.windows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pixels": None}  # each process maps the file for itself
+        return {**self.__dict__, "_pixels": None}  # each process maps the file anew
 
     def window(self, i: int) -> Image:
-        """Window i, uint8 [side, side] where its sheet is gray, else [side, side, 3]; padded with paper."""
+        """Window i as a copy, uint8 [side, side] if its sheet is gray, else [side, side, 3].
+
+        Beyond the edge of the sheet it has the color of the paper.
+        """
         sheet, x, y = self.windows[i].tolist()
         return cut(self.sheet(sheet), x, y, self.side, self.index["sheets"][sheet]["paper"])
 
     def sheet(self, number: int) -> Image:
-        """Sheet `number` as decoded, a read-only view of the file."""
+        """Sheet `number`, uint8 [H, W] or [H, W, 3], as a read-only view of the file.
+
+        Raises DataError if the store was removed or replaced since it was opened.
+        """
         if self._pixels is None:
             try:
                 self._pixels = np.memmap(_pixel_file(self.folder, self.index["key"]), np.uint8, mode="r")
@@ -86,7 +96,7 @@ class WindowStore:
         return _sheet_of(self._pixels, self.index["sheets"][number])
 
     def source(self, i: int) -> str:
-        """Window i in words, for messages: "file.png @x,y"."""
+        """Where window i is from, as "file.png @x,y", for messages."""
         sheet, x, y = self.windows[i].tolist()
         return f"{self.sheet_names[sheet]} @{x},{y}"
 
@@ -102,16 +112,17 @@ def build_store(
 ) -> WindowStore:
     """Decode all sheets at `root` into a store at `out`, or open the one there if it matches.
 
-    side, stride: of the windows in pixels (stride: half of side); a window needs min_ink of its pixels.
-    color_mode: "auto" keeps gray and colour as found and calls the store rgb if any sheet has colour.
-    Raises DataError when no sheet can be read, none holds ink, or the disk has too little room; nothing is
-    written then.
+    side, stride: of the windows in px; stride is half of side if not given. min_ink: share of its pixels that
+    must be ink in a window. color_mode: "gray" turns all sheets gray; "rgb" and "auto" keep each sheet as it
+    is, and "auto" calls the store gray if no sheet has color. dpi: resolution of PDF pages. Raises DataError
+    if no sheet can be read, no window holds ink, an argument is out of range, `out` holds something else, or
+    the disk has too little room. `out` is as it was before then.
     """
-    if color_mode not in ("auto", "gray", "rgb"):
+    if color_mode not in COLOR_MODES:
         raise DataError(f"--color-mode {color_mode}: choose auto, gray or rgb")
     parameters = Parameters(side, stride or max(1, side // 2), min_ink, color_mode, dpi)
     if min(parameters.side, parameters.stride, parameters.dpi) < 1:
-        raise DataError(f"--side {side} --stride {stride} --dpi {dpi}: each must be at least 1")
+        raise DataError(f"--side {side} --stride {parameters.stride} --dpi {dpi}: each must be at least 1")
     sheets = find_sheets(root) if isinstance(root, (str, Path)) else list(root)
     out = Path(out).absolute()
     key = _key(sheets, parameters)
@@ -121,21 +132,18 @@ def build_store(
         raise DataError(f"{out}: exists and is no window store; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_room(sheets, parameters, out.parent)
-    _remove_stale(out)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    remove_stale(out)
     try:
-        folder.chmod(0o755)  # mkdtemp makes it private; other users may share a store
-        _write(sheets, parameters, key, folder)
-        _publish(folder, out, key)
+        with unfinished_folder(out) as folder:
+            _write(sheets, parameters, key, folder)
+            _publish(folder, out, key)
     except OSError as error:
         raise DataError(f"{out}: {error.strerror}; free some room or choose another folder") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return WindowStore(out)
 
 
 def _key(sheets: Sequence[Sheet], parameters: Parameters) -> str:
-    """A digest of everything the store depends on; a file that can't be looked at counts as size -1."""
+    """A digest of everything that the store depends on. A file that can't be looked at counts as size -1."""
     files: list[list[Any]] = []
     for sheet in sheets:
         try:
@@ -148,12 +156,13 @@ def _key(sheets: Sequence[Sheet], parameters: Parameters) -> str:
 
 
 def _pixel_file(folder: Path, key: str) -> Path:
-    # Named by the key: a reader of a store that was replaced finds no file rather than other pixels.
+    # The key is in the name, so that a reader whose store was replaced finds no file rather than other
+    # pixels.
     return folder / f"sheets-{key[:16]}.bin"
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """The index and the windows, int64 [N, 3] (sheet, x, y), of a whole store. Raises DataError."""
+    """The index of a store and its windows, int64 [N, 3] sheet x y. Raises DataError unless it is whole."""
     try:
         index = json.loads((folder / "index.json").read_text())
         windows = np.load(folder / "windows.npy")
@@ -165,6 +174,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def _matches(out: Path, key: str) -> bool:
+    """Whether there is a whole store at `out` with this key."""
     try:
         return _read(out)[0]["key"] == key
     except DataError:
@@ -172,13 +182,14 @@ def _matches(out: Path, key: str) -> bool:
 
 
 def _check_room(sheets: Sequence[Sheet], parameters: Parameters, folder: Path) -> None:
+    """Raise DataError if the decoded sheets might not fit on the disk of `folder`."""
     channels = 1 if parameters.color_mode == "gray" else 3
     need = MARGIN
     for sheet in sheets:
         try:
             width, height = sheet_size(sheet, parameters.dpi)
         except DataError:
-            continue  # reading it will say why
+            continue  # the sheet can't be read: the build will say why and skip it
         need += width * height * channels
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -188,16 +199,8 @@ def _check_room(sheets: Sequence[Sheet], parameters: Parameters, folder: Path) -
         )
 
 
-def _remove_stale(out: Path) -> None:
-    for folder in out.parent.glob(f".{out.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # its builder has just finished
-            newest = max(path.stat().st_mtime for path in [folder, *folder.glob("*")])
-            if time.time() - newest > STALE:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Path) -> None:
-    """Decode into `folder`: the pixels, windows.npy and index.json, all on the disk on return."""
+    """Write a store into an empty folder: the pixels, windows.npy and index.json, on the disk on return."""
     pixel_file = _pixel_file(folder, key)
     with open(pixel_file, "wb") as file:
         entries, windows, skipped = _decode(sheets, parameters, file)
@@ -210,13 +213,13 @@ def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Pa
         )
     np.save(folder / "windows.npy", windows)
     mean, std = _statistics(np.memmap(pixel_file, np.uint8, mode="r"), entries, windows, parameters.side)
-    colour = parameters.color_mode
-    if colour == "auto":
-        colour = "rgb" if any(len(entry["shape"]) == 3 for entry in entries) else "gray"
+    color_mode = parameters.color_mode
+    if color_mode == "auto":
+        color_mode = "rgb" if any(len(entry["shape"]) == 3 for entry in entries) else "gray"
     index = {
         "key": key,
         "parameters": asdict(parameters),
-        "color_mode": colour,
+        "color_mode": color_mode,
         "mean": mean,
         "std": std,
         "bytes": pixel_file.stat().st_size,
@@ -225,13 +228,16 @@ def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Pa
     }
     (folder / "index.json").write_text(json.dumps(index))
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        sync(path)
 
 
 def _decode(
     sheets: Sequence[Sheet], parameters: Parameters, file: BinaryIO
 ) -> tuple[list[dict[str, Any]], np.ndarray, list[str]]:
-    """Append all sheets to `file`; returns their entries, the windows [N, 3] and one line a skipped sheet."""
+    """Append the pixels of all sheets to `file`.
+
+    Returns the entry of each sheet in the index, the windows [N, 3] sheet x y, and a line a skipped sheet.
+    """
     entries: list[dict[str, Any]] = []
     windows: list[np.ndarray] = [np.zeros((0, 3), np.int64)]
     skipped: list[str] = []
@@ -262,6 +268,7 @@ def _decode(
 
 
 def _sheet_of(pixels: np.ndarray, entry: dict[str, Any]) -> Image:
+    """The sheet of an entry in the index, as a view of the mapped file."""
     offset, shape = entry["offset"], entry["shape"]
     return pixels[offset : offset + math.prod(shape)].reshape(shape)
 
@@ -269,7 +276,7 @@ def _sheet_of(pixels: np.ndarray, entry: dict[str, Any]) -> Image:
 def _statistics(
     pixels: np.ndarray, entries: list[dict[str, Any]], windows: np.ndarray, side: int
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel in [0, 1], over evenly spread windows."""
+    """Mean and standard deviation of each channel, in [0, 1], over evenly spread windows."""
     chosen = np.linspace(0, len(windows) - 1, min(len(windows), STATISTICS_WINDOWS)).astype(int)
     cuts = (
         cut(_sheet_of(pixels, entries[sheet]), x, y, side, entries[sheet]["paper"])
@@ -279,28 +286,21 @@ def _statistics(
 
 
 def _publish(folder: Path, out: Path, key: str) -> None:
-    """Rename `folder` to `out`. A stale store there gives way, a matching one (another process) stays."""
+    """Rename `folder` to `out`, unless another process has put the same store there in the meantime.
+
+    A store of other sheets or parameters gives way.
+    """
     while True:
         try:
             os.rename(folder, out)
-            return _sync(out.parent)
+            return sync(out.parent)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         if _matches(out, key):
             return None
-        aside = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent)
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            os.rename(out, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with unfinished_folder(out) as aside, contextlib.suppress(FileNotFoundError):
+            os.rename(out, aside)  # not found: another process has just done the same
 
 
 def main(args: argparse.Namespace) -> None:
@@ -316,14 +316,31 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.pack", description="Pack sheets into a store of windows.")
-    parser.add_argument("data", type=Path, help="a sheet or a folder of sheets")
-    parser.add_argument("out", type=Path, help="folder of the store")
-    parser.add_argument("--side", type=int, default=512, help="of a window, pixels (default 512)")
-    parser.add_argument("--stride", type=int, help="between windows, pixels (default: half of --side)")
+    parser = Parser("schematics.pack", __doc__)
+    parser.add_argument("data", type=Path, help="A sheet, or a folder of sheets.")
     parser.add_argument(
-        "--min-ink", type=float, default=0.002, help="share of a window's pixels (default 0.002)"
+        "out", type=Path, help="Folder of the store: a new one, or a store to bring up to date."
     )
-    parser.add_argument("--color-mode", choices=("auto", "gray", "rgb"), default="auto")
-    parser.add_argument("--dpi", type=int, default=200, help="resolution of PDF pages (default 200)")
+    parser.add_argument(
+        "--side", type=int, default=512, help="Side of a window in pixels (default %(default)s)."
+    )
+    parser.add_argument(
+        "--stride", type=int, help="Largest distance between neighbours in pixels (default: half of --side)."
+    )
+    parser.add_argument(
+        "--min-ink",
+        type=float,
+        default=0.002,
+        metavar="SHARE",
+        help="Share of a window's pixels that must be ink, or it is left out (default %(default)s).",
+    )
+    parser.add_argument(
+        "--color-mode",
+        choices=COLOR_MODES,
+        default="auto",
+        help="gray turns all sheets gray, rgb keeps color, auto is rgb if a sheet has color (default auto).",
+    )
+    parser.add_argument(
+        "--dpi", type=int, default=200, help="Resolution of PDF pages, dots per inch (default %(default)s)."
+    )
     run(main, parser)

@@ -1,4 +1,7 @@
-"""What is usable in the rows of a COCO file: each function counts in a tally what it repaired or left out."""
+"""Find what is usable in the rows of a COCO file.
+
+Each function counts in a tally what it repairs or leaves out. docs/data-format.md lists all of it.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,7 +11,7 @@ from typing import Any
 
 from schematics.sheets import DataError, looks_truncated, sheet_size
 
-# A box thinner than this is a slip of the mouse; torchvision stops a whole run at a box without area.
+# A thinner box is a slip of the mouse, and torchvision stops a whole run at a box without area.
 MIN_SIDE = 0.1  # px
 
 Tally = Counter[tuple[str, str, str]]  # (kind, where, action) -> count
@@ -16,14 +19,14 @@ Tally = Counter[tuple[str, str, str]]  # (kind, where, action) -> count
 
 @dataclass(frozen=True)
 class SheetFile:
-    """A listed image whose file is there; sizes in pixels of the file."""
+    """A listed image whose file is there; width and height are those of the file, in px."""
 
     id: int
     name: str
     path: Path
     width: int
     height: int
-    scale: tuple[float, float]  # pixels of the file per pixel labelled, along x and y
+    scale: tuple[float, float]  # what boxes must be multiplied by along x and y, if labelled at another size
 
 
 @dataclass
@@ -39,9 +42,10 @@ class Row:
 
 
 def class_names(documents: Mapping[str, dict[str, Any]], file_name: str, tally: Tally) -> dict[int, str]:
-    """Category id -> name, by id: the union over the splits' documents, of which the first is tallied.
+    """Category id -> name, sorted by id, over the documents of all splits; only the first one is tallied.
 
-    Roboflow's placeholder is left out: id 0, the project's name, no boxes, supercategory of the others.
+    Roboflow's placeholder is left out: category 0, which has the project's name and no boxes, and which is
+    the supercategory of the others.
     """
     own = next(iter(documents))
     names: dict[int, str] = {}
@@ -72,9 +76,9 @@ def class_names(documents: Mapping[str, dict[str, Any]], file_name: str, tally: 
 def usable_images(
     folder: Path, rows: Iterable[dict], file_name: str, tally: Tally
 ) -> dict[int, SheetFile | None]:
-    """Every listed image id -> its sheet, None where the sheet can't be used. Reads headers only.
+    """Every listed image id -> its sheet, or None if the sheet can't be used. Reads headers only.
 
-    A file listed under several ids is one sheet, under the first of them.
+    A file that is listed under several ids is one sheet, under the first of them.
     """
     names: dict[int, str] = {}
     ids: dict[str, int] = {}
@@ -101,7 +105,7 @@ def usable_images(
 
 
 def _sheet_file(folder: Path, image_id: int, name: str, row: dict, tally: Tally) -> SheetFile | None:
-    slashed = name.replace("\\", "/")  # written on Windows
+    slashed = name.replace("\\", "/")  # the file may have been written on Windows
     base = slashed.rsplit("/", 1)[-1]
     places = (folder / slashed, folder / "images" / slashed, folder / base, folder / "images" / base)
     path = next((place for place in places if place.is_file()), None)
@@ -124,7 +128,7 @@ def _sheet_file(folder: Path, image_id: int, name: str, row: dict, tally: Tally)
     if (height, width) == size and width != height:
         tally[f"{labelled}: turned (by EXIF?), label it again", name, "dropped"] += 1
         return None
-    # A scaled sheet's sides were rounded to whole pixels.
+    # A sheet that was scaled keeps its shape but for the rounding of its sides to whole pixels.
     if abs(scale[0] / scale[1] - 1) > 1 / min(width, height, *size):
         tally[f"{labelled}: look at its boxes", name, "repaired"] += 1
         scale = (1.0, 1.0)
@@ -140,7 +144,7 @@ def clean_rows(
     file_name: str,
     tally: Tally,
 ) -> Iterator[Row]:
-    """The usable boxes, clipped to their sheets; ids are still those of the file."""
+    """Yield the usable boxes, clipped to their sheets, under the ids that the file gives."""
     seen = set()
     for row in rows:
         image_id, category_id = _whole(row.get("image_id")), _whole(row.get("category_id"))
@@ -176,9 +180,9 @@ def clean_rows(
 
 
 def renumber(rows: Sequence[Row], file_name: str, tally: Tally) -> None:
-    """Number all annotations from 1 unless each has an id of its own, 1 or more.
+    """Number all annotations anew from 1, unless each has an id of its own that is 1 or more.
 
-    pycocotools takes id 0 for "no match" and loses all but one of several equal ids.
+    pycocotools takes id 0 for "no match", and of several rows with one id it loses all but one.
     """
     ids = [row.id for row in rows]
     bad = sum(number is None or number < 1 for number in ids)
@@ -193,7 +197,7 @@ def renumber(rows: Sequence[Row], file_name: str, tally: Tally) -> None:
 
 
 def _whole(value: Any) -> int | None:
-    """An id as int, also from "7" and 7.0; None for anything else."""
+    """The whole number that an id is, also from "7" and 7.0, or None."""
     try:
         number = int(value)
         return number if not isinstance(value, bool) and number == float(value) else None
@@ -202,13 +206,14 @@ def _whole(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; a string is none, even where it looks like one."""
+    """The finite number that a value is, or None; a string is no number even if it looks like one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         return None
     return float(value)
 
 
 def _box(value: Any, sheet: SheetFile) -> tuple[float, float, float, float] | None:
+    """x, y, width, height in px of the file, or None if the value is no box."""
     numbers = [_number(side) for side in value] if isinstance(value, list) else []
     if len(numbers) != 4 or None in numbers:
         return None
@@ -219,6 +224,7 @@ def _box(value: Any, sheet: SheetFile) -> tuple[float, float, float, float] | No
 def _clipped(
     bbox: tuple[float, float, float, float], sheet: SheetFile, tally: Tally
 ) -> tuple[float, float, float, float] | None:
+    """The part of a box that is on its sheet, or None if nothing usable is."""
     x, y, width, height = bbox
     if min(width, height) < MIN_SIDE:
         tally["box without area", sheet.name, "dropped"] += 1

@@ -1,7 +1,7 @@
-"""Find drawings and read them: image files and PDF pages in, uint8 arrays out, or one clear error.
+"""Find drawings, read and write them: image files and PDF pages in, uint8 arrays out, or one clear error.
 
-Gray stays gray (2-D) and colour stays colour; 16-bit, 1-bit, palette, CMYK and transparent files all end
-as 8-bit gray or RGB. A file that is cut short is an error, never a half-gray picture.
+Gray drawings stay gray and those in color stay in color; 16-bit, 1-bit, palette, CMYK and transparent files
+all become 8-bit gray or RGB. A file that is cut short is an error, never a picture whose rest is gray.
 """
 
 import os
@@ -22,18 +22,20 @@ from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".pdf")
 MAX_PIXELS = 20_000 * 20_000
-# Pillow warns above its own limit and raises above twice that, both below a large scanned sheet.
+# Pillow warns above a limit of its own and raises above twice that. A large scanned sheet is above both.
 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)
-# What it warns of ends as a DataError here: one line, not two.
+# Whatever Pillow warns of here ends as a DataError, beside which its warning would be a second line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
-STRIPE = 1024  # rows handled at a time, so that a 400-megapixel sheet needs no second copy of itself
+STRIPE = 1024  # rows worked on at a time, so that a sheet of 400 megapixels needs no second copy in memory
 
 
 class DataError(Exception):
     """Bad input, in one line that names the file and the cure."""
 
-    exit_status = 1  # an exception that carries one is told as a line, any other is a traceback
+    # The status with which a command ends. An exception that carries `exit_status` is one line for the person
+    # at the keyboard, any other is a traceback: cluster/errors.py has the same convention.
+    exit_status = 1
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,11 @@ class Sheet:
 
 
 def find_sheets(root: Path) -> list[Sheet]:
-    """All sheets at `root`, sorted: one file, a flat folder, or a tree (COCO split folders included).
+    """All sheets at `root`, sorted. It may be a file, a folder or a tree of folders, such as COCO splits.
 
-    Hidden files, folders and files that are no drawings are passed over; PDFs and multi-page TIFFs give one
-    sheet a page. Whether one can be decoded shows only in `read_sheet`. Raises DataError if there is none.
+    A PDF or a multi-page TIFF gives a sheet for each page. Hidden files and folders and files that are no
+    drawings are passed over. Whether a sheet can be decoded shows only in `read_sheet`. Raises DataError if
+    there is none.
     """
     root = Path(root)
     if not root.exists():
@@ -66,10 +69,11 @@ def find_sheets(root: Path) -> list[Sheet]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
+    """Yield all files below `root` that are not hidden, through links too."""
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        # A link back to a parent would walk for ever.
+        # A folder is entered once: a link back to one of its parents would lead round in circles.
         subfolders[:] = [] if real in seen else [s for s in subfolders if s[0] != "." and s != "__MACOSX"]
         if real not in seen:
             seen.add(real)
@@ -77,7 +81,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _pages(path: Path) -> list[Sheet]:
-    """One sheet a page; a file that can't be opened counts as one sheet, so that reading it says why."""
+    """The sheets of a file, one a page. A file that can't be opened is one sheet: reading it tells why."""
     try:
         if path.suffix.lower() == ".pdf":
             with pypdfium2.PdfDocument(path) as document:
@@ -86,13 +90,13 @@ def _pages(path: Path) -> list[Sheet]:
             with _open(path) as picture:
                 pages = _tiff_pages(picture)
                 return [Sheet(path, page) for page in pages] if len(pages) > 1 else [Sheet(path)]
-    except Exception:  # decoders raise anything on broken bytes; read_sheet gives the reason
+    except Exception:  # on broken bytes a decoder may raise anything
         return [Sheet(path)]
     return [Sheet(path)]
 
 
 def _tiff_pages(picture: Image.Image) -> list[int]:
-    """Pages counted from 1, without the thumbnails and reduced copies that viewers store beside them."""
+    """Numbers of the pages from 1, without the reduced copies that viewers store as pages beside them."""
     pages = []
     for index in range(getattr(picture, "n_frames", 1)):
         picture.seek(index)
@@ -104,9 +108,9 @@ def _tiff_pages(picture: Image.Image) -> list[int]:
 def read_sheet(sheet: Sheet | Path, dpi: int = 200) -> np.ndarray:
     """Decode one sheet into uint8 [H, W] (gray) or [H, W, 3] (RGB).
 
-    A three-channel file whose channels are all equal comes back gray. 16-bit values are scaled to 8 bits,
-    transparency is laid over white, an EXIF rotation is applied. `dpi` is for PDF pages only.
-    Raises DataError when the file is missing, truncated, damaged or above 400 megapixels.
+    A file with three equal channels comes back gray. Values of 16 bits are scaled to 8, transparency is laid
+    over white, an EXIF rotation is applied. dpi: resolution of PDF pages.
+    Raises DataError if the file is missing, truncated, damaged or above 400 megapixels.
     """
     sheet = sheet if isinstance(sheet, Sheet) else Sheet(Path(sheet))
     with _errors_named(sheet):
@@ -115,7 +119,10 @@ def read_sheet(sheet: Sheet | Path, dpi: int = 200) -> np.ndarray:
 
 
 def sheet_size(sheet: Sheet | Path, dpi: int = 200) -> tuple[int, int]:
-    """(width, height) in pixels as `read_sheet` would give them, from the header alone. Raises DataError."""
+    """Width and height of what `read_sheet` would give, in px, from the header alone.
+
+    Raises DataError if the file is missing, its header can't be read or it is above 400 megapixels.
+    """
     sheet = sheet if isinstance(sheet, Sheet) else Sheet(Path(sheet))
     with _errors_named(sheet):
         if sheet.path.suffix.lower() == ".pdf":
@@ -127,7 +134,10 @@ def sheet_size(sheet: Sheet | Path, dpi: int = 200) -> tuple[int, int]:
 
 
 def to_color(image: np.ndarray, color_mode: str) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3] RGB -> [H, W] for color_mode "gray", [H, W, 3] for "rgb"."""
+    """uint8 [H, W] or [H, W, 3] RGB -> [H, W] for color_mode "gray", [H, W, 3] for "rgb".
+
+    Raises ValueError for any other color_mode.
+    """
     if color_mode == "gray":
         return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if color_mode == "rgb":
@@ -135,10 +145,18 @@ def to_color(image: np.ndarray, color_mode: str) -> np.ndarray:
     raise ValueError(f"color_mode is {color_mode!r}; gray or rgb")
 
 
-def looks_truncated(path: Path) -> bool:
-    """True where the end mark of a jpg, png or webp is missing: a few bytes are read, nothing is decoded.
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write an image uint8 [H, W] or [H, W, 3] RGB. Raises OSError if the disk refuses."""
+    if image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    # Not cv2.imwrite, which only returns False on a full disk and garbles file names on Windows.
+    path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
 
-    False is no proof: `read_sheet` looks at every byte.
+
+def looks_truncated(path: Path) -> bool:
+    """Whether the end of a jpg, png or webp file is missing, by a few of its bytes and without decoding.
+
+    False does not prove that the file is whole. `read_sheet` looks at every byte.
     """
     with open(path, "rb") as file:
         head = file.read(12)
@@ -146,7 +164,7 @@ def looks_truncated(path: Path) -> bool:
         file.seek(max(0, size - 12))
         tail = file.read()
     if head[:2] == b"\xff\xd8":
-        # Something may follow the end mark (a second picture, padding): then the whole file is walked.
+        # A second picture or padding may follow the end mark, so without one at the end look for it inside.
         return not tail.endswith(b"\xff\xd9") and not _jpeg_is_whole(path.read_bytes())
     if head[:4] == b"\x89PNG":
         return tail[4:8] != b"IEND" and not _png_is_whole(path.read_bytes())
@@ -155,7 +173,7 @@ def looks_truncated(path: Path) -> bool:
 
 @contextmanager
 def _errors_named(sheet: Sheet) -> Iterator[None]:
-    """Turn whatever a decoder raises into one DataError line; on broken bytes it may raise anything."""
+    """Turn whatever a decoder raises, which may be anything, into a DataError that names the sheet."""
     try:
         yield
     except DataError:
@@ -175,7 +193,7 @@ def _errors_named(sheet: Sheet) -> Iterator[None]:
 
 @contextmanager
 def _open(file: Path | BytesIO, page: int | None = None) -> Iterator[Image.Image]:
-    """Pillow's lazy reader: the header is parsed, no pixel is decoded yet."""
+    """Open an image file, or one of its pages, with Pillow: the header is read, no pixel is decoded yet."""
     with Image.open(file, formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP")) as picture:
         if page is not None:
             picture.seek(page - 1)
@@ -189,7 +207,11 @@ def _open(file: Path | BytesIO, page: int | None = None) -> Iterator[Image.Image
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation 1..8; Pillow turns TIFFs by itself, and decodes a whole PNG to look for late EXIF."""
+    """The EXIF orientation, from 1 to 8, that is still to be undone.
+
+    A TIFF has none left, since Pillow turns it by itself. For a PNG without EXIF data in its header Pillow
+    would decode the whole file to look for some behind the pixels, so it counts as upright.
+    """
     if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
         return 1
     value = picture.getexif().get(0x0112, 1)
@@ -197,12 +219,13 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _decode(sheet: Sheet) -> np.ndarray:
+    """Decode an image file into uint8 [H, W] or [H, W, 3] RGB."""
     data = sheet.path.read_bytes()
     if not data:
         raise DataError(f"{sheet.name}: empty file; copy or export it again")
     with _open(BytesIO(data), sheet.page) as picture:
         if picture.format == "TIFF" and sheet.page is None:
-            _tiff_pages(picture)  # raises where it is cut between its pages, which left it without numbers
+            _tiff_pages(picture)  # raises if the file is cut between two pages, which find_sheets can't tell
             picture.seek(0)
         if not _is_whole(data, picture):
             raise DataError(f"{sheet.name}: truncated; copy or export it again")
@@ -214,7 +237,10 @@ def _decode(sheet: Sheet) -> np.ndarray:
 
 
 def _decode_fast(data: bytes, picture: Image.Image) -> np.ndarray | None:
-    """OpenCV, several times Pillow's speed, for the plain jpg and png; None for what it reads differently."""
+    """Decode a plain jpg or png with OpenCV, several times faster than Pillow.
+
+    None for any other file, since OpenCV would read it differently.
+    """
     plain = {"JPEG": ("L", "RGB"), "MPO": ("L", "RGB"), "PNG": ("L", "RGB", "RGBA", "I", "I;16")}
     if picture.mode not in plain.get(picture.format or "", ()) or "transparency" in picture.info:
         return None
@@ -231,6 +257,7 @@ def _decode_fast(data: bytes, picture: Image.Image) -> np.ndarray | None:
 
 
 def _decode_any(picture: Image.Image) -> np.ndarray:
+    """Decode with Pillow. Raises ValueError for 32-bit pixels."""
     picture.load()
     if picture.mode.startswith("I;16"):
         return _from_16_bit(picture)
@@ -244,7 +271,7 @@ def _decode_any(picture: Image.Image) -> np.ndarray:
 
 
 def _from_16_bit(picture: Image.Image) -> np.ndarray:
-    """Gray of 9 to 16 bits -> uint8; a TIFF says how many bits are in use and whether 0 is white."""
+    """Gray of 9 to 16 bits -> uint8. A TIFF says how many bits are in use, and whether 0 is white."""
     tags = getattr(picture, "tag_v2", {})
     bits = tags.get(258, (16,))[0]
     image = cv2.convertScaleAbs(np.array(picture).astype(np.uint16), alpha=255 / (2**bits - 1))
@@ -252,7 +279,7 @@ def _from_16_bit(picture: Image.Image) -> np.ndarray:
 
 
 def _over_white(rgba: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 4] -> [H, W, 3], transparency laid over white paper."""
+    """uint8 RGBA [H, W, 4] -> RGB [H, W, 3], laid over white paper."""
     image = np.empty((*rgba.shape[:2], 3), np.uint8)
     for top in range(0, len(rgba), STRIPE):
         stripe = rgba[top : top + STRIPE].astype(np.uint16)
@@ -262,6 +289,7 @@ def _over_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def _gray_if_equal(image: np.ndarray) -> np.ndarray:
+    """[H, W, 3] -> [H, W] if the three channels are equal everywhere, else the image as it is."""
     if image.ndim == 2:
         return image
     for top in range(0, len(image), STRIPE):
@@ -272,7 +300,7 @@ def _gray_if_equal(image: np.ndarray) -> np.ndarray:
 
 
 def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation (Exif 2.32, tag 0x0112: where row 0 and column 0 of the file belong)."""
+    """Undo an EXIF orientation, which says where row 0 and column 0 belong (Exif 2.32, tag 0x0112)."""
     if orientation >= 5:
         image = image.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -283,7 +311,10 @@ def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _is_whole(data: bytes, picture: Image.Image) -> bool:
-    """Whether the file goes on to its own end; decoders fill up what is missing or stop without a word."""
+    """Whether the file reaches the end that its own format marks.
+
+    Decoders don't tell: they fill up what is missing, or stop without a word.
+    """
     if picture.format in ("JPEG", "MPO"):
         return _jpeg_is_whole(data)
     if picture.format == "PNG":
@@ -294,28 +325,29 @@ def _is_whole(data: bytes, picture: Image.Image) -> bool:
         tags = getattr(picture, "tag_v2", {})
         starts, sizes = tags.get(273) or tags.get(324, ()), tags.get(279) or tags.get(325, ())
         return all(start + size <= len(data) for start, size in zip(starts, sizes, strict=False))
-    return True  # BMP: Pillow raises on missing rows
+    return True  # of a BMP, for which Pillow raises if rows are missing
 
 
-# In JPEG a marker is FF and a byte that is not 00 (a stuffed FF), D0-D7 (restarts) or FF (fill).
+# A marker in a JPEG is FF and another byte, unless that is 00 (FF is pixel data), D0 to D7 (a restart) or FF
+# (a fill byte).
 JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 def _jpeg_is_whole(data: bytes) -> bool:
-    """Walk the segments to the end mark; a thumbnail's own end mark, inside a segment, is stepped over."""
+    """Whether the segments lead to an end mark. That of a thumbnail, inside a segment, doesn't count."""
     position = 2
     while found := JPEG_MARKER.search(data, position):
         position = found.end()
         marker = data[position - 1]
         if marker == 0xD9:
             return True
-        if marker not in (0x01, 0xD8):  # these two stand alone; all others begin with their length
+        if marker not in (0x01, 0xD8):  # all markers but these two and the end mark are followed by a length
             position += int.from_bytes(data[position : position + 2], "big")
     return False
 
 
 def _png_is_whole(data: bytes) -> bool:
-    """Walk the chunks to IEND, with the checksums of those that carry the picture."""
+    """Whether the chunks lead to IEND, and those that carry the picture have the right checksums."""
     view, position = memoryview(data), 8
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -333,10 +365,12 @@ def _png_is_whole(data: bytes) -> bool:
 
 
 def _webp_is_whole(head: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes is as long as its header says."""
     return size >= 8 + int.from_bytes(head[4:8], "little")
 
 
 def _page_size(sheet: Sheet, document: pypdfium2.PdfDocument, dpi: int) -> tuple[int, int]:
+    """Width and height of a PDF page in px. Raises DataError if it doesn't exist or is too large."""
     page = sheet.page or 1
     if page > len(document):
         raise DataError(f"{sheet.path}: has {len(document)} pages, not {page}")
@@ -347,8 +381,10 @@ def _page_size(sheet: Sheet, document: pypdfium2.PdfDocument, dpi: int) -> tuple
 
 
 def _render(sheet: Sheet, dpi: int) -> np.ndarray:
+    """Render a PDF page into uint8 RGB [H, W, 3]."""
     data = sheet.path.read_bytes()
-    # PDFium repairs a cut file as it can and leaves pages blank; the end mark is in the last 1024 bytes.
+    # PDFium repairs a cut file as well as it can, with blank pages. The end mark of a whole file is among its
+    # last 1024 bytes.
     if b"%%EOF" not in data[-1024:]:
         raise DataError(f"{sheet.name}: truncated; copy or export it again")
     with pypdfium2.PdfDocument(data) as document:

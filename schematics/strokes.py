@@ -1,4 +1,7 @@
-"""Pen strokes: twelve circuit symbols in a unit square (x right, y down), and the paper they go on."""
+"""Pen strokes of twelve circuit symbols, and the canvas on which they are drawn.
+
+A symbol is given in units about its own origin, x to the right and y down; it is about one unit long.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,19 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-FINER = 2  # drawn at twice the size and averaged down: pens of half-pixel steps, even edges
-SHIFT = 6  # fractional bits of OpenCV's coordinates
-FONT = cv2.FONT_HERSHEY_SIMPLEX  # strokes before OpenCV 5, an outline font since: sheets differ by that
+# Sheets are drawn at this many times their size and averaged down, for even edges and pens of half a pixel.
+FINER = 2
+SHIFT = 6  # fractional bits of the coordinates that OpenCV is given
+# OpenCV draws this font as strokes up to version 4 and as outlines since version 5, so that the lettering of
+# a sheet depends on the version.
+FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Stroke:
-    """A polyline [N, 2]; filled ones are closed, bold ones are drawn with twice the pen's width."""
+    """A polyline through points [N, 2]. A filled one is closed, a bold one has twice the pen's width."""
 
     points: np.ndarray
     filled: bool = False
@@ -26,9 +32,9 @@ class Stroke:
 
 @dataclass(frozen=True)
 class Shape:
-    """A symbol's strokes, and the leads that join it to the wires around and don't belong to its box.
+    """The strokes of a symbol, and the leads that join it to wires and don't belong to its box.
 
-    A symbol of two pins has none: its wires end at (-pin, 0) and (pin, 0).
+    A symbol with two pins has no leads: its wires end at (-pin, 0) and (pin, 0).
     """
 
     strokes: tuple[Stroke, ...]
@@ -37,18 +43,20 @@ class Shape:
 
 
 def line(*points: Point, filled: bool = False, bold: bool = False) -> Stroke:
+    """A stroke through the points in their order."""
     return Stroke(np.array(points, dtype=float), filled, bold)
 
 
 def arc(
-    centre: Point | np.ndarray, radius: float, start: float = 0.0, end: float = 360.0, filled: bool = False
+    center: Point | np.ndarray, radius: float, start: float = 0.0, end: float = 360.0, filled: bool = False
 ) -> Stroke:
-    """Degrees, clockwise from east."""
+    """A stroke along a circle from angle `start` to `end`, in degrees clockwise from east."""
     angle = np.radians(np.linspace(start, end, 33))
-    return Stroke(centre + radius * np.column_stack([np.cos(angle), np.sin(angle)]), filled)
+    return Stroke(center + radius * np.column_stack([np.cos(angle), np.sin(angle)]), filled)
 
 
 def _plate(x: float, half: float, bold: bool = False) -> Stroke:
+    """An upright stroke at x, `half` long above and below the axis."""
     return line((x, -half), (x, half), bold=bold)
 
 
@@ -112,9 +120,10 @@ SHAPES: dict[str, Shape] = {
 def placed(
     strokes: Iterable[Stroke], at: np.ndarray, unit: float, quarter: int = 0, mirror: bool = False
 ) -> list[Stroke]:
-    """Strokes with their origin at `at` [2] and their unit `unit` px long, mirrored over x and turned.
+    """The strokes on a sheet, in px: their origin is at `at` [2], one unit is `unit` px long.
 
-    quarter: turns by 90 degrees clockwise; 0 leaves x pointing east, 1 south.
+    mirror: whether they are first mirrored about the x axis, y to -y. quarter: by how many quarter turns they
+    are then turned clockwise, so that 0 leaves the x axis pointing east and 1 makes it point south.
     """
     turn = np.linalg.matrix_power(np.array([[0.0, -1.0], [1.0, 0.0]]), quarter % 4)
     matrix = unit * turn @ np.diag([1.0, -1.0 if mirror else 1.0])
@@ -122,23 +131,27 @@ def placed(
 
 
 def text_width(text: str, height: float) -> float:
-    """Of `text` with capitals `height` px tall, in px."""
+    """The width in px of a text whose capitals are `height` px tall."""
     return cv2.getTextSize(text, FONT, FINER * height / 21, FINER)[0][0] / FINER
 
 
 @dataclass
 class Canvas:
-    """Ink uint8 [FINER * H, FINER * W], 0 paper to 255 ink; every point passes through `skew` [2, 3]."""
+    """A sheet to draw on: ink uint8 [FINER * H, FINER * W], from 0 for paper to 255 for ink.
+
+    Everything is drawn at places in px of the sheet, which the matrix `skew` [2, 3] turns a little.
+    """
 
     ink: np.ndarray
     skew: np.ndarray
     pen: float  # width of a stroke, px
 
     def draw(self, strokes: Iterable[Stroke], pen: float | None = None) -> None:
+        """Draw strokes over what is there. pen: their width in px, the canvas's own if not given."""
         self.stamp(*self.sketch(strokes, pen))
 
     def sketch(self, strokes: Iterable[Stroke], pen: float | None = None) -> tuple[np.ndarray, int, int]:
-        """The strokes alone on a patch of their own, and where its corner (x, y) belongs on `ink`."""
+        """The strokes on a patch of their own, and where its corner (x, y) belongs, in pixels of `ink`."""
         strokes, pen = list(strokes), pen or self.pen
         points = [FINER * (s.points @ self.skew[:, :2].T + self.skew[:, 2]) for s in strokes]
         edge = 2 * round(FINER * pen) + 2
@@ -154,19 +167,19 @@ class Canvas:
         return patch, int(low[0]), int(low[1])
 
     def stamp(self, patch: np.ndarray, x: int, y: int) -> None:
-        """Lay the ink of a patch over what is there; what falls beside the paper is lost."""
+        """Lay the ink of a patch over what is there; ink beyond the edges of the sheet is lost."""
         x0, y0 = max(0, x), max(0, y)
         area = self.ink[y0 : max(0, y + patch.shape[0]), x0 : max(0, x + patch.shape[1])]
         patch = patch[y0 - y :, x0 - x :][: area.shape[0], : area.shape[1]]
         np.maximum(area, patch, out=area)
 
     def is_free(self, x: float, y: float, width: float, height: float) -> bool:
-        """Whether the rectangle (px) lies on the sheet and holds no ink."""
+        """Whether the rectangle, in px, lies wholly on the sheet and holds no ink."""
         x0, y0, x1, y1 = (round(FINER * v) for v in (x, y, x + width, y + height))
         on_sheet = x0 >= 0 and y0 >= 0 and x1 <= self.ink.shape[1] and y1 <= self.ink.shape[0]
         return on_sheet and not self.ink[y0:y1, x0:x1].any()
 
     def write(self, text: str, x: float, y: float, height: float) -> None:
-        """Text with its lower left corner at (x, y), capitals `height` px tall."""
+        """Write a text with its lower left corner at (x, y) px and capitals `height` px tall."""
         u, v = (round(c) for c in FINER * (self.skew @ [x, y, 1]))
         cv2.putText(self.ink, text, (u, v), FONT, FINER * height / 21, 255, FINER, cv2.LINE_AA)

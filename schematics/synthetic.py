@@ -1,11 +1,12 @@
 """Draw circuits whose symbols are known: for the demo, for tests and for trying things out.
 
-    python -m schematics.synthetic --out DIR --sheets N --seed S [--size W H] [--noise X] [--unlabeled M]
+    python -m schematics.synthetic --out DIR [--sheets N] [--seed S] [--size W H] [--noise X] [--unlabeled M]
 
-writes DIR/train (N sheets), DIR/valid and DIR/test (N/5 each, at least 4) with _annotations.coco.json, and
-DIR/unlabeled (M sheets, 2N unless given).
+The result is DIR/train with N sheets, DIR/valid and DIR/test with N/5 sheets each but at least 4, all three
+with _annotations.coco.json, and DIR/unlabeled with M sheets, 2N if M is not given. DIR appears whole or not
+at all. On two x86-64 cores the default of 272 sheets of 512 x 512 px takes 3 s.
 
-A sheet is a function of (seed, index), and the splits number theirs from ranges that can't meet: asking for
+A sheet is a function of the seed and of its index, and the indices of two splits never meet. So asking for
 more sheets leaves those of a smaller set as they were.
 """
 
@@ -13,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import cv2
@@ -24,15 +22,16 @@ import numpy as np
 from schematics.circuit import CLASSES, Drawing, draw_circuit
 from schematics.coco import Category, write_split
 from schematics.command import Parser, run
-from schematics.sheets import DataError
+from schematics.folders import whole_folder
+from schematics.sheets import DataError, write_png
 from schematics.strokes import FINER, Canvas, line, text_width
 
 SPLITS = ("train", "valid", "test", "unlabeled")
 SPLIT_STRIDE = 1_000_000  # the first index of a split is this times its place in SPLITS
-MARKER = ".synthetic"  # what a finished folder was drawn with
+MARKER = ".synthetic"  # a file in a finished folder, with the arguments it was drawn with
 
-SMALLEST_SHEET = 256  # px
-LETTER = 7.0  # px, height of capitals
+SMALLEST_SHEET = 256  # px, a side
+LETTER = 7.0  # px, the height of a symbol's lettering
 PREFIX = {"resistor": "R", "capacitor": "C", "inductor": "L", "diode": "D", "transistor": "Q", "op-amp": "U"}
 PREFIX |= {"switch": "S", "lamp": "H", "motor": "M", "fuse": "F", "battery": "B"}
 VALUES = {
@@ -52,10 +51,10 @@ TITLES = ("DRIVER BOARD", "POWER SUPPLY", "LAMP CONTROL", "PUMP STATION", "AUDIO
 def draw_sheet(
     seed: int, index: int, width: int = 512, height: int = 512, noise: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sheet number `index`: image uint8 [H, W], boxes float64 [N, 4] xyxy px, labels int64 [N] from 1.
+    """Draw a sheet: image uint8 [H, W], boxes float64 [N, 4] x0 y0 x1 y1 in px, labels int64 [N] from 1.
 
-    noise: 0 is a clean print, 1 a bad scan (skew, uneven paper, specks, blur, JPEG). Boxes follow the skew;
-    they hold the ink of their symbol, wires excluded, and never overlap.
+    noise: from 0, a clean print, to 1, a bad scan with skew, uneven paper, specks, blur and JPEG. Boxes
+    follow the skew. Each holds the ink of its symbol without the wires, and no two overlap.
     """
     rng = np.random.default_rng([seed, index])
     angle = np.radians(0.5 * noise * rng.uniform(-1, 1))
@@ -78,7 +77,7 @@ def draw_sheet(
 
 
 def _draw_frame(drawing: Drawing, width: int, height: int) -> None:
-    """Border with zone marks, title block at the lower right, notes at the lower left."""
+    """Draw a border with zone marks, a title block at the lower right and notes at the lower left."""
     canvas, rng = drawing.canvas, drawing.rng
     for edge in (6, 18):
         x1, y1 = width - edge, height - edge
@@ -104,7 +103,10 @@ def _draw_frame(drawing: Drawing, width: int, height: int) -> None:
 
 
 def _letter(drawing: Drawing) -> None:
-    """Name and value beside each symbol, on the first side that is blank paper; else the name, else none."""
+    """Write name and value of each symbol beside it, on the first side where the paper is blank.
+
+    Where no side has room for both, the name stands alone; where none has room for the name, nothing does.
+    """
     canvas, rng = drawing.canvas, drawing.rng
     counts: dict[str, int] = {}
     for box, label in zip(drawing.boxes, drawing.labels, strict=True):
@@ -123,7 +125,10 @@ def _letter(drawing: Drawing) -> None:
 
 
 def _blank_place(canvas: Canvas, box: np.ndarray, rows: list[str]) -> tuple[float, float] | None:
-    """Upper left corner of a blank rectangle for the rows above, below, right or left of the box."""
+    """The upper left corner of a blank place for the rows of text beside the box, or None.
+
+    Above and below come first for a flat symbol, right and left for an upright one.
+    """
     w, h = max(text_width(row, LETTER) for row in rows), len(rows) * (LETTER + 4) - 4
     x, y = (box[:2] + box[2:]) / 2 - [w / 2, h / 2]
     above_below = [(x, box[1] - h - 5), (x, box[3] + 5)]
@@ -136,7 +141,7 @@ def _blank_place(canvas: Canvas, box: np.ndarray, rows: list[str]) -> tuple[floa
 
 
 def _scan(image: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Gray and uneven paper, blur, grain, specks and JPEG, as much as `noise` says."""
+    """What a scanner makes of a print: blur, grain, gray and uneven paper, specks, JPEG, all by `noise`."""
     height, width = image.shape
     shade = cv2.resize(rng.uniform(0, 24, (3, 3)).astype(np.float32), (width, height))
     grain = 5 * rng.standard_normal(image.shape, dtype=np.float32)
@@ -159,20 +164,20 @@ def write_sheets(
     noise: float = 0.0,
     unlabeled: int = 0,
 ) -> dict[str, int]:
-    """Draw all splits into `out`, whole or not at all; returns the number of sheets in each.
+    """Draw all splits into `out`, whole or not at all. Returns the number of sheets in each.
 
-    A folder drawn before with the same arguments is left as it is. Raises DataError if `out` holds anything
-    else, or for arguments out of range.
+    size: width and height of a sheet, px. A folder that was drawn with the same arguments is left as it is.
+    Raises DataError if `out` holds anything else, or if an argument is out of range.
     """
     in_range = {
-        "--sheets": sheets > 0,
-        "--unlabeled": unlabeled >= 0,
-        "--seed": seed >= 0,
-        "--noise": 0 <= noise <= 1,
-        "--size": min(size) >= SMALLEST_SHEET,
+        f"--sheets {sheets}: give 1 or more": sheets > 0,
+        f"--unlabeled {unlabeled}: give 0 or more": unlabeled >= 0,
+        f"--seed {seed}: give 0 or more": seed >= 0,
+        f"--noise {noise}: give a number from 0 to 1": 0 <= noise <= 1,
+        f"--size {size[0]} {size[1]}: give sides of {SMALLEST_SHEET} px or more": min(size) >= SMALLEST_SHEET,
     }
-    for flag in [flag for flag, fine in in_range.items() if not fine]:
-        raise DataError(f"{flag} is out of range: noise goes from 0 to 1, a side from {SMALLEST_SHEET} px up")
+    for complaint in [complaint for complaint, fine in in_range.items() if not fine]:
+        raise DataError(complaint)
     out = Path(out).absolute()
     counts = dict(zip(SPLITS, (sheets, max(4, sheets // 5), max(4, sheets // 5), unlabeled), strict=True))
     made_with = {"seed": seed, "size": list(size), "noise": noise, "sheets": counts}
@@ -180,26 +185,21 @@ def write_sheets(
         if (out / MARKER).is_file() and json.loads((out / MARKER).read_text()) == made_with:
             return counts
         raise DataError(f"{out}: holds something else already; choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private
+    with whole_folder(out) as folder:
         for k, (split, count) in enumerate(counts.items()):
             _write_split(folder / split, range(k * SPLIT_STRIDE, k * SPLIT_STRIDE + count), seed, size, noise)
         (folder / MARKER).write_text(json.dumps(made_with))
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return counts
 
 
 def _write_split(folder: Path, indices: range, seed: int, size: tuple[int, int], noise: float) -> None:
+    """Draw the sheets of these indices into a new folder, with annotations unless it is "unlabeled"."""
     folder.mkdir()
     images, annotations = [], []
     for image_id, index in enumerate(indices, 1):
         image, boxes, labels = draw_sheet(seed, index, *size, noise)
         name = f"{folder.name}_{image_id:05}.png"
-        (folder / name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
+        write_png(folder / name, image)
         images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
             box = [x0, y0, x1 - x0, y1 - y0]
@@ -215,15 +215,34 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.synthetic", description="Draw circuits with known symbols.")
+    parser = Parser("schematics.synthetic", __doc__)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write; new, or drawn with the same flags"
+        "--out",
+        type=Path,
+        required=True,
+        help="Folder to write: a new one, or one drawn with the same flags.",
     )
-    parser.add_argument("--sheets", type=int, default=80, help="labelled sheets for training (default 80)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(512, 512), metavar=("W", "H"), help="px (512 512)"
+        "--sheets", type=int, default=80, help="Number of labelled sheets in train (default %(default)s)."
     )
-    parser.add_argument("--noise", type=float, default=0.0, help="0 clean print .. 1 bad scan (default 0)")
-    parser.add_argument("--unlabeled", type=int, help="sheets without labels (default: twice --sheets)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Number from which all sheets are drawn (default %(default)s)."
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(512, 512),
+        metavar=("W", "H"),
+        help=f"Width and height of a sheet in pixels, each at least {SMALLEST_SHEET} (default 512 512).",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="From 0, a clean print, to 1, a bad scan (default %(default)s).",
+    )
+    parser.add_argument(
+        "--unlabeled", type=int, help="Number of sheets without labels (default: twice --sheets)."
+    )
     run(main, parser)

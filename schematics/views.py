@@ -1,9 +1,14 @@
-"""Two views of a window: the published photo recipes of SimCLR and VICReg, and `drawing`, for line art.
+"""Change a window at random into the two views that pretraining sees, and draw a picture of such views.
 
-All on uint8 with OpenCV, numbers only from `generator`: a view is a function of (seed, epoch, sample, view)
-and of nothing else. What each recipe does to a drawing, and why, is in docs/views.md. To see it on yours:
+    python -m schematics.views SHEETS OUT.png [--most 3] [--side 512] [--size 224] [--pairs 4] [--seed 0]
 
-    python -m schematics.views SHEETS OUT.png [--side 512] [--size 224] [--pairs 4] [--seed 0]
+There are three recipes: `drawing`, which is made for line art, and the published photo recipes of SimCLR
+(arXiv 2002.05709) and VICReg (arXiv 2105.04906). docs/views.md says what each does to a drawing, and why. The
+picture shows a window of each of the first sheets beside pairs of its views, a row for each recipe. On two
+x86-64 cores the default of 3 sheets and 4 pairs takes 0.5 s.
+
+A view is a function of (seed, epoch, sample, view) and of nothing else: all its random numbers are from
+`generator`. Everything is worked on as uint8 with OpenCV, on as many threads as OpenCV is set to.
 """
 
 from __future__ import annotations
@@ -17,13 +22,21 @@ import cv2
 import numpy as np
 
 from schematics.command import Parser, run
-from schematics.sheets import DataError, find_sheets, read_sheet
-from schematics.windows import Colour, Image, cut, ink_mask, ink_windows, paper_color
+from schematics.pixels import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    blur,
+    invert,
+    jpeg,
+    resize,
+    solarize,
+)
+from schematics.sheets import DataError, find_sheets, read_sheet, to_color, write_png
+from schematics.windows import Color, Image, cut, ink_mask, ink_windows, paper_color
 
 RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
-
-# The loader's worker processes are the parallelism; OpenCV's own threads would fight them for the cores.
-cv2.setNumThreads(1)
 
 
 def generator(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
@@ -44,10 +57,11 @@ def two_views(
     strength: float = 1.0,
     orientation: bool = False,
 ) -> tuple[Image, Image]:
-    """Two views uint8 [size, size, 3] RGB of a window uint8 [H, W] or [H, W, 3].
+    """Two views, uint8 RGB [size, size, 3] each, of a window uint8 [H, W] or [H, W, 3].
 
-    strength: multiplies the ranges of the colour jitter. orientation: mirror and turn by 90 degrees in
-    `drawing` too, which erases classes told apart by orientation; the photo recipes mirror in any case.
+    recipe: one of RECIPES. size: side of a view, px. strength: multiplies the ranges of the color jitter.
+    orientation: whether `drawing` mirrors and makes quarter turns too, which erases classes that are told
+    apart by their orientation; the photo recipes mirror in any case. Raises ValueError for an unknown recipe.
     """
     if recipe == "drawing":
         first, second = _drawing_pair(window, size, seed, epoch, sample, strength, orientation)
@@ -58,25 +72,7 @@ def two_views(
         )
     else:
         raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
-    return _three_channels(first), _three_channels(second)
-
-
-def _three_channels(image: Image) -> Image:
-    return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image
-
-
-def resize(image: Image, size: int) -> Image:
-    """[h, w] or [h, w, 3] -> [size, size(, 3)], bicubic, antialiased where it shrinks.
-
-    Shrinking goes over a bicubic copy at 2, 4, ... times the size, averaged down: the weights of
-    INTER_AREA with a smoother edge, at half its time or less (powers of two have a fast path). Up to a
-    factor of 1.25 bicubic alone still gives every source pixel its weight.
-    """
-    finer = 1
-    while max(image.shape[:2]) > 1.25 * finer * size:
-        finer *= 2
-    image = cv2.resize(image, (finer * size, finer * size), interpolation=cv2.INTER_CUBIC)
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) if finer > 1 else image
+    return to_color(first, "rgb"), to_color(second, "rgb")
 
 
 # --- the photo recipes -----------------------------------------------------------------------------------
@@ -84,18 +80,22 @@ def resize(image: Image, size: int) -> Image:
 
 @dataclass(frozen=True)
 class Photo:
-    """One view's published numbers. Common to all: crop area .08-1, mirror p .5, jitter p .8, gray p .2."""
+    """The published numbers of a photo recipe's view.
 
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    blur: float  # probability; kernel side/10, sigma U(.1, 2)
-    solarize: float  # probability; threshold 128
+    All have in common: a crop of 8 % of the area to all of it, mirrored with probability 0.5, jittered in
+    color with 0.8, turned gray with 0.2.
+    """
+
+    brightness: float  # largest change of the factor 1
+    contrast: float  # largest change of the factor 1
+    saturation: float  # largest change of the factor 1
+    hue: float  # largest turn, as a share of the full circle
+    blur: float  # probability; the kernel is a tenth of the side, sigma U(0.1, 2)
+    solarize: float  # probability; the threshold is 128
 
 
 SIMCLR = Photo(0.8, 0.8, 0.8, 0.2, blur=0.5, solarize=0.0)  # arXiv 2002.05709, appendix A
-VICREG = (  # arXiv 2105.04906, appendix C.1: asymmetric, as in BYOL
+VICREG = (  # arXiv 2105.04906, appendix C.1: the two views differ, as in BYOL
     Photo(0.4, 0.4, 0.2, 0.1, blur=1.0, solarize=0.0),
     Photo(0.4, 0.4, 0.2, 0.1, blur=0.1, solarize=0.2),
 )
@@ -110,7 +110,7 @@ def _photo_view(image: Image, size: int, rng: np.random.Generator, strength: flo
     if rng.random() < 0.8:
         image = _color_jitter(image, rng, strength, photo)
     if rng.random() < 0.2:
-        image = to_gray(image)
+        image = to_color(image, "gray")
     if rng.random() < photo.blur:
         image = blur(image, rng.uniform(0.1, 2.0))
     if rng.random() < photo.solarize:
@@ -119,7 +119,10 @@ def _photo_view(image: Image, size: int, rng: np.random.Generator, strength: flo
 
 
 def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(x, y, w, h): area U(.08, 1) of the window, log-uniform ratio 3/4-4/3; ten tries, then the middle."""
+    """Draw a crop x, y, w, h in px: 8 % of the window's area to all of it, w / h log-uniform in 3/4 to 4/3.
+
+    A crop that the window doesn't hold is drawn anew; after ten tries it is the largest one in the middle.
+    """
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -131,7 +134,7 @@ def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tu
 
 
 def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
-    """Brightness, contrast, saturation and hue by factors drawn from the ranges, in random order."""
+    """Change brightness, contrast, saturation and hue in random order, by factors drawn from the ranges."""
     ranges = strength * np.array([photo.brightness, photo.contrast, photo.saturation])
     factors = rng.uniform(np.maximum(0, 1 - ranges), 1 + ranges)
     turn = rng.uniform(-1, 1) * min(0.5, strength * photo.hue)
@@ -147,66 +150,23 @@ def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo
     return image
 
 
-def to_gray(image: Image) -> Image:
-    """RGB -> luma (ITU-R 601) [H, W]; gray as it is."""
-    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-
-
-def adjust_brightness(image: Image, factor: float) -> Image:
-    """Blend with black."""
-    return cv2.addWeighted(image, factor, image, 0.0, 0.0)
-
-
-def adjust_contrast(image: Image, factor: float) -> Image:
-    """Blend with the mean of the image's luma."""
-    return cv2.addWeighted(image, factor, image, 0.0, (1 - factor) * cv2.mean(to_gray(image))[0])
-
-
-def adjust_saturation(image: Image, factor: float) -> Image:
-    """Blend with the image's luma."""
-    if image.ndim == 2:
-        return image
-    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * np.array([0.299, 0.587, 0.114]))
-
-
-def adjust_hue(image: Image, turn: float) -> Image:
-    """Turn the hue by `turn` of the full circle; hue in 256 steps, as Pillow has it."""
-    if image.ndim == 2:
-        return image
-    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
-    hue += np.uint8(round(turn * 256) % 256)  # wraps around
-    return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
-
-
-def blur(image: Image, sigma: float) -> Image:
-    """Gaussian, the published kernel of side/10; taps beyond 3 sigma add less than a gray level: left out."""
-    radius = min(image.shape[0] // 10 // 2, int(np.ceil(3 * sigma)))
-    return cv2.GaussianBlur(image, (2 * radius + 1, 2 * radius + 1), sigma)
-
-
-SOLARIZED = np.array([x if x < 128 else 255 - x for x in range(256)], dtype=np.uint8)
-
-
-def solarize(image: Image) -> Image:
-    """Invert what is 128 or lighter."""
-    return cv2.LUT(image, SOLARIZED)
-
-
 # --- the recipe for drawings -----------------------------------------------------------------------------
 
-REACH = 1.75  # a crop is at most this many times the view's side: a 2-px line stays over a pixel wide
-SHARE = (0.56, 1.0)  # crop side, of the region's; times exp(-RATIO) over a half: any two crops overlap
-RATIO = 0.1  # width / height of a crop is up to exp(2 * RATIO), either way
-TRIES = 512  # pixels looked at for ink before looking at all
-PAIR = 2  # the stream of what both views share, beside those of view 0 and 1
-# Gray level of scan noise in units of its standard deviation, for each value of a random byte.
+# The region that both views show has at most this many times a view's side: a 2-px line stays over 1 px wide.
+REACH = 1.75
+# A crop's side as a share of the region's. Even with the ratio below it is over a half: two crops overlap.
+SHARE = (0.56, 1.0)
+RATIO = 0.1  # a crop's width / height is drawn from exp(-2 * RATIO) to exp(2 * RATIO)
+TRIES = 512  # random pixels that are looked at for ink before all pixels are
+PAIR = 2  # the number of the stream for what both views share; views 0 and 1 have streams of their own
+# For each value of a random byte, the gray level of scan noise in units of its standard deviation.
 NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
 
 
 def _drawing_pair(
     window: Image, size: int, seed: int, epoch: int, sample: int, strength: float, orientation: bool
 ) -> list[Image]:
-    """Both views look at one region of at most REACH * size a side, around ink."""
+    """Both views show the same region around ink, whose sides are at most REACH * size px."""
     paper = paper_color(window)
     width, height = (min(side, round(REACH * size)) for side in window.shape[1::-1])
     x, y = _around_ink(window, paper, width, height, generator(seed, epoch, sample, PAIR))
@@ -218,12 +178,12 @@ def _drawing_pair(
 
 
 def _around_ink(
-    image: Image, paper: Colour, width: int, height: int, rng: np.random.Generator
+    image: Image, paper: Color, width: int, height: int, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Corner (x, y) of a crop with a random pixel of ink in its middle half, where the edges allow."""
+    """Corner x, y of a crop that has a random pixel of ink in its middle half, as far as the edges allow."""
     ys, xs = (rng.integers(side, size=TRIES) for side in image.shape[:2])
     hit = ink_mask(image[ys, xs][:, None], paper)[:, 0]
-    if not hit.any():  # little ink: look at every pixel
+    if not hit.any():  # there is so little ink that every pixel must be looked at
         ys, xs = np.nonzero(ink_mask(image, paper))
         hit = rng.permutation(len(ys)) == 0
     at = (xs[hit][0], ys[hit][0]) if hit.any() else (image.shape[1] / 2, image.shape[0] / 2)
@@ -232,7 +192,7 @@ def _around_ink(
 
 
 def _drawing_view(
-    region: Image, paper: Colour, size: int, rng: np.random.Generator, strength: float, orientation: bool
+    region: Image, paper: Color, size: int, rng: np.random.Generator, strength: float, orientation: bool
 ) -> Image:
     image = resize(_crop(region, paper, rng), size)
     if orientation:
@@ -243,12 +203,12 @@ def _drawing_view(
     if rng.random() < 0.3:
         image = _scan_noise(image, rng.uniform(2, 10), rng)
     if rng.random() < 0.2:
-        image = _jpeg(image, int(rng.integers(30, 91)))
+        image = jpeg(image, int(rng.integers(30, 91)))
     return image
 
 
-def _crop(region: Image, paper: Colour, rng: np.random.Generator) -> Image:
-    """A crop of SHARE of the region's side, four times in ten turned and sheared by a few degrees."""
+def _crop(region: Image, paper: Color, rng: np.random.Generator) -> Image:
+    """Cut a crop around ink out of the region, four times in ten turned and sheared by a few degrees."""
     height, width = region.shape[:2]
     share, ratio = rng.uniform(*SHARE), np.exp(rng.uniform(-RATIO, RATIO))
     w = max(1, min(width, round(width * share * ratio)))
@@ -256,7 +216,7 @@ def _crop(region: Image, paper: Colour, rng: np.random.Generator) -> Image:
     x, y = _around_ink(region, paper, w, h, rng)
     if rng.random() < 0.6:
         return region[y : y + h, x : x + w]
-    # At the sheet's own resolution, before shrinking: interpolation costs a thin line little there.
+    # The crop is turned before it is shrunk, since interpolation costs a thin line less at this resolution.
     angle, shear = np.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
     shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
@@ -269,16 +229,16 @@ def _crop(region: Image, paper: Colour, rng: np.random.Generator) -> Image:
     )
 
 
-def _is_light(paper: Colour) -> bool:
+def _is_light(paper: Color) -> bool:
     return bool(np.mean(paper) > 127)
 
 
-def _wear(image: Image, paper: Colour, rng: np.random.Generator) -> Image:
-    """What pens and copiers do to a line, one thing at most: thicker or thinner by a pixel, or blurred."""
+def _wear(image: Image, paper: Color, rng: np.random.Generator) -> Image:
+    """Do to lines what pens and copiers do: make them thicker or thinner, blur them, or leave them alone."""
     kind = rng.random()
-    if kind < 0.25:  # thicker
+    if kind < 0.25:  # thicker by a pixel
         return (cv2.erode if _is_light(paper) else cv2.dilate)(image, np.ones((2, 2), np.uint8))
-    if kind < 0.4:  # thinner; by half, as a whole pixel would wipe out lines that are one wide
+    if kind < 0.4:  # thinner, but only by half: a whole pixel would wipe out lines that are one pixel wide
         thin = (cv2.dilate if _is_light(paper) else cv2.erode)(image, np.ones((2, 2), np.uint8))
         return cv2.addWeighted(image, 0.5, thin, 0.5, 0)
     if kind < 0.7:
@@ -286,10 +246,11 @@ def _wear(image: Image, paper: Colour, rng: np.random.Generator) -> Image:
     return image
 
 
-def _tone(image: Image, paper: Colour, rng: np.random.Generator, strength: float) -> Image:
-    """Contrast against the paper, brightness, at times inverted; colours shift only a little.
+def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float) -> Image:
+    """Change the contrast against the paper, the brightness and a little of the colors, and invert at times.
 
-    One linear map of x - paper, so that the paper keeps its colour but for the brightness.
+    All of it but the inversion is one linear map of (color - paper) and a shift by the brightness, so that
+    the paper changes in brightness only.
     """
     contrast = 1 + strength * rng.uniform(-0.3, 0.1)
     brightness = strength * rng.uniform(-25, 25)
@@ -298,49 +259,31 @@ def _tone(image: Image, paper: Colour, rng: np.random.Generator, strength: float
     inverted = rng.random() < 0.2
     if isinstance(paper, int):
         image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * paper + brightness)
-    else:  # colour tells classes apart where a drawing has it: turned by 7 degrees at most
+    else:  # where a drawing has color it tells classes apart, so hues turn by 7 degrees at most
         grays = np.full((3, 3), 1 / 3)
         across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
         turn = grays + np.cos(angle) * (np.eye(3) - grays) + np.sin(angle) * across  # about r = g = b
         matrix = contrast * (grays + saturation * (turn - grays))
         image = cv2.transform(image, np.column_stack([matrix, paper - matrix @ paper + brightness]))
-    return _invert(image) if inverted else image
-
-
-def _invert(image: Image) -> Image:
-    """Light to dark and back; in RGB by max + min -> 255 - max + 255 - min, so that hues stay."""
-    if image.ndim == 2:
-        return cv2.bitwise_not(image)
-    red, green, blue = cv2.split(image)
-    high = cv2.bitwise_not(cv2.max(cv2.max(red, green), blue))
-    low = cv2.min(cv2.min(red, green), blue)
-    return cv2.merge([cv2.add(cv2.subtract(channel, low), high) for channel in (red, green, blue)])
+    return invert(image) if inverted else image
 
 
 def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
-    """Gaussian noise of `sigma` gray levels, equal in all channels; random bytes are its quantiles."""
+    """Add Gaussian noise of `sigma` gray levels, equal in all channels, whose quantiles are random bytes."""
     quantile = np.frombuffer(rng.bytes(image.shape[0] * image.shape[1]), np.uint8).reshape(image.shape[:2])
     noise = cv2.LUT(quantile, np.clip(np.rint(128 + sigma * NORMAL), 0, 255).astype(np.uint8))
     return cv2.addWeighted(image, 1.0, noise if image.ndim == 2 else cv2.merge([noise] * 3), 1.0, -128)
-
-
-def _jpeg(image: Image, quality: int) -> Image:
-    """Through JPEG and back, chroma at full resolution: at half of it a thin line loses its colour."""
-    full = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
-    flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, full]
-    data = cv2.imencode(".jpg", image, flags)[1]  # RGB goes as if it were BGR, there and back
-    return np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
 
 
 # --- a picture of them -----------------------------------------------------------------------------------
 
 
 def contact_sheet(windows: list[Image], size: int, pairs: int, seed: int) -> Image:
-    """Three rows a window, one a recipe: the window itself, then `pairs` pairs of views, RGB."""
+    """An RGB picture with a row a window and recipe: the window itself, then `pairs` pairs of views."""
     rows = []
     for sample, window in enumerate(windows):
         for recipe in RECIPES:
-            cells = [_three_channels(resize(window, size))]
+            cells = [to_color(resize(window, size), "rgb")]
             for epoch in range(pairs):
                 cells += two_views(window, recipe, size, seed, epoch, sample)
             rows.append(
@@ -359,18 +302,30 @@ def main(args: argparse.Namespace) -> None:
             windows.append(cut(image, x, y, args.side))
     if not windows:
         raise DataError(f"{args.sheets}: blank paper; give drawings with lines")
-    picture = contact_sheet(windows, args.size, args.pairs, args.seed)
-    args.out.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
+    write_png(args.out, contact_sheet(windows, args.size, args.pairs, args.seed))
     print(f"{args.out}: from top to bottom of each group {', '.join(RECIPES)}; the window is on the left")
 
 
 if __name__ == "__main__":
-    parser = Parser(prog="python -m schematics.views", description="A picture of the recipes on your sheets.")
-    parser.add_argument("sheets", type=Path, help="a sheet or a folder of sheets")
-    parser.add_argument("out", type=Path, help="PNG to write")
-    parser.add_argument("--most", type=int, default=3, help="sheets shown (default 3)")
-    parser.add_argument("--side", type=int, default=512, help="of a window, pixels (default 512)")
-    parser.add_argument("--size", type=int, default=224, help="of a view, pixels (default 224)")
-    parser.add_argument("--pairs", type=int, default=4, help="shown a recipe (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser("schematics.views", __doc__)
+    parser.add_argument("sheets", type=Path, help="A sheet, or a folder of sheets.")
+    parser.add_argument("out", type=Path, help="PNG file to write; an old one is replaced.")
+    parser.add_argument(
+        "--most", type=int, default=3, help="Largest number of sheets to show (default %(default)s)."
+    )
+    parser.add_argument(
+        "--side", type=int, default=512, help="Side of a window in pixels (default %(default)s)."
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, help="Side of a view in pixels (default %(default)s)."
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=4,
+        help="Number of pairs of views to show a recipe (default %(default)s).",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Number from which the views are drawn (default %(default)s)."
+    )
     run(main, parser)

@@ -1,7 +1,8 @@
 """Where to look on a sheet: windows that hold ink, and a grid of tiles that covers everything.
 
-A window is a square in absolute pixels of the sheet, never a share of it: a 2-px line stays a 2-px line
-however large the sheet. Paper is the most frequent colour, so dark CAD screens work like white paper.
+The side of a window is given in pixels of the sheet, never as a share of it, so that a line of 2 px stays one
+of 2 px however large the sheet is. Paper is whatever color is most frequent, so that a dark CAD screen works
+like white paper.
 """
 
 from __future__ import annotations
@@ -13,27 +14,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 Image = np.ndarray  # uint8 [H, W] gray or [H, W, 3] RGB
-Colour = int | tuple[int, int, int]
+Color = int | tuple[int, int, int]  # a gray level or (r, g, b), each 0 to 255
 
-INK_TOLERANCE = 40  # gray levels; JPEG ringing and scan noise stay below, thin anti-aliased lines above
-PAPER_SAMPLE = 1 << 12  # pixels looked at to find the paper, evenly spread: plenty for what is most frequent
+# Gray levels from the paper's up to which a pixel is still paper. Noise of JPEG and scanners stays below,
+# thin anti-aliased lines are above.
+INK_TOLERANCE = 40
+PAPER_SAMPLE = 1 << 12  # evenly spread pixels that are looked at to find the paper, about
 
 
 def mean_and_std(images: Iterable[Image], count: int) -> tuple[list[float], list[float]]:
-    """Three channels each, in [0, 1], over `count` images of equal weight; gray is three equal channels."""
+    """Mean and standard deviation of three channels, in [0, 1], over `count` uint8 images of equal weight.
+
+    A gray image counts as three equal channels.
+    """
     moments = np.zeros((2, 3))
-    for image in images:  # in double, on uint8: a float32 sum saturates on a large sheet
+    for image in images:  # OpenCV sums up in double precision; a float32 sum saturates on a large sheet
         mean, std = (np.broadcast_to(m[:, 0], 3) / 255 for m in cv2.meanStdDev(image))
         moments += np.array([mean, std**2 + mean**2]) / count
     mean, square = moments
     return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
 
 
-def paper_color(image: Image) -> Colour:
-    """The most frequent colour of an image [H, W] or [H, W, 3]: an int, or (r, g, b).
+def paper_color(image: Image) -> Color:
+    """The most frequent color of an image [H, W] or [H, W, 3]: a gray level, or (r, g, b).
 
-    Colours are counted in bins of 8 levels, so that JPEG noise doesn't split the paper; the median of the
-    winning bin is returned.
+    Colors are counted in bins of 8 levels, so that the noise of JPEG doesn't split the paper into many
+    colors. The median of the fullest bin is returned.
     """
     step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / PAPER_SAMPLE)))
     pixels = image[::step, ::step].reshape(-1, 1 if image.ndim == 2 else 3)
@@ -42,32 +48,38 @@ def paper_color(image: Image) -> Colour:
     return paper[0] if image.ndim == 2 else tuple(paper)
 
 
-def ink_mask(image: Image, paper: Colour | None = None, tolerance: int = INK_TOLERANCE) -> NDArray[np.bool_]:
-    """Pixels [H, W] that differ from the paper by more than `tolerance` levels in any channel."""
+def ink_mask(image: Image, paper: Color | None = None, tolerance: int = INK_TOLERANCE) -> NDArray[np.bool_]:
+    """Bool [H, W]: the pixels that differ from the paper by more than `tolerance` levels in any channel.
+
+    paper: its color, looked for on the image if not given.
+    """
     level = np.atleast_1d(np.asarray(paper_color(image) if paper is None else paper, dtype=float))
     return cv2.inRange(image, level - tolerance, level + tolerance) == 0
 
 
 def starts(length: int, side: int, stride: int) -> NDArray[np.int64]:
-    """Evenly spread starts of the intervals of `side` that cover `length`, at most `stride` apart."""
+    """Evenly spread starts, at most `stride` apart, of intervals `side` long that cover 0 to `length`."""
     count = max(1, -(-(length - side) // stride) + 1)
     return np.linspace(0, max(0, length - side), count).astype(np.int64)
 
 
 def ink_windows(
-    image: Image, side: int, stride: int, min_ink: float, paper: Colour | None = None
+    image: Image, side: int, stride: int, min_ink: float, paper: Color | None = None
 ) -> NDArray[np.int64]:
-    """Corners (x, y) [N, 2] of the windows of `side` px in which at least `min_ink` of the pixels are ink.
+    """Corners [N, 2], x y in px, of the windows in which at least a share `min_ink` of the pixels is ink.
 
-    A sheet no larger than `side` is one window, its ink counted against side². The integral image is kept
-    only at the corners of windows, so a sheet of 20,000 px a side needs no more memory than a band of it.
+    side, stride: of the windows in px. A sheet no larger than `side` is one window, and its ink is compared
+    with side² pixels. paper: its color, looked for on the image if not given.
     """
     height, width = image.shape[:2]
     paper = paper_color(image) if paper is None else paper
     xs, ys = starts(width, side, stride), starts(height, side, stride)
     columns = np.unique([xs, np.minimum(xs + side, width)])
     rows = np.unique([ys, np.minimum(ys + side, height)])
-    integral = np.zeros((len(rows), len(columns)), dtype=np.int64)  # ink above rows[i], left of columns[j]
+    # The number of pixels of ink above rows[i] and left of columns[j]. This integral image is kept only at
+    # the corners of windows, and the sheet is worked on in bands, so that a sheet of 20,000 px a side needs
+    # little memory.
+    integral = np.zeros((len(rows), len(columns)), dtype=np.int64)
     for i in range(1, len(rows)):
         band = ink_mask(image[rows[i - 1] : rows[i]], paper)
         per_column = np.concatenate([[0], np.cumsum(np.count_nonzero(band, axis=0))])
@@ -80,10 +92,11 @@ def ink_windows(
     return np.stack([xs[column], ys[row]], axis=1)
 
 
-def cut(image: Image, x: int, y: int, side: int, paper: Colour | None = None) -> Image:
-    """The window [side, side] or [side, side, 3] at (x, y), a copy; beyond the sheet lies paper.
+def cut(image: Image, x: int, y: int, side: int, paper: Color | None = None) -> Image:
+    """A copy of the window [side, side] or [side, side, 3] whose upper left corner is at (x, y).
 
-    paper: that colour, found on the image where it's needed and not given.
+    Beyond the edge of the sheet it has the color of the paper. paper: that color, looked for on the image if
+    it is needed and not given.
     """
     height, width = image.shape[:2]
     x0, y0, x1, y1 = max(0, x), max(0, y), min(width, x + side), min(height, y + side)
@@ -97,10 +110,10 @@ def cut(image: Image, x: int, y: int, side: int, paper: Colour | None = None) ->
 
 
 def tile_sheet(width: int, height: int, side: int, overlap: int) -> NDArray[np.int64]:
-    """Tiles [N, 4], xyxy in sheet pixels, that cover the sheet row by row.
+    """Tiles [N, 4], x0 y0 x1 y1 in px of the sheet, that cover the sheet row by row.
 
-    Neighbours share at least `overlap` px. A sheet no larger than `side` is one tile of its own size; no
-    tile reaches over the sheet's edge.
+    Neighbours share at least `overlap` px, and no tile reaches over the sheet's edge. A sheet no larger than
+    `side` is one tile of its own size. Raises ValueError unless 0 <= overlap < side.
     """
     if not 0 <= overlap < side:
         raise ValueError(f"overlap must be in [0, side), got {overlap} with side {side}")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from schematics.coco import Category, write_split
+from schematics.command import Parser, run
+from schematics.sheets import DataError
 
 
 def command(capsys, monkeypatch, name: str, *arguments: object) -> tuple[int, str, str]:
@@ -155,9 +157,55 @@ def test_an_unlabelled_pool(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["check", "convert", "symbols"])
 def test_unknown_flags_end_with_2_and_one_line(capsys, monkeypatch, name, data):
-    code, out, err = command(capsys, monkeypatch, name, data, data / "out", "--colour", "red")
-    assert (code, out) == (2, "") and "--colour" in err and err.count("\n") == 1
+    code, out, err = command(capsys, monkeypatch, name, data, data / "out", "--color", "red")
+    assert (code, out) == (2, "") and "--color" in err and err.count("\n") == 1
     assert not (data / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["check", "convert", "pack", "symbols", "synthetic", "views"])
+def test_every_flag_has_a_sentence_of_its_own_as_help(monkeypatch, name):
+    parsers = []
+    monkeypatch.setattr("schematics.command.run", lambda main, parser: parsers.append(parser))
+    monkeypatch.delitem(sys.modules, f"schematics.{name}", raising=False)
+    runpy.run_module(f"schematics.{name}", run_name="__main__")
+    (parser,) = parsers
+    assert parser.prog == f"python -m schematics.{name}" and parser.description.endswith(".")
+    helps = [action.help for action in parser._actions if action.dest != "help"]
+    assert len(set(helps)) == len(helps) and all(text.endswith(".") and " " in text for text in helps)
+    assert len(parser.format_help().splitlines()) > len(helps)  # every %(default)s is filled in
+
+
+class Mistake(Exception):
+    exit_status = 7
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (None, 0, ""),
+        (DataError("a.png: cut short; copy it again"), 1, "error: a.png: cut short; copy it again\n"),
+        (
+            OSError(28, "No space left on device", "out"),
+            1,
+            "error: [Errno 28] No space left on device: 'out'\n",
+        ),
+        (Mistake("what to do"), 7, "error: what to do\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_how_a_command_ends(capsys, error, status, said):
+    def main(args):
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(main, Parser("schematics.check", "Check."), [])
+    assert (ended.value.code, capsys.readouterr().err) == (status, said)
+
+
+def test_a_bug_ends_as_a_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda args: 1 // 0, Parser("schematics.check", "Check."), [])
 
 
 def test_a_reader_that_stops_early_gets_no_traceback(data):

@@ -1,16 +1,21 @@
 """Whatever stands in an annotation file, the reader gives usable boxes or a finding."""
 
 import numpy as np
+from coco_documents import document, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_coco_repair import document, write
 
 from schematics.coco import inspect_split, to_coco
 
 JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(-5, 200), st.floats(), st.text(max_size=3), st.just(10**400),
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 200),
+    st.floats(),
+    st.text(max_size=3),
+    st.just(10**400),
     st.lists(st.floats(-50, 200), max_size=5),
-)  # fmt: skip
+)
 ROW = st.fixed_dictionaries(
     {},
     optional={

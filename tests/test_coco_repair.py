@@ -2,39 +2,15 @@
 
 import copy
 import json
-from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+from coco_documents import box, document, write
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from schematics.coco import Category, find_split, find_splits, inspect_split, read_split, to_coco, write_split
 from schematics.sheets import DataError
-
-
-def box(number: int, image: int = 1, category: int = 1, bbox=(10, 10, 20, 30), **rest) -> dict:
-    return {"id": number, "image_id": image, "category_id": category, "bbox": list(bbox), **rest}
-
-
-def document(**changes) -> dict:
-    """Two sheets of 100 x 80 px, two classes, three boxes, nothing wrong."""
-    annotations = [box(1), box(2, category=2, bbox=(50, 5, 8, 9)), box(3, image=2)]
-    images = [{"id": n, "file_name": f"{n}.png", "width": 100, "height": 80} for n in (1, 2)]
-    categories = [
-        {"id": n, "name": name, "supercategory": "devices"} for n, name in ((1, "valve"), (2, "pump"))
-    ]
-    rows = [{"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0, **a} for a in annotations]
-    return {"images": images, "categories": categories, "annotations": rows, **changes}
-
-
-def write(folder: Path, content: dict, sheets: int = 2) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "_annotations.coco.json").write_text(json.dumps(content))
-    for number in range(1, sheets + 1):
-        cv2.imwrite(str(folder / f"{number}.png"), np.full((80, 100), 255, np.uint8))
-    return folder
 
 
 def findings(split) -> dict[str, tuple[str, int]]:
@@ -138,8 +114,8 @@ def test_unknown_ids_and_boxes_listed_twice_are_dropped(tmp_path):
 
 def test_missing_truncated_and_empty_sheets(tmp_path):
     content = document()
-    content["images"] += [{"id": n, "file_name": name, "width": 100, "height": 80} for n, name in
-                          ((3, "gone.png"), (4, "cut.png"), (5, "text.png"), (6, "blank.png"))]  # fmt: skip
+    for n, name in ((3, "gone.png"), (4, "cut.png"), (5, "text.png"), (6, "blank.png")):
+        content["images"].append({"id": n, "file_name": name, "width": 100, "height": 80})
     content["annotations"] += [{**box(4, image=3), "area": 1, "iscrowd": 0}]
     folder = write(tmp_path / "train", content)
     data = (folder / "1.png").read_bytes()

@@ -21,25 +21,25 @@ from schematics.windows import cut, ink_windows
 
 @pytest.fixture
 def pool(tmp_path):
-    """Four sheets: gray, dark in colour, small, and blank."""
+    """Four sheets: gray, dark in color, small, and blank."""
     folder = tmp_path / "pool with ünïcode"
     folder.mkdir()
     gray = draw_sheet(0, 0, 700, 400)[0]
-    colour = np.full((300, 500, 3), (50, 30, 20), np.uint8)
-    colour[100:103, 20:480] = (60, 60, 220)
+    color = np.full((300, 500, 3), (50, 30, 20), np.uint8)
+    color[100:103, 20:480] = (60, 60, 220)
     small = np.full((90, 120), 250, np.uint8)
     small[40:44, 10:110] = 0
-    for name, image in [("a", gray), ("b", colour), ("c", small), ("d", np.full((600, 600), 255, np.uint8))]:
+    for name, image in [("a", gray), ("b", color), ("c", small), ("d", np.full((600, 600), 255, np.uint8))]:
         (folder / f"{name}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
     return folder
 
 
 def test_windows_are_those_of_the_decoded_sheets(pool, tmp_path):
     store = build_store(pool, tmp_path / "store", side=128)
-    gray, colour = draw_sheet(0, 0, 700, 400)[0], cv2.imread(str(pool / "b.png"))[..., ::-1]
+    gray, color = draw_sheet(0, 0, 700, 400)[0], cv2.imread(str(pool / "b.png"))[..., ::-1]
     want = [cut(gray, x, y, 128) for x, y in ink_windows(gray, 128, 64, 0.002)]
     want += [
-        cut(np.ascontiguousarray(colour), x, y, 128) for x, y in ink_windows(colour.copy(), 128, 64, 0.002)
+        cut(np.ascontiguousarray(color), x, y, 128) for x, y in ink_windows(color.copy(), 128, 64, 0.002)
     ]
     assert len(store) == len(want) + 1 and not store.skipped
     for i, window in enumerate(want):
@@ -64,7 +64,7 @@ def test_mean_and_std_are_those_of_the_windows(pool, tmp_path):
     assert all(gray.window(i).ndim == 2 for i in range(len(gray)))
 
 
-def test_a_pool_without_colour_is_gray(pool, tmp_path):
+def test_a_pool_without_color_is_gray(pool, tmp_path):
     (pool / "b.png").unlink()
     assert build_store(pool, tmp_path / "store", side=128).color_mode == "gray"
 

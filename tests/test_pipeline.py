@@ -1,6 +1,6 @@
 """slurm/pipeline.py: what is submitted, from which code, what status says, how a chain goes on.
 
-On the real Slurm, with a small program in the place of Python (see test_slurm_scripts.py) that does what the
+On the real Slurm, with a small program in the place of Python (see slurm_jobs.py) that does what the
 stages leave behind. test_slurm_chain.py runs the stages themselves.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import stages
 from slurm_cluster import Cluster, clean_environment
-from test_slurm_scripts import program
+from slurm_jobs import program
 
 from cluster.errors import UserError
 

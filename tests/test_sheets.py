@@ -53,25 +53,25 @@ def tiff_by_hand(data: bytes, width: int, height: int, bits: int, white_is_zero:
 
 
 @pytest.mark.parametrize(("kind", "options"), EXACT)
-def test_colour_and_gray_come_back_exactly(tmp_path, kind, options):
-    colour, gray = drawing(), drawing()[..., 0]
-    (tmp_path / f"colour.{kind}").write_bytes(encoded(colour, kind, **options))
+def test_color_and_gray_come_back_exactly(tmp_path, kind, options):
+    color, gray = drawing(), drawing()[..., 0]
+    (tmp_path / f"color.{kind}").write_bytes(encoded(color, kind, **options))
     (tmp_path / f"gray.{kind}").write_bytes(encoded(gray, kind, **options))
-    np.testing.assert_array_equal(read_sheet(tmp_path / f"colour.{kind}"), colour)
+    np.testing.assert_array_equal(read_sheet(tmp_path / f"color.{kind}"), color)
     np.testing.assert_array_equal(read_sheet(tmp_path / f"gray.{kind}"), gray)
-    assert sheet_size(tmp_path / f"colour.{kind}") == (90, 60)
+    assert sheet_size(tmp_path / f"color.{kind}") == (90, 60)
 
 
 @pytest.mark.parametrize("options", [{"quality": 95}, {"quality": 95, "progressive": True}])
-def test_jpeg_colour_gray_and_cmyk(tmp_path, options):
-    colour = cv2.GaussianBlur(drawing(), (9, 9), 0)
-    (tmp_path / "colour.jpg").write_bytes(encoded(colour, "jpg", subsampling=0, **options))
-    (tmp_path / "gray.jpg").write_bytes(encoded(colour[..., 0], "jpg", **options))
-    Image.fromarray(colour).convert("CMYK").save(tmp_path / "cmyk.jpg", **options)
-    for name in ("colour.jpg", "cmyk.jpg"):
-        assert np.abs(read_sheet(tmp_path / name).astype(int) - colour).max() < 25, name
+def test_jpeg_color_gray_and_cmyk(tmp_path, options):
+    color = cv2.GaussianBlur(drawing(), (9, 9), 0)
+    (tmp_path / "color.jpg").write_bytes(encoded(color, "jpg", subsampling=0, **options))
+    (tmp_path / "gray.jpg").write_bytes(encoded(color[..., 0], "jpg", **options))
+    Image.fromarray(color).convert("CMYK").save(tmp_path / "cmyk.jpg", **options)
+    for name in ("color.jpg", "cmyk.jpg"):
+        assert np.abs(read_sheet(tmp_path / name).astype(int) - color).max() < 25, name
     gray = read_sheet(tmp_path / "gray.jpg")
-    assert gray.ndim == 2 and np.abs(gray.astype(int) - colour[..., 0]).max() < 25
+    assert gray.ndim == 2 and np.abs(gray.astype(int) - color[..., 0]).max() < 25
 
 
 def test_three_equal_channels_are_gray(tmp_path):
@@ -91,12 +91,12 @@ def test_16_bits_are_scaled_not_cut(tmp_path, kind):
     np.testing.assert_array_equal(read_sheet(tmp_path / f"a.{kind}"), np.arange(256).reshape(16, 16))
 
 
-def test_16_bit_colour_and_transparency(tmp_path):
-    colour = drawing().astype(np.uint16) * 257
-    cv2.imwrite(str(tmp_path / "rgb.png"), colour[..., ::-1])
-    cv2.imwrite(str(tmp_path / "rgb.tif"), colour[..., ::-1])
+def test_16_bit_color_and_transparency(tmp_path):
+    color = drawing().astype(np.uint16) * 257
+    cv2.imwrite(str(tmp_path / "rgb.png"), color[..., ::-1])
+    cv2.imwrite(str(tmp_path / "rgb.tif"), color[..., ::-1])
     cv2.imwrite(
-        str(tmp_path / "rgba.png"), np.dstack([colour[..., ::-1], np.full((60, 90), 65535, np.uint16)])
+        str(tmp_path / "rgba.png"), np.dstack([color[..., ::-1], np.full((60, 90), 65535, np.uint16)])
     )
     for name in ("rgb.png", "rgb.tif", "rgba.png"):
         np.testing.assert_array_equal(read_sheet(tmp_path / name), drawing(), err_msg=name)
@@ -333,10 +333,10 @@ def test_finding_sheets_in_files_folders_and_trees(tmp_path):
         find_sheets(tmp_path / "empty")
 
 
-def test_colour_modes():
-    colour = drawing()
-    assert to_color(colour, "rgb") is colour and to_color(colour, "gray").shape == (60, 90)
-    gray = colour[..., 0]
+def test_color_modes():
+    color = drawing()
+    assert to_color(color, "rgb") is color and to_color(color, "gray").shape == (60, 90)
+    gray = color[..., 0]
     assert to_color(gray, "gray") is gray
     np.testing.assert_array_equal(to_color(gray, "rgb"), np.dstack([gray] * 3))
     with pytest.raises(ValueError, match="rgb"):

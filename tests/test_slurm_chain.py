@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, clean_environment
+from slurm_jobs import errors, steps
 
 ROOT = Path(__file__).parent.parent
 # Small enough for two cores; no worker processes, as each would import torch again.
@@ -31,17 +32,6 @@ def pretrain(slurm: Cluster, sheets: Path, exp_dir: Path, log: Path, *sbatch: st
     words = ["--data-dir", sheets / "unlabeled", "--exp-dir", exp_dir, *shlex.split(f"{PRETRAIN} {flags}")]
     return slurm.sbatch(*sbatch, "-c2", "-o", log, ROOT / "slurm" / "pretrain.slurm", "simclr", *words,
                         cwd=ROOT, env=ENVIRONMENT)  # fmt: skip
-
-
-def errors(log: Path) -> set[str]:
-    return {line for line in log.read_text().splitlines() if line.startswith("error:")}
-
-
-def steps(exp_dir: Path) -> list[int]:
-    """The steps in metrics.jsonl that logged a loss."""
-    path = exp_dir / "metrics.jsonl"
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [entry["step"] for entry in entries if "loss" in entry]
 
 
 def check_results(run_dir: Path) -> None:

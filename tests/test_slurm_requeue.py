@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster
-from test_slurm_chain import errors, steps
+from slurm_jobs import errors, steps
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = (

@@ -8,11 +8,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster
+from slurm_jobs import program
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("pretrain", "finetune", "evaluate")
@@ -30,14 +30,6 @@ if rank == "0":
         file.write("launch\\n")
 launch = len((here / "launches").read_text().split()) if rank == "0" else 0
 """
-
-
-def program(folder: Path, text: str) -> dict[str, str]:
-    """An executable to take Python's place, as an environment."""
-    path = folder / "program"
-    path.write_text(f"#!{sys.executable} -S\n{text}")
-    path.chmod(0o755)
-    return {"LINEWORK_PYTHON": str(path)}
 
 
 def launches(folder: Path) -> int:

@@ -11,7 +11,7 @@ from schematics.symbols import cut_symbols
 
 @pytest.fixture
 def data(tmp_path):
-    """One sheet of random colours in train, a gray one in val; class names that no file system likes."""
+    """One sheet of random colors in train, a gray one in val; class names that no file system likes."""
     rng = np.random.default_rng(0)
     categories = [Category(1, "valve"), Category(2, "a/b"), Category(3, "A:B"), Category(4, "..")]
     for split, shape in (("train", (80, 100, 3)), ("val", (80, 100))):

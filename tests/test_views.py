@@ -13,7 +13,8 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from schematics import views
+from schematics import pixels, views
+from schematics.sheets import to_color
 from schematics.synthetic import draw_sheet
 from schematics.views import RECIPES, generator, two_views
 
@@ -79,6 +80,12 @@ def test_workers_and_order_change_nothing():
     assert backwards[::-1] == alone
 
 
+def test_importing_the_recipes_leaves_the_threads_of_opencv_alone():
+    code = "import cv2; cv2.setNumThreads(3); import schematics.views; print(cv2.getNumThreads())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3"]
+
+
 # --- the published operations ----------------------------------------------------------------------------
 
 
@@ -87,17 +94,17 @@ def tensor(image):
 
 
 OPERATIONS = [
-    (views.adjust_brightness, F.adjust_brightness, (0.2, 0.6, 1.4, 1.8), 1),
-    (views.adjust_contrast, F.adjust_contrast, (0.2, 0.6, 1.4, 1.8), 2),
-    (views.adjust_saturation, F.adjust_saturation, (0.2, 0.8, 1.2, 1.8), 2),
-    (views.adjust_hue, F.adjust_hue, (-0.2, -0.1, 0.05, 0.2), 8),
+    (pixels.adjust_brightness, F.adjust_brightness, (0.2, 0.6, 1.4, 1.8), 1),
+    (pixels.adjust_contrast, F.adjust_contrast, (0.2, 0.6, 1.4, 1.8), 2),
+    (pixels.adjust_saturation, F.adjust_saturation, (0.2, 0.8, 1.2, 1.8), 2),
+    (pixels.adjust_hue, F.adjust_hue, (-0.2, -0.1, 0.05, 0.2), 8),
 ]
 
 
 @pytest.mark.parametrize(
     "ours, theirs, factors, tolerance", OPERATIONS, ids=lambda x: getattr(x, "__name__", "")
 )
-def test_colour_operations_equal_torchvisions(ours, theirs, factors, tolerance):
+def test_color_operations_equal_torchvisions(ours, theirs, factors, tolerance):
     for factor in factors:
         got = ours(PHOTO_RGB, factor).astype(int)
         want = theirs(tensor(PHOTO_RGB), factor).permute(1, 2, 0).numpy().astype(int)
@@ -107,24 +114,24 @@ def test_colour_operations_equal_torchvisions(ours, theirs, factors, tolerance):
 
 def test_gray_and_solarize_equal_torchvisions():
     gray = F.rgb_to_grayscale(tensor(PHOTO_RGB))[0].numpy().astype(int)
-    assert np.abs(views.to_gray(PHOTO_RGB).astype(int) - gray).max() <= 1
+    assert np.abs(to_color(PHOTO_RGB, "gray").astype(int) - gray).max() <= 1
     solarized = F.solarize(tensor(PHOTO_RGB), 128).permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(views.solarize(PHOTO_RGB), solarized)
+    np.testing.assert_array_equal(pixels.solarize(PHOTO_RGB), solarized)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
 def test_blur_equals_torchvisions_with_the_published_kernel(sigma):
     image = cv2.resize(SHEET, (224, 224), interpolation=cv2.INTER_AREA)
     want = F.gaussian_blur(torch.from_numpy(image)[None], [23, 23], [sigma, sigma])[0].numpy().astype(int)
-    assert np.abs(views.blur(image, sigma).astype(int) - want).max() <= 2
+    assert np.abs(pixels.blur(image, sigma).astype(int) - want).max() <= 2
 
 
 def test_gray_windows_give_what_their_three_equal_channels_give():
     for recipe in ("simclr", "vicreg"):
-        for gray, colour in zip(
+        for gray, color in zip(
             pairs(SHEET, recipe, 12), pairs(cv2.cvtColor(SHEET, cv2.COLOR_GRAY2RGB), recipe, 12), strict=True
         ):
-            assert np.abs(np.array(gray).astype(int) - np.array(colour)).max() <= 2
+            assert np.abs(np.array(gray).astype(int) - np.array(color)).max() <= 2
 
 
 def test_crops_are_distributed_as_torchvisions():
@@ -143,7 +150,7 @@ def test_resizing_is_close_to_antialiased_bicubic_and_loses_no_line():
     window[:, 7::40] = 0  # one pixel wide
     for side in (190, 224, 300, 400, 448, 500):
         crop = window[:side, :side]
-        got = views.resize(crop, 224).astype(int)
+        got = pixels.resize(crop, 224).astype(int)
         want = np.asarray(Image.fromarray(crop).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
         assert got.shape == (224, 224) and np.abs(got - want).mean() < 3
         at = np.arange(7, side - 3, 40) * 224 / side
@@ -170,14 +177,14 @@ def test_share_of_solarized_and_mirrored_views():
 
 
 def test_share_of_gray_and_of_jittered_views():
-    coloured = np.full((64, 64, 3), (180, 90, 60), np.uint8)
+    colored = np.full((64, 64, 3), (180, 90, 60), np.uint8)
     for recipe in ("simclr", "vicreg"):
-        made = pairs(coloured, recipe, 500, size=32)
+        made = pairs(colored, recipe, 500, size=32)
         gray = share([[np.ptp(view[16, 16]) == 0 for view in pair] for pair in made])
         assert (np.abs(gray - 0.2) < 0.06).all()
         asis = [[(np.abs(v[16, 16].astype(int) - (180, 90, 60)) <= 1).all() for v in pair] for pair in made]
-        assert 0.1 < share(asis)[0] < 0.24  # .2 without jitter times .8 in colour
-    still = pairs(coloured, "simclr", 60, size=32, strength=0.0)
+        assert 0.1 < share(asis)[0] < 0.24  # .2 without jitter times .8 in color
+    still = pairs(colored, "simclr", 60, size=32, strength=0.0)
     assert all(
         (np.ptp(v[16, 16]) == 0) or np.abs(v[16, 16].astype(int) - (180, 90, 60)).max() <= 3 for v, _ in still
     )
@@ -201,7 +208,7 @@ def test_share_of_blurred_views():
 
 def contrast(view):
     """Of the strongest ink against the paper, gray levels: works inverted too."""
-    gray = views.to_gray(view).astype(int)
+    gray = to_color(view, "gray").astype(int)
     paper = np.bincount(gray.ravel() // 8).argmax() * 8 + 4
     return np.abs(gray - paper).max()
 
@@ -226,7 +233,7 @@ def test_scale_is_that_of_the_sheet_however_large_the_window():
     for side in (448, 512, 2000):
         window = lines(side, spacing=60)
         for view in (view for pair in pairs(window, "drawing", 25, size=224) for view in pair):
-            row = views.to_gray(view)[112].astype(int)
+            row = to_color(view, "gray")[112].astype(int)
             is_ink = np.abs(row - np.median(row)) > 45
             marks = np.flatnonzero(is_ink[1:] & ~is_ink[:-1])
             gaps = np.diff(marks)
@@ -248,7 +255,7 @@ def test_drawing_leaves_orientation_alone_unless_asked():
         cv2.line(window, (offset, 0), (offset + 512, 512), 0, 4, cv2.LINE_AA)
 
     def handedness(view):
-        gray = views.to_gray(view)
+        gray = to_color(view, "gray")
         return np.sign((cv2.Sobel(gray, cv2.CV_32F, 1, 0) * cv2.Sobel(gray, cv2.CV_32F, 0, 1)).sum())
 
     asis = [handedness(view) for pair in pairs(window, "drawing", 40) for view in pair]
@@ -257,7 +264,7 @@ def test_drawing_leaves_orientation_alone_unless_asked():
     assert 0.3 < np.mean(np.array(turned) == asis[0]) < 0.7
 
 
-def test_colour_that_carries_meaning_stays_in_drawing():
+def test_color_that_carries_meaning_stays_in_drawing():
     window = np.full((512, 512, 3), (20, 25, 30), np.uint8)
     for y in range(100, 400, 40):
         window[y : y + 2, 60:460] = (220, 40, 40)
@@ -270,13 +277,13 @@ def test_colour_that_carries_meaning_stays_in_drawing():
 
 
 def test_inverting_keeps_the_hue_and_undoes_itself():
-    inverted = views._invert(PHOTO_RGB)
-    np.testing.assert_array_equal(views._invert(inverted), PHOTO_RGB)
+    inverted = pixels.invert(PHOTO_RGB)
+    np.testing.assert_array_equal(pixels.invert(inverted), PHOTO_RGB)
     before, after = (
         cv2.cvtColor(np.float32(i) / 255, cv2.COLOR_RGB2HSV)[..., 0] for i in (PHOTO_RGB, inverted)
     )
-    colourful = np.ptp(PHOTO_RGB, axis=2) > 8
-    assert np.abs((before - after + 180) % 360 - 180)[colourful].max() < 1
+    colorful = np.ptp(PHOTO_RGB, axis=2) > 8
+    assert np.abs((before - after + 180) % 360 - 180)[colorful].max() < 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -14,7 +14,7 @@ def jpeg(image, quality=60):
 
 
 @pytest.mark.parametrize("paper", [255, 0, 33, 247, 248, (20, 30, 45), (250, 248, 235)])
-def test_paper_is_the_most_frequent_colour_dark_or_light(paper):
+def test_paper_is_the_most_frequent_color_dark_or_light(paper):
     shape = (300, 400) if isinstance(paper, int) else (300, 400, 3)
     image = np.empty(shape, np.uint8)
     image[:] = paper
@@ -36,7 +36,7 @@ def test_ink_survives_jpeg_and_paper_gives_none(paper, ink):
     assert seen[:90].sum() + seen[112:].sum() == 0  # and no noise far from it
 
 
-def test_ink_in_one_colour_channel_counts():
+def test_ink_in_one_color_channel_counts():
     image = np.full((64, 64, 3), 255, np.uint8)
     image[30:32, :, 2] = 0  # yellow on white
     assert ink_mask(image).sum() == 128
