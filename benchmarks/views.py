@@ -28,8 +28,8 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from schematics.synthetic import draw_sheet
-from schematics.views import RECIPES, two_views
+from schematics.drafting import draw_sheet
+from schematics.recipes import RECIPES, two_views
 
 SIZE, SIDE = 224, 512
 

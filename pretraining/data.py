@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cluster.batches import Key
-from schematics.pack import WindowStore
-from schematics.views import two_views
+from schematics.recipes import two_views
+from schematics.store import WindowStore
 
 
 def epoch_order(seed: int, samples: int) -> Callable[[int], np.ndarray]:

@@ -27,7 +27,7 @@ from pretraining.encoder import Encoder, build_projector
 from pretraining.features import embed, square
 from pretraining.loop import Loss, train
 from pretraining.schedule import Schedule, build_optimizer, peak_lr
-from schematics.pack import WindowStore, build_store
+from schematics.store import WindowStore, build_store
 
 BACKBONE = "backbone.safetensors"
 PACKING = 24 * 3600.0  # seconds that packing a pool may take before the run counts as hung

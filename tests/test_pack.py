@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
-from schematics import pack
-from schematics.pack import WindowStore, build_store
+from schematics import store as stores
+from schematics.drafting import draw_sheet
 from schematics.sheets import DataError
-from schematics.synthetic import draw_sheet
+from schematics.store import WindowStore, build_store
 from schematics.windows import cut, ink_windows
 
 
@@ -173,7 +173,7 @@ def test_bad_pools_end_in_one_line_and_write_nothing(pool, tmp_path, monkeypatch
     refused("--min-ink", min_ink=0.9)
     refused("--color-mode", color_mode="cmyk")
     refused("at least 1", side=0)
-    monkeypatch.setattr(pack, "MARGIN", 1 << 60)
+    monkeypatch.setattr(stores, "MARGIN", 1 << 60)
     refused("GB are free")
     monkeypatch.undo()
     for path in pool.iterdir():

@@ -8,11 +8,12 @@ import cv2
 import numpy as np
 import pytest
 
-from schematics.circuit import UNIT, Drawing
+from schematics.circuit import CLASSES, UNIT, Drawing
 from schematics.coco import read_split
+from schematics.drafting import draw_sheet
 from schematics.sheets import DataError, read_sheet
 from schematics.strokes import FINER, SHAPES, Canvas, placed
-from schematics.synthetic import CLASSES, draw_sheet, write_sheets
+from schematics.synthetic import write_sheets
 
 
 def blank_canvas(side=160, skew=0.0, pen=1.5):

@@ -13,10 +13,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from schematics import pixels, views
+from schematics import pixels, recipes
+from schematics.drafting import draw_sheet
+from schematics.recipes import RECIPES, generator, two_views
 from schematics.sheets import to_color
-from schematics.synthetic import draw_sheet
-from schematics.views import RECIPES, generator, two_views
 
 torch.set_num_threads(1)
 SHEET = draw_sheet(0, 0)[0]
@@ -81,7 +81,8 @@ def test_workers_and_order_change_nothing():
 
 
 def test_importing_the_recipes_leaves_the_threads_of_opencv_alone():
-    code = "import cv2; cv2.setNumThreads(3); import schematics.views; print(cv2.getNumThreads())"
+    code = "import cv2; cv2.setNumThreads(3); import schematics.recipes, schematics.views; "
+    code += "print(cv2.getNumThreads())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3"]
 
@@ -139,7 +140,7 @@ def test_crops_are_distributed_as_torchvisions():
     image = torch.zeros(1, 300, 400)
     drawn = [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(1500)]
     theirs = np.array(drawn)[:, [1, 0, 3, 2]]  # (y, x, h, w) -> (x, y, w, h)
-    ours = np.array([views.random_resized_crop(400, 300, generator(0, 0, i, 0)) for i in range(1500)])
+    ours = np.array([recipes.random_resized_crop(400, 300, generator(0, 0, i, 0)) for i in range(1500)])
     assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= [400, 300]).all()
     for q in (10, 25, 50, 75, 90):
         np.testing.assert_allclose(np.percentile(ours, q, axis=0), np.percentile(theirs, q, axis=0), atol=15)
@@ -246,7 +247,7 @@ def test_both_views_of_a_pair_look_at_one_region():
         cv2.circle(window, (x, y), 20 + 10 * k, 60 * k, -1)  # four islands of ink, each of its own shade
     for first, second in pairs(window, "drawing", 30, size=96):
         assert contrast(first) > 20 and contrast(second) > 20
-    assert views.SHARE[0] * np.exp(-views.RATIO) > 0.5  # so any two crops overlap
+    assert recipes.SHARE[0] * np.exp(-recipes.RATIO) > 0.5  # so any two crops overlap
 
 
 def test_drawing_leaves_orientation_alone_unless_asked():

@@ -1,0 +1,268 @@
+"""Recipes that change a window at random into the two views that pretraining sees.
+
+`drawing` is made for line art; `simclr` (arXiv 2002.05709) and `vicreg` (arXiv 2105.04906) are the published
+photo recipes. docs/views.md says what each does to a drawing, and why.
+
+A view is a function of (seed, epoch, sample, view) and of nothing else: all its random numbers are from
+`generator`. Everything is worked on as uint8 with OpenCV, on as many threads as OpenCV is set to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import cv2
+import numpy as np
+
+from schematics.pixels import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    blur,
+    invert,
+    jpeg,
+    resize,
+    solarize,
+)
+from schematics.sheets import to_color
+from schematics.windows import Color, Image, ink_mask, paper_color
+
+RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
+
+
+def generator(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
+    """The one source of randomness: counter-based Philox, so that no two quadruples share a stream.
+
+    The low word of the counter numbers the draws; the other three and the key are the arguments.
+    """
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, view, sample, epoch]))
+
+
+def two_views(
+    window: Image,
+    recipe: str,
+    size: int,
+    seed: int,
+    epoch: int,
+    sample: int,
+    strength: float = 1.0,
+    orientation: bool = False,
+) -> tuple[Image, Image]:
+    """Two views, uint8 RGB [size, size, 3] each, of a window uint8 [H, W] or [H, W, 3].
+
+    recipe: one of RECIPES. size: side of a view, px. strength: multiplies the ranges of the color jitter.
+    orientation: whether `drawing` mirrors and makes quarter turns too, which erases classes that are told
+    apart by their orientation; the photo recipes mirror in any case. Raises ValueError for an unknown recipe.
+    """
+    if recipe == "drawing":
+        first, second = _drawing_pair(window, size, seed, epoch, sample, strength, orientation)
+    elif recipe in PHOTO:
+        first, second = (
+            _photo_view(window, size, generator(seed, epoch, sample, view), strength, PHOTO[recipe][view])
+            for view in (0, 1)
+        )
+    else:
+        raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    return to_color(first, "rgb"), to_color(second, "rgb")
+
+
+# --- the photo recipes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Photo:
+    """The published numbers of a photo recipe's view.
+
+    All have in common: a crop of 8 % of the area to all of it, mirrored with probability 0.5, jittered in
+    color with 0.8, turned gray with 0.2.
+    """
+
+    brightness: float  # largest change of the factor 1
+    contrast: float  # largest change of the factor 1
+    saturation: float  # largest change of the factor 1
+    hue: float  # largest turn, as a share of the full circle
+    blur: float  # probability; the kernel is a tenth of the side, sigma U(0.1, 2)
+    solarize: float  # probability; the threshold is 128
+
+
+SIMCLR = Photo(0.8, 0.8, 0.8, 0.2, blur=0.5, solarize=0.0)  # arXiv 2002.05709, appendix A
+VICREG = (  # arXiv 2105.04906, appendix C.1: the two views differ, as in BYOL
+    Photo(0.4, 0.4, 0.2, 0.1, blur=1.0, solarize=0.0),
+    Photo(0.4, 0.4, 0.2, 0.1, blur=0.1, solarize=0.2),
+)
+PHOTO = {"simclr": (SIMCLR, SIMCLR), "vicreg": VICREG}
+
+
+def _photo_view(image: Image, size: int, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
+    x, y, w, h = random_resized_crop(image.shape[1], image.shape[0], rng)
+    image = resize(image[y : y + h, x : x + w], size)
+    if rng.random() < 0.5:
+        image = cv2.flip(image, 1)
+    if rng.random() < 0.8:
+        image = _color_jitter(image, rng, strength, photo)
+    if rng.random() < 0.2:
+        image = to_color(image, "gray")
+    if rng.random() < photo.blur:
+        image = blur(image, rng.uniform(0.1, 2.0))
+    if rng.random() < photo.solarize:
+        image = solarize(image)
+    return image
+
+
+def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draw a crop x, y, w, h in px: 8 % of the window's area to all of it, w / h log-uniform in 3/4 to 4/3.
+
+    A crop that the window doesn't hold is drawn anew; after ten tries it is the largest one in the middle.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
+    """Change brightness, contrast, saturation and hue in random order, by factors drawn from the ranges."""
+    ranges = strength * np.array([photo.brightness, photo.contrast, photo.saturation])
+    factors = rng.uniform(np.maximum(0, 1 - ranges), 1 + ranges)
+    turn = rng.uniform(-1, 1) * min(0.5, strength * photo.hue)
+    for operation in rng.permutation(4):
+        if operation == 0:
+            image = adjust_brightness(image, factors[0])
+        elif operation == 1:
+            image = adjust_contrast(image, factors[1])
+        elif operation == 2:
+            image = adjust_saturation(image, factors[2])
+        else:
+            image = adjust_hue(image, turn)
+    return image
+
+
+# --- the recipe for drawings -----------------------------------------------------------------------------
+
+# The region that both views show has at most this many times a view's side: a 2-px line stays over 1 px wide.
+REACH = 1.75
+# A crop's side as a share of the region's. Even with the ratio below it is over a half: two crops overlap.
+SHARE = (0.56, 1.0)
+RATIO = 0.1  # a crop's width / height is drawn from exp(-2 * RATIO) to exp(2 * RATIO)
+TRIES = 512  # random pixels that are looked at for ink before all pixels are
+PAIR = 2  # the number of the stream for what both views share; views 0 and 1 have streams of their own
+# For each value of a random byte, the gray level of scan noise in units of its standard deviation.
+NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
+
+
+def _drawing_pair(
+    window: Image, size: int, seed: int, epoch: int, sample: int, strength: float, orientation: bool
+) -> list[Image]:
+    """Both views show the same region around ink, whose sides are at most REACH * size px."""
+    paper = paper_color(window)
+    width, height = (min(side, round(REACH * size)) for side in window.shape[1::-1])
+    x, y = _around_ink(window, paper, width, height, generator(seed, epoch, sample, PAIR))
+    region = window[y : y + height, x : x + width]
+    return [
+        _drawing_view(region, paper, size, generator(seed, epoch, sample, view), strength, orientation)
+        for view in (0, 1)
+    ]
+
+
+def _around_ink(
+    image: Image, paper: Color, width: int, height: int, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Corner x, y of a crop that has a random pixel of ink in its middle half, as far as the edges allow."""
+    ys, xs = (rng.integers(side, size=TRIES) for side in image.shape[:2])
+    hit = ink_mask(image[ys, xs][:, None], paper)[:, 0]
+    if not hit.any():  # there is so little ink that every pixel must be looked at
+        ys, xs = np.nonzero(ink_mask(image, paper))
+        hit = rng.permutation(len(ys)) == 0
+    at = (xs[hit][0], ys[hit][0]) if hit.any() else (image.shape[1] / 2, image.shape[0] / 2)
+    x, y = at - rng.uniform(0.25, 0.75, 2) * (width, height)
+    return int(np.clip(x, 0, image.shape[1] - width)), int(np.clip(y, 0, image.shape[0] - height))
+
+
+def _drawing_view(
+    region: Image, paper: Color, size: int, rng: np.random.Generator, strength: float, orientation: bool
+) -> Image:
+    image = resize(_crop(region, paper, rng), size)
+    if orientation:
+        image = np.rot90(image, int(rng.integers(4)))
+        image = np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image)
+    image = _wear(image, paper, rng)
+    image = _tone(image, paper, rng, strength)
+    if rng.random() < 0.3:
+        image = _scan_noise(image, rng.uniform(2, 10), rng)
+    if rng.random() < 0.2:
+        image = jpeg(image, int(rng.integers(30, 91)))
+    return image
+
+
+def _crop(region: Image, paper: Color, rng: np.random.Generator) -> Image:
+    """Cut a crop around ink out of the region, four times in ten turned and sheared by a few degrees."""
+    height, width = region.shape[:2]
+    share, ratio = rng.uniform(*SHARE), np.exp(rng.uniform(-RATIO, RATIO))
+    w = max(1, min(width, round(width * share * ratio)))
+    h = max(1, min(height, round(height * share / ratio)))
+    x, y = _around_ink(region, paper, w, h, rng)
+    if rng.random() < 0.6:
+        return region[y : y + h, x : x + w]
+    # The crop is turned before it is shrunk, since interpolation costs a thin line less at this resolution.
+    angle, shear = np.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
+    shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
+    return cv2.warpAffine(
+        region,
+        np.column_stack([turn, shift]),
+        (w, h),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderValue=paper,
+    )
+
+
+def _is_light(paper: Color) -> bool:
+    return bool(np.mean(paper) > 127)
+
+
+def _wear(image: Image, paper: Color, rng: np.random.Generator) -> Image:
+    """Do to lines what pens and copiers do: make them thicker or thinner, blur them, or leave them alone."""
+    kind = rng.random()
+    if kind < 0.25:  # thicker by a pixel
+        return (cv2.erode if _is_light(paper) else cv2.dilate)(image, np.ones((2, 2), np.uint8))
+    if kind < 0.4:  # thinner, but only by half: a whole pixel would wipe out lines that are one pixel wide
+        thin = (cv2.dilate if _is_light(paper) else cv2.erode)(image, np.ones((2, 2), np.uint8))
+        return cv2.addWeighted(image, 0.5, thin, 0.5, 0)
+    if kind < 0.7:
+        return cv2.GaussianBlur(image, (5, 5), rng.uniform(0.2, 0.7))
+    return image
+
+
+def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float) -> Image:
+    """Change the contrast against the paper, the brightness and a little of the colors, and invert at times.
+
+    All of it but the inversion is one linear map of (color - paper) and a shift by the brightness, so that
+    the paper changes in brightness only.
+    """
+    contrast = 1 + strength * rng.uniform(-0.3, 0.1)
+    brightness = strength * rng.uniform(-25, 25)
+    saturation = 1 + strength * rng.uniform(-0.2, 0.2)
+    angle = 2 * np.pi * strength * rng.uniform(-0.02, 0.02)
+    inverted = rng.random() < 0.2
+    if isinstance(paper, int):
+        image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * paper + brightness)
+    else:  # where a drawing has color it tells classes apart, so hues turn by 7 degrees at most
+        grays = np.full((3, 3), 1 / 3)
+        across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+        turn = grays + np.cos(angle) * (np.eye(3) - grays) + np.sin(angle) * across  # about r = g = b
+        matrix = contrast * (grays + saturation * (turn - grays))
+        image = cv2.transform(image, np.column_stack([matrix, paper - matrix @ paper + brightness]))
+    return invert(image) if inverted else image
+
+
+def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
+    """Add Gaussian noise of `sigma` gray levels, equal in all channels, whose quantiles are random bytes."""
+    quantile = np.frombuffer(rng.bytes(image.shape[0] * image.shape[1]), np.uint8).reshape(image.shape[:2])
+    noise = cv2.LUT(quantile, np.clip(np.rint(128 + sigma * NORMAL), 0, 255).astype(np.uint8))
+    return cv2.addWeighted(image, 1.0, noise if image.ndim == 2 else cv2.merge([noise] * 3), 1.0, -128)
