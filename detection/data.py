@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from cluster.batches import Key
 from schematics.coco import Split
+from schematics.draws import Use, draw
 from schematics.sheets import DataError, read_sheet, to_color
 from schematics.windows import Color, cut, paper_color, tile_sheet
 
@@ -113,7 +114,7 @@ class TrainingWindows(Dataset):
 
     def order(self, epoch: int, at_least: int = 1) -> np.ndarray:
         """Tiles of one epoch, shuffled: each as often as its weight, fractions by one systematic draw."""
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = draw(Use.DETECTION_ORDER, self.seed, epoch)
         count = max(len(self), at_least)
         ends = np.cumsum(self.weights) * (count / self.weights.sum())
         picked = np.searchsorted(ends, np.arange(count) + rng.random(), side="right")
@@ -125,7 +126,7 @@ class TrainingWindows(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Tensor], int]:
         epoch, position, tile = key
-        rng = np.random.default_rng((self.seed, epoch, position, tile))
+        rng = draw(Use.DETECTION_WINDOW, self.seed, epoch, position, tile)
         sheet_index, x, y = self.tiles[tile].tolist()
         sheet = self.reader.split.sheets[sheet_index]
         image, paper = self.reader[sheet_index]

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cluster.batches import Key
+from schematics.draws import Use, draw
 from schematics.recipes import two_views
 from schematics.store import WindowStore
 
 
 def epoch_order(seed: int, samples: int) -> Callable[[int], np.ndarray]:
     """The permutation int64 [samples] in which an epoch goes through the pool."""
-    return lambda epoch: np.random.Generator(np.random.Philox(key=(seed, epoch))).permutation(samples)
+    return lambda epoch: draw(Use.PRETRAINING_ORDER, seed, epoch).permutation(samples)
 
 
 class Pairs(Dataset):

