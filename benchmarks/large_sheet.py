@@ -2,7 +2,7 @@
 
     python benchmarks/large_sheet.py [--width 10000] [--height 7000] [--arch resnet50] [--batch-size 4]
 
-The sheet is drawn, written as a colour PNG, read back and looked at in windows of 1024 px by a detector with
+The sheet is drawn, written as a color PNG, read back and looked at in windows of 1024 px by a detector with
 random weights, which keeps as many detections of each window as it may. Prints the process's peak from
 reading to merged detections, less what it held with the model loaded (Linux).
 """
@@ -28,15 +28,15 @@ from schematics.windows import tile_sheet
 
 
 def draw(width: int, height: int) -> np.ndarray:
-    """Squares, circles and wires in colour on white, uint8 [H, W, 3]."""
+    """Squares, circles and wires in color on white, uint8 [H, W, 3]."""
     rng = np.random.default_rng(0)
     sheet = np.full((height, width, 3), 255, np.uint8)
     for _ in range(width * height // 10_000):
         x, y = int(rng.integers(0, width - 60)), int(rng.integers(0, height - 60))
-        colour = rng.integers(0, 160, 3).tolist()
-        cv2.rectangle(sheet, (x, y), (x + 40, y + 30), colour, 2)
-        cv2.circle(sheet, (x + 20, y + 15), 12, colour, 2)
-        cv2.line(sheet, (x + 40, y + 15), (min(width - 1, x + 300), y + 15), colour, 1)
+        color = rng.integers(0, 160, 3).tolist()
+        cv2.rectangle(sheet, (x, y), (x + 40, y + 30), color, 2)
+        cv2.circle(sheet, (x + 20, y + 15), 12, color, 2)
+        cv2.line(sheet, (x + 40, y + 15), (min(width - 1, x + 300), y + 15), color, 1)
     return sheet
 
 
