@@ -1,11 +1,12 @@
-"""Files that are either whole or absent (law 5). No torch here.
+"""Write files so that each one is either complete or absent. This module does not import torch.
 
-Order of events for a file with its hash beside it:
-  1. bytes into a temporary in the same folder, hashed on the way, fsync
-  2. NAME.sha256 gets the new hash, above the hash of the file that is still there, fsync, rename
-  3. the temporary is renamed to NAME, fsync of the folder
-  4. NAME.sha256 forgets the old hash
-A cut before 3 leaves the old file, whose hash is still listed; a cut after it leaves the new one.
+A file with its hash beside it is written in this order:
+  1. write the bytes to a temporary file in the same folder, hash them on the way, fsync
+  2. write the new hash to NAME.sha256, above the hash of the file that is still there; fsync, rename
+  3. rename the temporary file to NAME, fsync the folder
+  4. remove the old hash from NAME.sha256
+A process that is killed before step 3 leaves the old file, whose hash is still listed. A process that is
+killed after step 3 leaves the new file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class HashingFile:
-    """A write-only file that hashes what passes through, and remembers the first error of the disk."""
+    """A write-only file that hashes the bytes written to it and keeps the first OSError of a write."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw = raw
@@ -51,11 +52,12 @@ def replace(
     hashed: bool = False,
     allowed: Callable[[], None] = lambda: None,
 ) -> str:
-    """Let `write` fill a temporary, then put it in the place of `path`. Returns the sha256 in hex.
+    """Let `write` fill a temporary file, then rename it to `path`. Returns the sha256 in hex.
 
-    hashed: keep PATH.sha256 beside it, in the format of `sha256sum -c`.
-    allowed: called when the bytes are on disk and nothing has been renamed; it raises to call it off.
-    Raises UserError when the disk is full or refuses; then `path` is as before and no temporary is left.
+    hashed: write PATH.sha256 as well, in the format of `sha256sum -c`.
+    allowed: called when the bytes are on disk and nothing has been renamed; it raises to cancel the write.
+    Raises UserError when the disk is full or the write fails. No temporary file is left, and `path` is
+    unchanged unless the error came after the rename.
     """
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -64,7 +66,7 @@ def replace(
             try:
                 write(file)
             except Exception:
-                if file.error:  # torch hides "No space left on device" behind "unexpected pos"
+                if file.error:  # torch replaces "No space left on device" by "unexpected pos"
                     raise file.error from None
                 raise
             raw.flush()
@@ -91,16 +93,17 @@ def replace(
 
 
 def write_text(path: Path, text: str) -> None:
-    """`replace` for a short text; names of files in it keep their bytes, UTF-8 or not."""
+    """`replace` for a short text. File names in the text keep their bytes even if those are not UTF-8."""
     replace(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def sidecar(path: Path) -> Path:
+    """The path of the file that lists the hashes of `path`."""
     return path.with_name(path.name + ".sha256")
 
 
 def known_hashes(path: Path) -> list[str]:
-    """The hashes that PATH may have, by PATH.sha256; none when it is absent."""
+    """The hashes that PATH.sha256 lists for PATH, in hex; empty if there is no such file."""
     try:
         lines = sidecar(path).read_text(errors="replace").splitlines()
     except OSError:
@@ -109,7 +112,7 @@ def known_hashes(path: Path) -> list[str]:
 
 
 def verify(path: Path) -> None:
-    """Raise UserError unless PATH is there and has the hash that is written beside it."""
+    """Raise UserError unless PATH exists and has a hash that PATH.sha256 lists."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     hashes = known_hashes(path)
@@ -132,7 +135,7 @@ def file_hash(path: Path) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """With its parents. Raises UserError where that can't be."""
+    """Make a folder and its parents. Raises UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,7 +143,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """fsync a folder, so that renames in it survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -149,7 +152,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed writer left in a folder: temporaries, and hashes without their file."""
+    """Remove what a killed process left in a folder: temporary files, and each .sha256 without its file."""
     for temporary in folder.glob(".*.tmp-*"):
         temporary.unlink(missing_ok=True)
     for listed in folder.glob("*.sha256"):

@@ -1,7 +1,8 @@
-"""Batches by the number of the step: there is no sampler and no worker with a state to lose (law 1).
+"""Batches that depend only on the step number, so that no sampler or worker has a state to save.
 
-A key (epoch, position, sample) says all that a data set needs to make a sample: the epoch, the place in that
-epoch, and what lies there. Keys are a function of the step alone, so a run goes on anywhere in the data.
+A key (epoch, position, sample) holds all that a data set needs to make a sample: the epoch, the position in
+the order of that epoch, and the index of the sample. Keys are a function of the step alone, so a run can
+resume at any step.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ Key = tuple[int, int, int]  # epoch, position in the epoch, sample
 
 
 class Samples(Protocol):
-    """A data set whose item is a function of its key."""
+    """A data set whose items are a function of their key alone."""
 
     def __getitem__(self, key: Key) -> Any: ...
 
     def source(self, key: Key) -> str:
-        """Where the sample is from, for the reader of an error."""
+        """Where the sample comes from, for error messages."""
         ...
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of this rank: its share of a global batch of `batch_size`, epoch after epoch.
+    """The batches of this rank: its share of each global batch of `batch_size` samples, over all epochs.
 
-    order: the samples of an epoch in the order in which they are seen; of these the first per_epoch *
-    batch_size are taken. workers: processes that make samples, none of which changes what is made.
+    order: maps an epoch to the order of its samples; the first per_epoch * batch_size of them are used.
+    workers: number of DataLoader workers; it does not change the samples.
     """
 
     samples: Samples
@@ -48,9 +49,9 @@ class Batches:
     collate: Callable[[list], Any] | None = None
 
     def keys(self, first: int, last: int) -> Iterator[list[Key]]:
-        """The keys of this rank's share of batches first to last - 1.
+        """The keys of this rank's share of batches `first` to `last` - 1.
 
-        The shares of the ranks, one after the other, are the global batch whatever the number of ranks.
+        The shares of all ranks, in rank order, form the same global batch for any number of ranks.
         """
         share, epoch, order = per_rank(self.batch_size, self.world), -1, np.empty(0, np.int64)
         for batch in range(first, last):
@@ -61,7 +62,7 @@ class Batches:
             yield [(epoch, place, int(order[place])) for place in range(start, start + share)]
 
     def between(self, first: int, last: int, offset: int = 0) -> Iterator[tuple[int, Any]]:
-        """(step, its batch on this rank's device) for steps first to last - 1.
+        """Yield (step, this rank's batch on its device) for steps `first` to `last` - 1.
 
         offset: step s takes the data of batch s + offset.
         """
@@ -69,7 +70,7 @@ class Batches:
             self.samples,  # type: ignore[arg-type]
             batch_sampler=self.keys(first + offset, last + offset),
             num_workers=self.workers,
-            # Forked workers share what the data set holds in memory, they do not copy it.
+            # Forked workers share the memory of the data set; other start methods would copy it.
             multiprocessing_context="fork" if self.workers else None,
             worker_init_fn=_leave_threads_to_the_others,
             collate_fn=self.collate,
@@ -79,13 +80,13 @@ class Batches:
             yield step, to_device(batch, self.world.device)
 
     def sources(self, batch: int) -> list[str]:
-        """What batch number `batch` was made of, each once."""
+        """The sources of the samples in this rank's share of batch number `batch`, each named once."""
         (keys,) = self.keys(batch, batch + 1)
         return list(dict.fromkeys(self.samples.source(key) for key in keys))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Every tensor of a batch, in lists, tuples and dicts too, on `device`."""
+    """The batch with every tensor on `device`, including those inside lists, tuples and dicts."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -96,8 +97,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _leave_threads_to_the_others(_: int) -> None:
-    """A worker is one thread: the processes are the parallelism, OpenCV's own would fight them for the cores.
+    """Turn off OpenCV's threads in a DataLoader worker: they would compete with other workers for the cores.
 
-    0 and not 1: OpenCV would stop the threads of its parent for 1, which a forked process does not have.
+    The number is 0, since 1 would make OpenCV stop the threads of its parent, which a forked process lacks.
     """
     cv2.setNumThreads(0)

@@ -1,10 +1,11 @@
-"""Checkpoints that are whole, verified and free of code, and the marker of a finished stage.
+"""Write and read checkpoints, and sign a stage as finished.
 
     EXP_DIR/checkpoints/step_00000120.pt      a nested dict of tensors and primitives
     EXP_DIR/checkpoints/step_00000120.pt.sha256
-    EXP_DIR/final.json                        signed when the stage is done, checked by the next one
+    EXP_DIR/final.json                        written when the stage is done; the next stage checks it
 
-torch is imported where it is needed: status commands read the final marker without it.
+A checkpoint is verified by its hash when it is read, and code in it is never run. torch is imported only
+inside the functions that need it, so that status commands can read final.json without torch.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def write(
 ) -> Path:
     """Write a checkpoint that holds `state` and "step", then remove all but the newest `keep`.
 
-    allowed: see cluster.atomic.replace. Raises UserError when the disk is full.
+    allowed: see cluster.atomic.replace. Raises UserError when the disk is full, TypeError as `plain` does.
     """
     path = step_path(folder, step)
     write_file(path, {**state, "step": step}, allowed)
-    # Later ones than this were passed over on resume: they must not push out the good ones.
+    # Checkpoints of later steps were rejected on resume; if they counted, they would push out good ones.
     for old in [old for old_step, old in listed(folder) if old_step <= step][max(1, keep) :]:
         old.unlink(missing_ok=True)
         atomic.sidecar(old).unlink(missing_ok=True)
@@ -50,7 +51,7 @@ def write(
 
 
 def write_file(path: Path, state: State, allowed: Callable[[], None] = lambda: None) -> str:
-    """Write one file such as model.pt, whole or not at all, its sha256 beside it. Returns the sha256."""
+    """Write one file such as model.pt, complete or not at all, and its .sha256. Returns that hash in hex."""
     import torch
 
     content = plain(state)
@@ -59,17 +60,17 @@ def write_file(path: Path, state: State, allowed: Callable[[], None] = lambda: N
 
 
 def read(path: Path) -> State:
-    """Read a file written by this module, onto the CPU.
+    """Read a file that this module wrote, onto the CPU.
 
-    Raises UserError, in one line, for an absent, truncated or damaged file, for one without its sha256,
-    and for one that holds anything but tensors and primitives: code in it is never run.
+    Raises UserError with a one-line message if the file is absent, truncated or damaged, has no .sha256
+    beside it, or holds anything but tensors and primitives. Code in it is never run.
     """
     atomic.verify(path)
     return _load(path)
 
 
 def listed(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in a folder, newest first, verified or not."""
+    """(step, path) of the checkpoints in a folder, newest first; they are not verified."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_FILE.fullmatch(path.name))]
@@ -77,7 +78,7 @@ def listed(folder: Path) -> list[tuple[int, Path]]:
 
 
 def load_newest(folder: Path) -> tuple[Path | None, State, list[str]]:
-    """Path and content of the newest checkpoint that loads, and why each later one was passed over."""
+    """Path (or None) and content of the newest checkpoint that loads, and why each later one was rejected."""
     rejected: list[str] = []
     for _, path in listed(folder):
         try:
@@ -88,23 +89,23 @@ def load_newest(folder: Path) -> tuple[Path | None, State, list[str]]:
 
 
 class Writer:
-    """Writes checkpoints off the critical path: copy to host memory now, to disk in a thread.
+    """Writes checkpoints without holding up training: `save` copies the state, a thread writes it to disk.
 
-    One write is in flight at a time. What goes wrong in the thread is raised by the next call.
+    Only one write runs at a time. An error in the thread is raised by the next call of `save` or `wait`.
     """
 
     def __init__(self, folder: Path, keep: int, allowed: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
         self.keep = keep
         self.allowed = allowed
-        self.newest: Path | None = None  # the newest durable one
-        self.seconds = 0.0  # from the last save to its durable file
+        self.newest: Path | None = None  # the newest checkpoint that is on disk
+        self.seconds = 0.0  # from the start of the last copy until its file was on disk
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._blocks: dict[str, Tensor] = {}
 
     def save(self, step: int, state: State) -> None:
-        """Return as soon as `state` has been copied; it may change afterwards."""
+        """Wait for the previous write, copy `state` and return. `state` may change afterwards."""
         self.wait()
         began = time.monotonic()
         copy = plain(state, self._blocks)
@@ -120,7 +121,7 @@ class Writer:
         return self._error is not None
 
     def wait(self) -> None:
-        """Until the last save is on disk. Raises what went wrong in the thread."""
+        """Wait until the last save is on disk. Raises the error of the thread, if there was one."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -139,8 +140,8 @@ class Writer:
 def plain(state: Any, blocks: dict[str, Tensor] | None = None, where: str = "state") -> Any:
     """`state` as weights_only=True reads it back: dicts, lists, tuples, text, numbers, tensors on the CPU.
 
-    blocks: host memory to copy every tensor into, by place in the state; used again by the next call.
-    Raises TypeError that names the place of anything else.
+    blocks: host memory into which the tensors are copied, by position in the state; the next call reuses it.
+    Raises TypeError for a value of any other type; the message names its position.
     """
     import numpy
     import torch
@@ -148,7 +149,7 @@ def plain(state: Any, blocks: dict[str, Tensor] | None = None, where: str = "sta
     if isinstance(state, torch.Tensor):
         tensor = state.detach().cpu() if blocks is None else _copy(state.detach(), blocks, where)
         whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        return tensor if whole else tensor.clone()  # torch.save writes all of a storage for a slice of it
+        return tensor if whole else tensor.clone()  # torch.save writes the whole storage of a slice
     if isinstance(state, dict):
         for key in state:
             if type(key) not in (str, int):
@@ -165,7 +166,7 @@ def plain(state: Any, blocks: dict[str, Tensor] | None = None, where: str = "sta
 
 
 def _one(item: Any) -> Any:
-    """Of equal texts always the same object: a pickle tells them apart, and equal states give equal bytes."""
+    """The same object for equal strings: as separate objects they would give a pickle other bytes."""
     return sys.intern(item) if type(item) is str else item
 
 
@@ -186,7 +187,7 @@ def _load(path: Path) -> State:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the dialect of a foreign pickle, which is refused anyway
+            warnings.simplefilter("ignore")  # torch warns about a foreign pickle, which is refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         what = re.search(r"(?:GLOBAL|global|function|class) [`']?([\w.]+)", str(error))
@@ -194,7 +195,7 @@ def _load(path: Path) -> State:
             f"{path}: refused, it holds code or objects{f' ({what[1]})' if what else ''}, "
             "not only tensors; nothing in it was run"
         ) from None
-    except Exception as error:  # truncated zip, foreign format: torch raises many kinds
+    except Exception as error:  # a truncated zip, a foreign format: torch raises many types
         raise UserError(f"{path}: not a checkpoint ({brief(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint of Linework, it holds a {type(content).__name__}")
@@ -202,11 +203,12 @@ def _load(path: Path) -> State:
 
 
 def brief(error: Exception) -> str:
+    """The first line of an error's message, at most 120 characters, or the name of its type."""
     return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
 def sign_final(exp_dir: Path, step: int, files: list[str]) -> None:
-    """Write EXP_DIR/final.json: the stage is done; `files`, relative to EXP_DIR, go in with their hashes."""
+    """Write EXP_DIR/final.json: the stage is done. It lists `files` (relative to EXP_DIR) with hashes."""
     signed = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -216,7 +218,7 @@ def sign_final(exp_dir: Path, step: int, files: list[str]) -> None:
 
 
 def check_final(exp_dir: Path) -> dict[str, Any]:
-    """The content of EXP_DIR/final.json. Raises UserError if it is absent or a file is not the signed one."""
+    """The content of EXP_DIR/final.json. Raises UserError if it is absent or if a listed file has changed."""
     path = exp_dir / "final.json"
     try:
         signed = json.loads(path.read_text())

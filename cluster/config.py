@@ -1,11 +1,12 @@
-"""A stage's configuration: one frozen dataclass, from which come the flags and the config.json of a run.
+"""A stage's configuration: one frozen dataclass, from which the flags and the config.json of a run are made.
 
-The comment above a field is the help of its flag. What else there is to say of a flag stands on the field:
+The comment above a field is the help text of its flag. The bounds and other rules of the flag are set with
+the field:
 
     # Learning rate at the peak.
     lr: float = setting(0.005, least=0, may_change=True)
 
-A class that derives from another may give a field another default and comment; the rest is inherited.
+A derived class may give a field another default and comment; it inherits the rest.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ LARGEST_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Rule:
-    """What a field says of its flag beside type and default.
+    """The rules of a flag besides its type and default.
 
-    least, most: bounds of the number, or of each number of a tuple. may_change: a run that goes on may be
-    given another value. also: an older spelling of the flag that is taken too, as "--wd".
+    least, most: bounds of the number, or of each number of a tuple. may_change: whether a resumed run may be
+    given another value. also: an older spelling of the flag that is still accepted, such as "--wd".
     """
 
     least: float | None = None
@@ -46,12 +47,12 @@ def setting(
     may_change: bool = False,
     also: str | None = None,
 ) -> Any:
-    """A dataclass field that carries a `Rule`. Without a default the flag must be given."""
+    """A dataclass field that carries a `Rule`. A flag without a default is required."""
     return dataclasses.field(default=default, metadata={"rule": Rule(least, most, may_change, also)})
 
 
 def rules(config_class: type) -> dict[str, Rule]:
-    """The rule of each field that has one, by the field's name; a base class's holds where none is given."""
+    """The rules by field name; a field without one of its own inherits that of the base class."""
     found: dict[str, Rule] = {}
     for base in reversed(config_class.__mro__):
         for field in vars(base).get("__dataclass_fields__", {}).values():
@@ -62,7 +63,7 @@ def rules(config_class: type) -> dict[str, Rule]:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a command can be told. Raises UserError for a number that its field does not allow."""
+    """Base class of a command's flags. Raises UserError for a number outside the bounds of its field."""
 
     def __post_init__(self) -> None:
         for name, rule in rules(type(self)).items():
@@ -76,13 +77,13 @@ class Config:
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """The numbers of a field's value: those of a tuple, none of None."""
+    """The numbers in a field's value: the items of a tuple, nothing for None."""
     yield from value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """What every stage that trains can be told."""
+    """The flags that every training stage has."""
 
     # Folder with the drawings to train on.
     data_dir: Path = setting(may_change=True)
@@ -122,7 +123,7 @@ class RunConfig(Config):
 
     @property
     def saving(self) -> dict[str, Any]:
-        """What `lifecycle.Run` is told of checkpoints and of hung steps."""
+        """The arguments of `lifecycle.Run` about checkpoints and hung steps."""
         return {
             "checkpoint_every": self.checkpoint_every,
             "keep": self.keep,
@@ -136,14 +137,14 @@ def flag(name: str) -> str:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a dataclass as JSON (paths as text); whole or not at all."""
+    """Write a dataclass as JSON, with paths as text; the file is written completely or not at all."""
     atomic.write_text(path, json.dumps(_plain(dataclasses.asdict(config)), indent=2) + "\n")
 
 
 def changed(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     """Flags whose value differs from the one saved in `path`: {"--epochs": (old, new)}.
 
-    A flag that the file does not know is compared with its default. Raises UserError when the file is
+    A flag that the file does not contain is compared with its default. Raises UserError when the file is
     not a saved config.
     """
     new, known = _plain(dataclasses.asdict(config)), rules(type(config))
@@ -162,7 +163,7 @@ def changed(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse_changes(config: Any, exp_dir: Path) -> None:
-    """Raise UserError where this command is another run than the one in `exp_dir`."""
+    """Raise UserError if a flag that may not change differs from that of the run in `exp_dir`."""
     path = exp_dir / "config.json"
     free = {flag(name) for name, rule in rules(type(config)).items() if rule.may_change}
     for name, (old, new) in (changed(config, path) if path.exists() else {}).items():
@@ -171,7 +172,7 @@ def refuse_changes(config: Any, exp_dir: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """The value as it is after being written to JSON and read back."""
     return json.loads(json.dumps(value, default=str))
 
 

@@ -1,8 +1,8 @@
-"""Ranks: who there is, and the few collectives that the stages need.
+"""Start the process group, choose the device of each rank, and provide the collectives that the stages need.
 
-A process alone starts no process group and every function here is then the identity. Law 3: `all_gather` sums
-gradients over ranks, which with DDP's mean over ranks is the gradient of one process with the whole batch.
-Interfaces are the user's to choose: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME.
+A single process starts no process group, and each collective then returns its input. `all_gather` sums
+gradients over ranks; with DDP's mean over ranks this gives the gradient of one process with the whole batch.
+The user chooses network interfaces by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cluster.errors import UserError
 from cluster.rendezvous import Place, meet, part, place
 
 T = TypeVar("T")
-_flags: Any = None  # a process group on the CPU, so that agreeing does not wait for the GPU
+_flags: Any = None  # a process group on the CPU, so that `agree` does not wait for the GPU
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks. launcher: alone, torchrun or slurm."""
+    """Rank and device of this process. launcher: alone, torchrun or slurm."""
 
     rank: int = 0
     size: int = 1
@@ -47,12 +47,12 @@ def start(
     timeout: float = 600.0,
     collective_timeout: float = 1800.0,
 ) -> World:
-    """Join the other ranks of torchrun or srun, or be alone.
+    """Join the other ranks that torchrun or srun has started. A process without a launcher is the only rank.
 
-    device: auto, cpu, cuda or cuda:N. rendezvous: a folder that all nodes share (the exp-dir), needed under
-    srun. timeout: seconds to wait for every rank to come. collective_timeout: seconds after which a
-    collective gives up; longer than the watchdog's step_timeout, which knows the names of the silent ranks.
-    Raises UserError when tasks and GPUs do not match or a rank does not come.
+    device: auto, cpu, cuda or cuda:N. rendezvous: a folder that all nodes share (the exp-dir), required under
+    srun. timeout: seconds to wait for every rank to join. collective_timeout: seconds after which a
+    collective fails; longer than the step_timeout of cluster.heartbeat, which names the rank that hangs.
+    Raises UserError when tasks and GPUs do not match or a rank does not join.
     """
     global _flags
     me = place()
@@ -74,13 +74,13 @@ def start(
         timeout=limit,
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    # Rank 0 may work for hours in on_main while the others wait; who hangs is the watchdog's to find.
+    # The others may wait for hours while rank 0 works in on_main; cluster.heartbeat finds a rank that hangs.
     _flags = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return world
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     global _flags
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -89,9 +89,9 @@ def stop() -> None:
 
 
 def pick_device(device: str, me: Place, visible: int, env: Mapping[str, str]) -> torch.device:
-    """The device of this rank; `visible` GPUs are seen by torch. Raises UserError on a mismatch.
+    """The device of this rank. visible: number of GPUs that torch sees. Raises UserError on a mismatch.
 
-    Under --gpus-per-task each task sees one GPU, its own; otherwise all tasks of a node see all of them.
+    With --gpus-per-task each task sees only its own GPU; otherwise every task of a node sees all its GPUs.
     """
     if device == "cpu":
         return torch.device("cpu")
@@ -113,7 +113,7 @@ def pick_device(device: str, me: Place, visible: int, env: Mapping[str, str]) ->
     if ":" in device:
         return torch.device(device)
     if visible == 1:
-        return torch.device("cuda", 0)  # its own under --gpus-per-task; a shared one is found when ranks meet
+        return torch.device("cuda", 0)  # its own with --gpus-per-task; _refuse_shared_gpus finds a shared one
     if me.local_rank >= visible or (me.launcher != "alone" and me.local_size != visible):
         raise UserError(
             f"{me.local_size} ranks but {visible} GPUs on {socket.gethostname()}: start one rank per GPU "
@@ -134,7 +134,7 @@ def _refuse_shared_gpus(world: World, store: dist.Store) -> None:
 
 
 def per_rank(global_batch: int, world: World, flag: str = "--batch-size") -> int:
-    """This rank's part of a global batch (law 2). Raises UserError when the ranks do not divide it."""
+    """This rank's share of a global batch. Raises UserError if the number of ranks does not divide it."""
     if global_batch < 1 or global_batch % world.size:
         below = global_batch // world.size * world.size
         near = " or ".join(str(size) for size in (below, below + world.size) if size > 0) or world.size
@@ -152,15 +152,16 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad)  # gloo has no reduce_scatter: every rank sums everything and takes its part
+        dist.all_reduce(grad)  # gloo has no reduce_scatter: each rank sums all rows and keeps its own
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def all_gather(z: Tensor) -> Tensor:
-    """[n, D] of this rank -> [W n, D] of all ranks, in the order of ranks; n is the same on each.
+    """Gather z [n, D] of each of W ranks into [W n, D], in rank order; n must be the same on every rank.
 
     The backward pass sums the gradient over ranks. When each rank computes the same loss of all W n rows, its
-    parameters get W times their share of the gradient, and DDP's mean over ranks makes that exact (law 3).
+    parameters get W times their share of the gradient, so DDP's mean over ranks is exactly the gradient of
+    one process with the whole batch.
     """
     if not dist.is_initialized():
         return z
@@ -168,7 +169,7 @@ def all_gather(z: Tensor) -> Tensor:
 
 
 def agree(*flags: int) -> tuple[int, ...]:
-    """The largest of each flag over the ranks: one small all_reduce on the CPU."""
+    """The maximum of each flag over all ranks, by one small all-reduce on the CPU."""
     if not dist.is_initialized():
         return tuple(int(flag) for flag in flags)
     tensor = torch.tensor(flags, dtype=torch.int64)
@@ -177,12 +178,12 @@ def agree(*flags: int) -> tuple[int, ...]:
 
 
 def barrier() -> None:
-    """Until every rank has come here."""
+    """Wait until every rank has reached this call."""
     agree(0)
 
 
 def gather_objects(item: T) -> list[T]:
-    """Every rank's item, on every rank, in the order of ranks; sizes may differ. Items are picklable."""
+    """The items of all ranks, in rank order, on every rank. Items are picklable; their sizes may differ."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
@@ -191,9 +192,9 @@ def gather_objects(item: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Rank 0 does the work, every rank gets its result.
+    """Call `work` on rank 0 only and return its result on every rank.
 
-    When it raises, rank 0 raises that and tells the reader; the others leave quietly, with exit 0.
+    If it raises, rank 0 raises that exception, and the other ranks exit with status 0 and print nothing.
     """
     if not dist.is_initialized():
         return work()

@@ -1,9 +1,9 @@
-"""A command's life: flags in, one line for a mistake, an exit status that a script can rely on.
+"""Run a command: parse its flags, print an error as one line, exit with a status that a script can rely on.
 
     if __name__ == "__main__":
         run(MyConfig, main)
 
-Nothing here needs torch, and `live` needs no package at all.
+Nothing here imports torch, and `live` needs no third-party package.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ Config = TypeVar("Config")
 
 
 def run(config_class: type[Config], main: Callable[[Config], Any]) -> None:
-    """Parse sys.argv into `config_class` and call `main` with it: the body of every entry point."""
+    """Parse sys.argv into `config_class` and call `main` with it. Every entry point calls this."""
     live(lambda: main(parse(config_class, sys.argv[1:])))
 
 
 def live(work: Callable[[], Any]) -> None:
-    """Do the work of a command and end with the status that says how it went.
+    """Call `work` and exit with the status that says how it ended.
 
-    An exception that carries `exit_status` (UserError, DataError) is one line, told by one rank, and that
-    status; Ctrl-C is 130; anything else is a bug: a traceback and 70. A process that fails ends at once,
-    without waiting for a DataLoader worker or another rank.
+    An exception that carries `exit_status` (UserError, DataError) is printed as one line by one rank, and
+    gives that status. Ctrl-C gives 130. Any other exception is a bug: its traceback is printed, and the
+    status is 70. A process that fails does not wait for DataLoader workers; `rendezvous.leave` says how long
+    it waits for other ranks.
     """
     try:
         work()
     except SystemExit as stop:
-        if not isinstance(stop.code, int):  # None, or a text that the interpreter prints
+        if not isinstance(stop.code, int):  # None, or a text: the interpreter handles both
             raise
         end(stop.code)
     except KeyboardInterrupt:
@@ -51,14 +52,14 @@ def live(work: Callable[[], Any]) -> None:
             traceback.print_exc()
             end(CRASH)
         said = str(error)
-        if "Original Traceback" in said:  # out of a DataLoader's worker: the last line is the error's own
+        if "Original Traceback" in said:  # raised in a DataLoader worker: the last line is the error itself
             said = said.strip().splitlines()[-1].partition(": ")[2]
         told = rendezvous.tell_once(f"error: {' '.join(said.split())}")
-        end(status if told else 0)  # of several ranks only the one that tells has a status other than 0
+        end(status if told else 0)  # only the rank that has printed the error has a status other than 0
 
 
 def end(status: int) -> NoReturn:
-    """Leave now if something could keep the interpreter from leaving: a worker, a process group."""
+    """Exit, at once if a DataLoader worker or a process group could keep the interpreter from exiting."""
     rendezvous.leave(after_mistake=status == FAILED)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -67,16 +68,16 @@ def end(status: int) -> NoReturn:
     if (multiprocessing and multiprocessing.active_children()) or (
         distributed and distributed.is_available() and distributed.is_initialized()
     ):
-        os._exit(status)  # orphaned DataLoader workers notice and leave; Slurm ends the other ranks
+        os._exit(status)  # DataLoader workers exit when their parent is gone; Slurm ends the other ranks
     sys.exit(status)
 
 
 def parse(config_class: type[Config], args: Sequence[str]) -> Config:
-    """Turn flags into a `config_class`; a mistake is one line on stderr that names the flag, and exit 2.
+    """Parse flags into a `config_class`. A wrong flag gives one line on stderr that names it, and status 2.
 
-    Raises UserError for a number that its field does not allow.
+    Raises UserError for a number outside the bounds of its field.
     """
-    import tyro  # here, so that reading a config file does not need it
+    import tyro  # imported here, so that reading a config file does not need tyro
 
     older = {rule.also: flag(name) for name, rule in rules(config_class).items() if rule.also}
     args = [_respell(arg, older) for arg in args]
@@ -100,7 +101,7 @@ def parse(config_class: type[Config], args: Sequence[str]) -> Config:
 
 
 def _respell(arg: str, older: dict[str, str]) -> str:
-    """An older spelling of a flag as the one of its field."""
+    """Replace an older spelling of a flag by the current one."""
     name, equals, value = arg.partition("=")
     return older.get(name, name) + equals + value
 
@@ -112,11 +113,11 @@ def _program() -> str:
 
 def _nearest(name: str, flags: list[str]) -> str:
     near = difflib.get_close_matches(name, flags, n=1)
-    return f"; the nearest is {near[0]}" if near else "; --help lists them"
+    return f"; the nearest is {near[0]}" if near else "; --help lists the flags"
 
 
 def _first_paragraph(box: str) -> str:
-    """The sentence inside tyro's frame: its lines up to the first rule or list of details."""
+    """The first paragraph inside the frame of tyro's message, up to a horizontal rule or an empty line."""
     lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
     text: list[str] = []
     for line in lines:
@@ -129,6 +130,6 @@ def _first_paragraph(box: str) -> str:
 
 
 def _refuse(reason: str) -> NoReturn:
-    if not rendezvous.place().rank:  # all ranks have the same command line
+    if not rendezvous.place().rank:  # all ranks have the same command line, so rank 0 prints the error
         print(f"error: {reason}", file=sys.stderr)
     sys.exit(USAGE)

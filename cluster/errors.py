@@ -1,18 +1,19 @@
-"""The mistake of a user, and the statuses with which a command ends.
+"""The error that a user can fix, and the exit statuses of a command.
 
-An exception that carries `exit_status` is one line for the person at the keyboard; any other is a bug and
-ends as a traceback. `schematics.sheets.DataError` carries one too, since schematics imports nothing of ours.
+An exception that carries `exit_status` is printed as one line for the user; any other is a bug, and its
+traceback is printed. `schematics.sheets.DataError` has its own `exit_status`, since schematics may not import
+cluster.
 """
 
-FAILED = 1  # an error that the person can mend, told in one line
+FAILED = 1  # an error that the user can fix, printed as one line
 USAGE = 2  # a wrong command line
-CRASH = 70  # what nobody expected, a hung step, a lost rank: worth starting again from the last checkpoint
-AGAIN = 75  # saved, but not requeued: the same command goes on from here (EX_TEMPFAIL)
+CRASH = 70  # an unexpected exception, a hung step or a lost rank: start again from the last checkpoint
+AGAIN = 75  # saved, but not requeued: the same command resumes from here (EX_TEMPFAIL)
 INTERRUPTED = 130  # ended after Ctrl-C
 TERMINATED = 143  # saved after TERM
 
 
 class UserError(Exception):
-    """One line for the person at the keyboard: it names the file or flag and the cure."""
+    """An error that the user can fix. Its message is one line that names the file or flag and the cure."""
 
     exit_status = FAILED

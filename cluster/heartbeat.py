@@ -1,9 +1,11 @@
-"""A hung step is ended, and the silent rank is named. No torch here.
+"""End a run whose step hangs, and name the rank at fault. This module does not import torch.
 
-Every rank keeps EXP_DIR/heartbeat/rank_N, rewritten by a thread. A rank that is stopped, or cut from the
-file system, writes no more; one whose main thread hangs writes on but does not come to the next step. A rank
-that has seen no step boundary for `step_timeout` seconds looks at the others for two beats, ends itself and
-says who was silent. A stopped rank can't end itself: `srun --kill-on-bad-exit=1` does that.
+On every rank a thread rewrites EXP_DIR/heartbeat/rank_N at each beat. A rank that is stopped or cut off from
+the file system no longer writes. A rank whose main thread hangs still writes, but its step number does not
+grow. A step boundary is the point between two steps where all ranks agree to continue. A rank that has not
+passed one for `step_timeout` seconds compares the files of all ranks over two beats, prints which ranks do
+not write or are behind, and ends itself. A stopped rank cannot end itself: `srun --kill-on-bad-exit=1` does
+that.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ from pathlib import Path
 
 from cluster.errors import CRASH
 
-BEAT = 5.0  # seconds, or a quarter of the time-out
+BEAT = 5.0  # seconds from one beat to the next, or a quarter of step_timeout if that is less
 
 
 class Heartbeat:
-    """Beats of this rank, and its watch over the others.
+    """Writes the beats of this rank and watches those of the others.
 
-    first: seconds allowed until the first step boundary, in which data is indexed and models are compiled.
-    alongside: called at every beat (the owner's).
+    step_timeout: seconds allowed from one step boundary to the next. first: seconds allowed until the first
+    boundary, if that is more: data is indexed and models are compiled then. alongside: called at every beat,
+    for Owner.beat.
     """
 
     def __init__(
@@ -46,27 +49,27 @@ class Heartbeat:
         self.interval = min(BEAT, step_timeout / 4)
         self.alongside = alongside
         self.step = 0
-        self.waiting = False  # at the boundary before `step`, for the other ranks
-        self._last = time.monotonic()  # the last boundary
-        self._allowed = max(first, step_timeout)  # seconds from there to the next
-        self._extra = 0.0  # and some more
+        self.waiting = False  # whether this rank waits for the others at the boundary before `step`
+        self._last = time.monotonic()  # time of the last boundary
+        self._allowed = max(first, step_timeout)  # seconds from that boundary to the next
+        self._extra = 0.0  # seconds that `allow` adds to it
         self._closed = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         for target in (self._beat, self._watch):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
     def arrived(self, step: int) -> None:
-        """This rank has done `step` steps; the others may not have."""
+        """This rank has done `step` steps and now waits for the others."""
         self.step, self.waiting = step, True
 
     def left(self) -> None:
-        """All ranks have done them."""
+        """All ranks have done these steps."""
         self.waiting = False
         self._last, self._allowed = time.monotonic(), self.step_timeout
 
     @contextlib.contextmanager
     def allow(self, seconds: float) -> Iterator[None]:
-        """Allow `seconds` more, on this rank; afterwards the time to the next boundary counts anew."""
+        """Give this rank `seconds` more; when the context ends, the time to the next boundary starts anew."""
         self._extra += seconds
         try:
             yield
@@ -78,9 +81,9 @@ class Heartbeat:
         self._closed.set()
 
     def silent(self) -> list[str]:
-        """The ranks to blame, in words: those without a sign of life, else those behind the others.
+        """Describe the ranks at fault: those that do not write, or else those that are behind the others.
 
-        Takes two beats, to see who writes.
+        Takes two beats, to see which ranks write.
         """
         before = self._texts()
         time.sleep(2 * self.interval)
@@ -90,7 +93,7 @@ class Heartbeat:
         done = {rank: _progress(text) for rank, text in after.items()}
         behind = [rank for rank in done if done[rank] < max(done.values())]
         return [
-            f"rank {rank}{_on(after[rank])} lives but is behind, in step {done[rank][0]}" for rank in behind
+            f"rank {rank}{_on(after[rank])} is running but behind, in step {done[rank][0]}" for rank in behind
         ]
 
     def _texts(self) -> dict[int, str]:
@@ -101,7 +104,7 @@ class Heartbeat:
         return texts
 
     def _beat(self) -> None:
-        """May hang with the file system, so it decides nothing."""
+        """Write a beat at each interval. A hanging file system blocks this thread, so `_watch` decides."""
         count = 0
         while not self._closed.is_set():
             count += 1
@@ -115,7 +118,7 @@ class Heartbeat:
         looked = time.monotonic()
         while not self._closed.wait(min(1.0, self.interval)):
             now = time.monotonic()
-            if now - looked > 3 * self.interval:  # this rank was stopped, by `scontrol suspend` for one
+            if now - looked > 3 * self.interval:  # this process was stopped, as by `scontrol suspend`
                 self._last += now - looked
             looked, waited = now, now - self._last
             if waited >= self._allowed + self._extra:
@@ -125,7 +128,7 @@ class Heartbeat:
         blame = [f"the file system of {self.folder} does not answer"]
 
         def look() -> None:
-            blame[:] = self.silent() or ["every rank lives, compare where each one is"]
+            blame[:] = self.silent() or ["all ranks run and none is behind; compare where each one is"]
 
         looking = threading.Thread(target=look, daemon=True)
         looking.start()
@@ -140,7 +143,7 @@ class Heartbeat:
 
 
 def _progress(text: str) -> tuple[int, int]:
-    """(steps done, waiting for the others) of a beat."""
+    """(steps done, 1 if the rank waits for the others) from the text of a beat."""
     words = text.split()
     return (int(words[0]), int(words[1])) if len(words) == 5 else (0, 0)
 

@@ -1,7 +1,7 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a bar on a terminal or lines in a log.
+"""Record the metrics of a run: metrics.jsonl, TensorBoard, and a bar on a terminal or lines in a log.
 
-metrics.jsonl has one JSON object a line, each with "step" (steps done before it, from 0). Figures that JSON
-can't hold are the strings "nan", "inf" and "-inf", which float() reads.
+metrics.jsonl has one JSON object a line, each with "step" (the number of steps done before it, from 0).
+Numbers that JSON cannot express are the strings "nan", "inf" and "-inf", which float() reads.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """Rank 0's record of a run; on other ranks every method does nothing.
+    """The record of a run, which rank 0 writes; on other ranks every method does nothing.
 
-    start_step: the run goes on from here; what an earlier life logged at this step and later is dropped, as
-    that will be logged again. every: steps between lines when there is no terminal; see `due`.
+    start_step: the step from which the run continues. What an earlier launch logged for this step and later
+    ones is dropped, since it will be logged again. every: steps from one log line to the next; see `due`.
     """
 
     def __init__(
@@ -51,21 +51,21 @@ class Journal:
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total_steps, initial=start_step, unit="step", dynamic_ncols=True)
-        self._since = (time.monotonic(), start_step)  # of the last line in the log
+        self._since = (time.monotonic(), start_step)  # seconds and steps done at the last log line
 
     def due(self, step: int) -> bool:
-        """Whether the figures of step `step` are wanted: every `every` steps, and of the last."""
+        """Whether step `step` is one to log: each `every`-th step is, and the last one."""
         return step % self.every == 0 or step + 1 == self.total_steps
 
     def log(self, step: int, **scalars: float | Tensor) -> None:
-        """Record the figures of step `step` (0-based: the first step of a run is 0) and tell them."""
+        """Record the metrics of step `step` (0-based: the first step of a run is 0) and show them."""
         figures = {name: float(value) for name, value in scalars.items()}
         self.record(step, **figures)
         if self.main:
             self._tell(step, figures)
 
     def record(self, step: int, **scalars: float) -> None:
-        """Record what was found after `step` steps, as by a validation; a run that resumes there drops it."""
+        """Record metrics of a validation after `step` steps; a run that resumes at `step` drops them."""
         if not self.main:
             return
         line = {"step": step} | {name: _json_float(value) for name, value in scalars.items()}
@@ -74,12 +74,12 @@ class Journal:
             self._board.add_scalar(name, value, step)
 
     def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor) -> None:
-        """TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in [0, 1]."""
+        """Add embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in [0, 1]."""
         if self.main:
             self._board.add_embedding(tensor, label_img=thumbnails, global_step=step)
 
     def message(self, text: str) -> None:
-        """A line for the reader, above the bar."""
+        """Print a line, above the bar if there is one."""
         if not self.main:
             return
         if self._bar is not None:
@@ -88,7 +88,7 @@ class Journal:
             print(text, flush=True)
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged at `step` and later: the run goes back there."""
+        """Drop what was logged for `step` and later steps, since the run goes back to `step`."""
         if self.main:
             self.close()
             self._open(step)
@@ -109,7 +109,7 @@ class Journal:
         then, told = self._since
         if done <= told or not self.due(step):
             return
-        rate = (now - then) / (done - told)  # seconds a step
+        rate = (now - then) / (done - told)  # seconds per step
         self._since = (now, done)
         left = int(rate * max(0, self.total_steps - done))
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -121,9 +121,9 @@ class Journal:
 
 
 def truncate(path: Path, start_step: int) -> None:
-    """Keep the lines of metrics.jsonl with step < start_step; a half-written last line goes too.
+    """Remove lines of metrics.jsonl with step >= start_step, incomplete lines, and lines that are not JSON.
 
-    The file is replaced, not cut: a lost rank of an earlier life that still writes has the old one in hand.
+    The file is replaced, not shortened: a lost rank of an earlier launch may still write to the old file.
     """
     if not path.exists():
         return
@@ -138,8 +138,11 @@ def truncate(path: Path, start_step: int) -> None:
 
 
 def _number_lives(folder: Path) -> None:
-    """Number the event files there are. TensorBoard reads them by name and drops what a later one tells anew;
-    names start with the time by a node's clock, so that of the last life might seem to come after this one's.
+    """Rename the event files of earlier launches so that they sort, in order, before the file of this launch.
+
+    TensorBoard reads event files in the order of their names, and a later file replaces points of earlier
+    ones. The names begin with the time of a node's clock. Clocks differ, so an earlier launch's file could
+    sort last.
     """
     for life, path in enumerate(sorted(folder.glob("events.out.tfevents.*"))):
         path.rename(folder / f"events.out.tfevents.{life:010}.life")

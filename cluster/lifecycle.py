@@ -1,4 +1,4 @@
-"""One run in one exp-dir, from a claim to a signed end: resume, checkpoints, signals, watchdog.
+"""Carry one run in one exp-dir to its signed end: ownership, resuming, checkpoints, signals, watchdog.
 
     with Run(exp_dir, world) as run:
         if run.finished(total_steps):
@@ -9,8 +9,8 @@
             run.after_step(step + 1, lambda: {"model": model.state_dict(), ...})
         run.finish(total_steps, lambda: {...}, files=["backbone.safetensors"])
 
-Exit status: 0 finished; 1 an error to mend; 70 a crash, a hung step or a lost rank; 75 saved and not
-requeued, so run it again; 143 saved after TERM; 130 saved after Ctrl-C.
+Exit status: 0 finished; 1 an error that the user can fix; 70 a crash, a hung step or a lost rank; 75 saved
+but not requeued, so run the same command again; 143 saved after TERM; 130 saved after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from cluster.heartbeat import Heartbeat
 from cluster.owner import Owner
 from cluster.signals import GO_ON, REQUEUE, STOP, Signals
 
-BROKEN = STOP + 1  # rank 0 can't go on: the disk is full, another run has taken over
+BROKEN = STOP + 1  # rank 0 can't continue: a write has failed, or another run has taken over the exp-dir
 SAVING = 3600.0  # seconds that a save may take before a step counts as hung
 
 
 class Run:
-    """This process's part in a run. Create it right after distributed.start, before a DataLoader has workers.
+    """One run, on this rank. Create it right after distributed.start, before any DataLoader worker exists.
 
-    checkpoint_every: seconds between periodic checkpoints. keep: how many of them to keep. step_timeout:
-    seconds without a step boundary after which a rank ends itself. block_for: seconds to wait for Slurm's
-    kill after the save for a signal. Raises UserError when another run owns exp_dir.
+    checkpoint_every: seconds between periodic checkpoints. keep: number of checkpoints to keep. step_timeout:
+    seconds without a step boundary (see cluster.heartbeat) after which a rank ends itself. block_for: seconds
+    to wait for Slurm to kill the job, after the save that a signal has asked for.
+    Raises UserError when another run owns exp_dir.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Run:
         self.checkpoint_every = checkpoint_every
         self.block_for = block_for
         self.folder = exp_dir / "checkpoints"
-        self.owner: Owner | None = None  # on rank 0
+        self.owner: Owner | None = None  # set on rank 0 only
         distributed.on_main(self._claim)
         self.writer = checkpoint.Writer(self.folder, keep, self._before_commit)
         self.signals = Signals(ctrl_c=world.launcher != "slurm")
@@ -75,21 +76,21 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Stop watching and give the exp-dir back."""
+        """Stop the heartbeat, restore the signal handlers and release the exp-dir."""
         self.heart.close()
         self.signals.close()
         if self.owner:
             self.owner.release()
 
     def finished(self, total_steps: int | None = None) -> bool:
-        """Whether final.json is signed, for at least `total_steps`. Raises UserError if its files changed."""
+        """Whether final.json signs `total_steps` or more. Raises UserError if a signed file has changed."""
 
         def look() -> bool:
             if not (self.exp_dir / "final.json").exists():
                 return False
             step = checkpoint.check_final(self.exp_dir)["step"]
             if total_steps is not None and step < total_steps:
-                (self.exp_dir / "final.json").unlink()  # it signs a shorter run, whose files will change
+                (self.exp_dir / "final.json").unlink()  # it signs a shorter run, whose files will be replaced
                 return False
             print(f"{self.exp_dir}: finished at step {step}, nothing to do", flush=True)
             return True
@@ -97,10 +98,11 @@ class Run:
         return distributed.on_main(look)
 
     def resume(self) -> State | None:
-        """Content of the newest checkpoint that verifies, the same on every rank; None where there is none.
+        """Content of the newest checkpoint that verifies, the same on every rank; None if there is none.
 
-        Every later one that was passed over is told, with the reason. Includes "step", the steps done. May be
-        called again, to go back.
+        It includes "step", the number of steps done. For each later checkpoint that is rejected the reason is
+        printed. May be called again, to go back to a checkpoint.
+        Raises UserError on a rank that cannot read the checkpoint which rank 0 has found.
         """
         state: State = {}
 
@@ -134,24 +136,26 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal asks this rank to save and stop: what takes long looks here and makes way."""
+        """Whether a signal has asked this rank to save and stop. Long work checks this and breaks off."""
         return self.signals.level != GO_ON
 
     def after_step(
         self, step: int, state: Callable[[], State], save: bool = False, hold: bool = False
     ) -> None:
-        """At the boundary before step `step`, when `step` steps are done: agree, then save or stop if due.
+        """Call when `step` steps are done: all ranks agree whether to save or stop, and then do it.
 
-        state: what to save; called when needed and on rank 0 only, so without collectives in it.
-        save: save now whatever the clock says (the end of an epoch). hold: do not save by the clock, as while
-        steps are skipped: the state to go back to would be the bad one. Both are the same on every rank.
-        After a signal it does not return but raises SystemExit.
+        state: returns what to save. It is called only if needed and only on rank 0, so it may not use
+        collectives. save: save now, however recent the last checkpoint is (at the end of an epoch). hold:
+        make no periodic checkpoint, as while steps are skipped: the run would go back to a bad state. Both
+        must be the same on every rank.
+        Raises SystemExit after a signal, and when another rank is lost. When a write has failed or another
+        run has taken over, rank 0 raises UserError and the other ranks SystemExit.
         """
         self.heart.arrived(step)
         level: int = self.signals.level
         if self.owner and (self.writer.failed or not self.owner.held):
             level = BROKEN
-        # Earlier by the time to write: a crash in the write then costs no more than the interval.
+        # Start earlier by the duration of a write, so that a crash in it loses no more than checkpoint_every.
         since = time.monotonic() - self._saved_at + self.writer.seconds
         late = self.world.main and since >= self.checkpoint_every and not self.writer.busy
         level, due = self._agree(step, level, save or (late and not hold))
@@ -164,9 +168,9 @@ class Run:
             self.save(step, state)
 
     def save(self, step: int, state: Callable[[], State], wait: bool = False) -> None:
-        """Save on rank 0, unless this step is saved; `wait`, on all ranks, until it is on disk."""
+        """Save on rank 0, unless this step is saved already. wait: wait on all ranks until it is on disk."""
         if self.world.main and step != self._saved_step:
-            with self.allow(SAVING):  # the one before may still be on its way to the disk
+            with self.allow(SAVING):  # it waits if the previous checkpoint is still being written
                 self.writer.save(step, state())
             self._saved_at = time.monotonic()
         self._saved_step = step
@@ -175,7 +179,7 @@ class Run:
                 distributed.on_main(self.writer.wait)
 
     def finish(self, step: int, state: Callable[[], State], files: list[str]) -> None:
-        """Save, and sign `files` (relative to exp_dir) as the result of this stage."""
+        """Save, then sign `files` (relative to exp_dir) as the results of this stage."""
         self.save(step, state, wait=True)
 
         def sign() -> None:
@@ -186,7 +190,7 @@ class Run:
             distributed.on_main(sign)
 
     def allow(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """`with run.allow(1800):`, on every rank, around what takes long: a validation, a picture."""
+        """Use `with run.allow(seconds):` on every rank around long work: a validation, a picture."""
         return self.heart.allow(seconds)
 
     def _claim(self) -> None:
@@ -198,7 +202,7 @@ class Run:
         atomic.sweep(self.folder)
 
     def _before_commit(self) -> None:
-        """What was logged until here is durable, and the exp-dir is still this run's."""
+        """fsync what was logged until here, and raise UserError if another run has taken over the exp-dir."""
         metrics = self.exp_dir / "metrics.jsonl"
         if metrics.exists():
             with open(metrics, "ab") as file:
@@ -209,16 +213,16 @@ class Run:
     def _agree(self, step: int, *flags: int) -> tuple[int, ...]:
         try:
             return distributed.agree(*flags)
-        except RuntimeError as error:  # a dead rank resets the connection at once
+        except RuntimeError as error:  # the connection to a dead rank is reset at once
             reason = str(error).splitlines()[0][:160]
             print(f"error: step {step}: lost another rank ({reason})", file=sys.stderr, flush=True)
             raise SystemExit(CRASH) from None
 
     def _fail(self) -> NoReturn:
         if self.owner:
-            self.writer.wait()  # raises what went wrong
+            self.writer.wait()  # raises the error of the write
             self.owner.check()
-        raise SystemExit(0)  # rank 0 tells
+        raise SystemExit(0)  # rank 0 prints the error
 
     def _stop(self, step: int, state: Callable[[], State], level: int) -> NoReturn:
         self.save(step, state, wait=True)
@@ -227,7 +231,8 @@ class Run:
             print(f"step {step}: saved after {self.signals.name or 'a signal to another rank'}", flush=True)
         with self.allow(SAVING + self.block_for):
             if self.world.launcher == "slurm" and (not again or distributed.on_main(requeue)):
-                # Slurm's kill tells what this was; to leave earlier would make the job COMPLETED or FAILED.
+                # Wait for Slurm to kill the job: if it exited by itself, Slurm would record COMPLETED or
+                # FAILED.
                 time.sleep(self.block_for)
         if again:
             raise SystemExit(AGAIN)
@@ -235,7 +240,7 @@ class Run:
 
 
 def requeue() -> bool:
-    """Ask Slurm to run this job again, under the same job id. False, after telling why, when it won't."""
+    """Ask Slurm to run this job again under the same job id. If Slurm refuses, print why and return False."""
     command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
     for wait in (0, 2, 10):  # the controller may be restarting
         time.sleep(wait)
@@ -245,7 +250,7 @@ def requeue() -> bool:
             print(f"{' '.join(command)}: {error}", file=sys.stderr, flush=True)
             continue
         if answer.returncode == 0:
-            print(f"{' '.join(command)}: done, waiting to be ended", flush=True)
+            print(f"{' '.join(command)}: accepted, waiting for Slurm to end this job", flush=True)
             return True
         print(f"{' '.join(command)}: {answer.stderr.strip()}", file=sys.stderr, flush=True)
     return False

@@ -1,9 +1,10 @@
-"""owner.json: one run at a time writes into an exp-dir. No torch here.
+"""Let only one run at a time write into an exp-dir, by the file owner.json. No torch is imported here.
 
-A newcomer takes over at once from an owner that is certainly dead: an earlier life of its own Slurm job, a
-process of this host that is gone, a job that squeue no longer runs. Else it leaves with one line, unless the
-owner's file has not been touched for STALE seconds. An old owner that does live on (a node cut from the
-controller) finds its file changed at the next beat or before its next commit, and ends.
+A new run takes over at once from an owner that is certainly dead: an earlier start of its own Slurm job, a
+process of this host that is gone, a job that squeue no longer lists as running. Otherwise it takes over only
+if owner.json has not been touched for STALE seconds, and else ends with one line. An old owner that is still
+running (on a node that has lost the Slurm controller) finds owner.json changed at its next beat or before it
+completes its next checkpoint, and ends.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import Any
 from cluster import atomic
 from cluster.errors import UserError
 
-STALE = 60.0  # seconds without a beat
+STALE = 60.0  # seconds without a beat after which an owner counts as dead
 
 
 class Owner:
-    """This run's claim to an exp-dir. Raises UserError naming the run that holds it."""
+    """The claim of this run to an exp-dir. Raises UserError, which names the run that holds it already."""
 
     def __init__(self, exp_dir: Path, stale: float = STALE) -> None:
         self.path = exp_dir / "owner.json"
@@ -44,10 +45,10 @@ class Owner:
                 )
             atomic.write_text(self.path, json.dumps(self.me, indent=2) + "\n")
         self.predecessor = name(holder) if holder else ""
-        self.held = True  # as far as the last beat saw
+        self.held = True  # as of the last beat
 
     def beat(self) -> None:
-        """Show that this run lives."""
+        """Touch owner.json, if it is still this run's, to show that this run is alive."""
         with contextlib.suppress(OSError):
             self.held = self.mine()
             if self.held:
@@ -57,7 +58,7 @@ class Owner:
         return _read(self.path).get("uuid") == self.me["uuid"]
 
     def check(self) -> None:
-        """Raise UserError when another run has taken over."""
+        """Raise UserError if another run has taken over."""
         if not self.mine():
             holder = _read(self.path)
             taken = f"{name(holder)} has taken over" if holder else "the file is gone"
@@ -69,7 +70,7 @@ class Owner:
 
 
 def describe_self() -> dict[str, Any]:
-    """What another process needs to judge whether this one still lives."""
+    """The facts by which another process can judge whether this one is still running."""
     return {
         "uuid": uuid.uuid4().hex,
         "job": os.environ.get("SLURM_JOB_ID", ""),
@@ -91,9 +92,9 @@ def name(owner: dict[str, Any]) -> str:
 
 
 def _alive(holder: dict[str, Any], me: dict[str, Any], path: Path, stale: float) -> str:
-    """Why the holder must be taken for alive; empty when it is dead."""
+    """Why the holder must be considered alive; empty if it is dead."""
     if holder.get("job") and holder["job"] == me["job"] and holder.get("restart", 0) < me["restart"]:
-        return ""  # an earlier life of this job: Slurm has ended it, or has lost sight of it
+        return ""  # an earlier start of this job: Slurm has ended it, or has lost its node
     if holder.get("host") == me["host"]:
         if holder.get("boot") != me["boot"]:
             return ""
@@ -102,11 +103,11 @@ def _alive(holder: dict[str, Any], me: dict[str, Any], path: Path, stale: float)
     age = _seconds_since_beat(path)
     if age > stale or (holder.get("job") and _slurm_has_ended(holder)):
         return ""
-    return f"which gave a sign of life {age:.0f} s ago (taken for dead after {stale:.0f} s)"
+    return f"which gave a sign of life {age:.0f} s ago (considered dead after {stale:.0f} s)"
 
 
 def _slurm_has_ended(holder: dict[str, Any]) -> bool:
-    """True only when squeue answers and does not show the holder's step (or job, for want of one) running."""
+    """Whether squeue answers but lists no running step of the holder (or running job, without a step id)."""
     what = ["--steps", f"{holder['job']}.{holder['step']}", "-o", "%i"] if holder.get("step") else []
     what = what or ["-t", "RUNNING,COMPLETING,SUSPENDED", "-j", holder["job"], "-o", "%i"]
     try:
@@ -119,7 +120,7 @@ def _slurm_has_ended(holder: dict[str, Any]) -> bool:
 
 
 def _seconds_since_beat(path: Path) -> float:
-    """By the clock of the file system, against a file touched now: clocks of nodes differ."""
+    """Seconds since the last beat. Both times are the file system's, since the clocks of nodes differ."""
     lock = path.with_name(".owner.lock")
     os.utime(lock)
     return lock.stat().st_mtime - path.stat().st_mtime
@@ -127,7 +128,7 @@ def _seconds_since_beat(path: Path) -> float:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Two newcomers judge one after the other. A file system without locks goes without."""
+    """Lock a file, so that two new runs decide in turn. Without effect on a file system without locks."""
     with open(path, "a") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -135,7 +136,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The owner; empty when there is none. Any other OSError says nothing about that, and is the caller's."""
+    """The owner; empty if there is none. Other OSErrors are raised: they do not show that there is none."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -144,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process: tells a process from a later one with its number."""
+    """Clock ticks from boot to the start of a process: they tell it from a later one with the same pid."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Who am I, and where do the ranks meet: torchrun | srun | alone."""
+"""Find the rank of this process (torchrun, srun or alone), and connect all ranks through a store."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cluster.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
-ORDINARY_STEPS = 0xFFFFFFF0  # above: the batch script, the shell of salloc, extern
-LINGER = 3.0  # seconds for all ranks to find a mistake that one has found
+ORDINARY_STEPS = 0xFFFFFFF0  # step ids above it: the batch script, the shell of salloc, the extern step
+LINGER = 3.0  # seconds that a rank waits for others to find the error that it has found
 
-_met: tuple[Place, Store] | None = None  # kept alive: rank 0 serves the store
+_met: tuple[Place, Store] | None = None  # kept alive, since rank 0 serves the store
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among all that were started together."""
+    """The rank of this process among all processes of the same launch."""
 
     rank: int = 0
     size: int = 1
@@ -60,7 +60,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
 
 
 def _expand(counts: str) -> list[int]:
-    """'2(x3),1' -> [2, 2, 2, 1]"""
+    """Expand Slurm's task counts: '2(x3),1' -> [2, 2, 2, 1]."""
     numbers = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         numbers += [int(count)] * int(times or 1)
@@ -68,9 +68,9 @@ def _expand(counts: str) -> list[int]:
 
 
 def meet(me: Place, folder: Path | None, timeout: float) -> Store:
-    """A store that all ranks have joined. folder: on a file system that all nodes share (for Slurm).
+    """A store that all ranks have joined. folder: on a file system that all nodes share, required under srun.
 
-    Raises UserError naming the ranks that did not come within `timeout` seconds.
+    Raises UserError, which names the ranks that did not join within `timeout` seconds.
     """
     global _met
     if me.launcher == "torchrun":
@@ -87,16 +87,16 @@ def meet(me: Place, folder: Path | None, timeout: float) -> Store:
 
 
 def part() -> None:
-    """Leave the store."""
+    """Release the store."""
     global _met
     _met = None
 
 
 def tell_once(line: str) -> bool:
-    """Print `line` on standard error, from one rank of all that come here with it. True on that rank.
+    """Print `line` on standard error on only one of the ranks that pass the same line. True on that rank.
 
-    Ranks find the same mistake in the same input, each by itself: rank 0 tells it. What rank 0 has not told
-    within LINGER seconds it has not found, and the first of the others tells it.
+    All ranks can find the same error in the same input. Rank 0 then prints it. The other ranks wait LINGER
+    seconds for that; if rank 0 has not found the error by then, the first of them prints it.
     """
     if _met and _met[0].rank:
         _wait(lambda: _count(f"told {line}", 0) > 0)
@@ -107,9 +107,9 @@ def tell_once(line: str) -> bool:
 
 
 def leave(after_mistake: bool) -> None:
-    """Count this rank as one that ends. After a mistake rank 0, which serves the store, waits for the others.
+    """Count this rank as ended. After an error rank 0, which serves the store, first waits for the others.
 
-    They ask the store who tells what they have found. Those that are busy elsewhere are not waited for long.
+    They ask the store whether their error has been printed. Rank 0 waits at most LINGER seconds for them.
     """
     _count("left")
     if after_mistake and _met and _met[0].rank == 0:
@@ -118,14 +118,14 @@ def leave(after_mistake: bool) -> None:
 
 
 def _wait(condition: Callable[[], bool]) -> None:
-    """Until the condition holds, at most LINGER seconds."""
+    """Wait until the condition holds, at most LINGER seconds."""
     deadline = time.monotonic() + LINGER
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def _count(key: str, more: int = 1) -> int:
-    """Add to a number that all ranks share and read it; a rank alone, or left by rank 0, is the first."""
+    """Add to a counter that all ranks share and return it; 1 on a single rank, or if rank 0 has ended."""
     if not _met:
         return 1
     try:
@@ -140,7 +140,7 @@ def _meet_in(folder: Path, me: Place, timeout: float) -> Store:
     note = folder / f".rendezvous-{_launch_key(os.environ)}"
     if me.rank == 0:
         atomic.make_folder(folder)
-        # Port 0: the kernel picks a free one. A port computed from the job id collides.
+        # With port 0 the kernel picks a free port. A port computed from the job id may be in use.
         store = TCPStore("localhost", 0, me.size, True, timedelta(seconds=timeout), wait_for_workers=False)
         token = uuid.uuid4().hex
         store.set("token", token)
@@ -156,16 +156,16 @@ def _meet_in(folder: Path, me: Place, timeout: float) -> Store:
 
 
 def _launch_key(env: Mapping[str, str]) -> str:
-    """The same on every rank of one launch and on no other: a note left by a dead launch is not picked up."""
+    """Equal on all ranks of a launch, different for other launches, so that no old address file is read."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_SRUN_COMM_PORT")
     return "-".join(env.get(name, "0") for name in names)
 
 
 def _my_names() -> list[str]:
-    """Names and addresses under which another node may reach this one, the likeliest first."""
+    """Names and addresses by which another node may reach this one, the most likely first."""
     names = [os.environ.get("SLURMD_NODENAME", ""), socket.gethostname()]
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Connecting a datagram socket sends nothing; it tells which address faces the other nodes.
+        # Connecting a datagram socket sends nothing; it shows which local address leads to the other nodes.
         probe.connect((os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "10.255.255.255"), 9))
         names.append(probe.getsockname()[0])
     return list(dict.fromkeys(filter(None, names)))
@@ -175,7 +175,7 @@ def _join(note: Path, me: Place, timeout: float) -> TCPStore:
     from torch.distributed import TCPStore
 
     deadline = time.monotonic() + timeout
-    seen = "no note of rank 0"
+    seen = "rank 0 has not written its address"
     while time.monotonic() < deadline:
         try:
             content = json.loads(note.read_text())
@@ -183,7 +183,7 @@ def _join(note: Path, me: Place, timeout: float) -> TCPStore:
             content = {"hosts": []}
         for host in content["hosts"]:
             with contextlib.suppress(OSError):
-                # A short look first: a store takes a minute to give up on a name that does not resolve.
+                # Try the address first: a store needs a minute to give up on a name that does not resolve.
                 socket.create_connection((host, content["port"]), timeout=3).close()
                 left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
                 store = TCPStore(host, content["port"], me.size, False, left, wait_for_workers=False)
@@ -192,13 +192,13 @@ def _join(note: Path, me: Place, timeout: float) -> TCPStore:
             seen = f"rank 0 does not answer at {host}:{content['port']}"
         time.sleep(0.1)
     raise UserError(
-        f"rank {me.rank} on {socket.gethostname()} met nobody in {timeout:.0f} s ({seen}): is {note.parent} "
-        "on a file system that all nodes share, and can the nodes reach each other?"
+        f"rank {me.rank} on {socket.gethostname()} did not reach rank 0 in {timeout:.0f} s ({seen}): "
+        f"is {note.parent} on a file system that all nodes share, and can the nodes reach each other?"
     )
 
 
 def _wait_for_all(store: Store, me: Place, timeout: float) -> None:
-    """First meeting: long, since importing torch from a cold disk takes a node 20 s and more."""
+    """Wait for every rank to join. It can take long: to import torch from a cold disk takes 20 s or more."""
     from torch.distributed import DistNetworkError, DistStoreError
 
     store.set(f"here-{me.rank}", socket.gethostname())
@@ -211,7 +211,7 @@ def _wait_for_all(store: Store, me: Place, timeout: float) -> None:
         except DistNetworkError:
             raise UserError(f"rank {me.rank}: rank 0 left before all {me.size} ranks had come") from None
         except DistStoreError:
-            continue  # the time-out of one wait
+            continue  # only this wait has timed out
     if missing:
         gone = [rank for rank in missing if not store.check([f"here-{rank}"])]
         raise UserError(f"rank {', '.join(map(str, gone))} of {me.size} did not come within {timeout:.0f} s")

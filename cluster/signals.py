@@ -1,12 +1,13 @@
-"""Signals set a flag, nothing else (law 6). No torch here.
+"""Turn signals into a flag that the training loop reads, and do nothing else. No torch is imported here.
 
-A Python handler runs only between two bytecodes of the main thread: not while that thread waits inside a C++
-collective. So the C part of the handler writes the signal's number to a pipe, at once and from whichever
-thread got it, and a thread of ours reads the pipe. The main thread blocks the signals for the sake of its
-children: a DataLoader worker inherits the mask, and a signal sent to the whole step leaves it alone.
+A Python handler runs only between two bytecodes of the main thread, so not while that thread waits inside a
+C++ collective. Therefore the C part of the handler writes the signal's number to a pipe, at once and on
+whichever thread receives it, and a thread of this module reads the pipe. The main thread blocks the signals
+for its children: DataLoader workers inherit the mask, so a signal sent to all processes of the job step does
+not end them.
 
-Until this is installed a signal kills. Under Slurm start Python as `srun env --block-signal=USR2 python ...`:
-a signal that comes during the imports then waits.
+Until `Signals` is created, a signal kills the process. Under Slurm start Python as
+`srun env --block-signal=USR2 python ...`: a signal that comes during the imports then stays pending.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ GO_ON, REQUEUE, STOP = 0, 1, 2
 
 
 class Signals:
-    """The flag. `level` is GO_ON, REQUEUE (USR2: save, run again) or STOP (TERM, Ctrl-C: save, do not).
+    """The flag is `level`: GO_ON, REQUEUE (USR2: save and run again) or STOP (TERM, Ctrl-C: save and end).
 
-    LINEWORK_REQUEUE_SIGNAL names another signal than USR2. ctrl_c: one Ctrl-C stops, a second ends at once.
-    Create it in the main thread, before the first DataLoader worker.
+    LINEWORK_REQUEUE_SIGNAL names another signal than USR2. ctrl_c: whether Ctrl-C is such a signal too; a
+    second Ctrl-C then ends the process at once. Create it in the main thread, before the first DataLoader
+    worker.
     """
 
     def __init__(self, ctrl_c: bool = True) -> None:
@@ -42,20 +44,20 @@ class Signals:
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.trapped)
 
     def close(self) -> None:
-        """Give handlers and mask back."""
+        """Restore the previous signal handlers and mask."""
         signal.set_wakeup_fd(self._old_wakeup)
         os.write(self._writer, b"\0")
         self._thread.join()
         os.close(self._reader)
         os.close(self._writer)
         for number, handler in self._handlers.items():
-            # A second USR2 may be on its way, and the default handler would kill a run that ends well.
+            # A second USR2 may still arrive, and the default handler would kill a run that has ended well.
             with contextlib.suppress(TypeError):
                 signal.signal(number, signal.SIG_IGN if number == self.requeue else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _listen(self) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.trapped)  # one thread must be able to take them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.trapped)  # one thread must receive them
         while (number := os.read(self._reader, 1)[0]) != 0:
             if number not in self.trapped:
                 continue

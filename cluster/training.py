@@ -1,7 +1,7 @@
-"""The step that every training loop takes, and the way back from steps that were not finite.
+"""The optimizer step of every training loop, and the return to a checkpoint after non-finite gradients.
 
-A loop computes its loss under `step.forward()` and hands it to `step.take`. What the guard decides is done
-here: the step is taken, or leaves no trace, or the run goes back to its newest checkpoint.
+A loop computes its loss under `step.forward()` and hands it to `step.take`. This module does what the guard
+decides: take the step, undo it, or go back to the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cluster.lifecycle import Run
 
 
 class NotFinite(Exception):
-    """Skipping steps no longer helps: the gradient of `step` was not finite, as those before it."""
+    """The gradients of `step` and of the steps before it were not finite, and skipping no longer helps."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"step {step}: the gradient is not finite")
@@ -35,10 +35,11 @@ class NotFinite(Exception):
 
 
 class GuardedStep:
-    """One optimizer step that leaves no trace where its gradient is not finite.
+    """An optimizer step that is undone if its gradient is not finite.
 
-    lr: learning rate by step; a parameter group with a "factor" takes that share of it. clip_grad: largest
-    norm of the gradient, None for no limit. precision of the forward pass: auto (bf16 on a GPU), fp32, bf16.
+    lr: maps a step to its learning rate, which is multiplied by the "factor" of a parameter group that has
+    one. clip_grad: largest norm of the gradient, None for no limit. precision: of the forward pass, auto
+    (bf16 on a GPU), fp32 or bf16.
     """
 
     def __init__(
@@ -59,16 +60,16 @@ class GuardedStep:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around the forward pass, which moves BatchNorm's running statistics."""
+        """Use around the forward pass: sets its precision and keeps BatchNorm's statistics for an undo."""
         self._before = [buffer.clone() for buffer in self._buffers]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             yield
 
     def take(self, step: int, loss: Tensor) -> Tensor:
-        """Step number `step`, if its gradient is finite; returns the gradient's norm before clipping.
+        """Take step number `step` if its gradient is finite. Returns the gradient's norm before clipping, [].
 
-        DDP has averaged the gradient, so the norm and with it the guard's verdict is the same on every rank.
-        Raises NotFinite where skipping the step would not be enough.
+        DDP has averaged the gradient, so the norm and thus the guard's verdict are the same on every rank.
+        Raises NotFinite if skipping the step is not enough.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step) * group.get("factor", 1.0)
@@ -79,7 +80,7 @@ class GuardedStep:
         if verdict == "ok":
             self.optimizer.step()
             return norm
-        # Nothing of this step may stay, its share of BatchNorm's running statistics neither.
+        # Nothing of this step may remain, so its part in BatchNorm's running statistics is undone as well.
         for buffer, old in zip(self._buffers, self._before, strict=True):
             buffer.copy_(old)
         if verdict != "skip":
@@ -94,9 +95,9 @@ def begin(
     state: Callable[[], State],
     restore: Callable[[State], None],
 ) -> int:
-    """The step to start from, with what `saved` holds put back; of a fresh run 0, saved at once.
+    """The step to start from, after restoring `saved`; without `saved` 0, and that state is saved at once.
 
-    There is then something to go back to, and a full disk shows before the first step.
+    A new run thus has a checkpoint to go back to, and a full disk is found before the first step.
     """
     if saved is None:
         run.save(0, state, wait=True)
@@ -116,10 +117,10 @@ def train_guarded(
     start: int,
     total: int,
 ) -> None:
-    """`train` over the batches of steps `start` to `total`, going back where gradients stay not finite.
+    """Call `train` on the batches of steps `start` to `total` - 1; go back while gradients stay non-finite.
 
-    restore: puts a checkpoint of this run back. The data that led to going back is passed over. Raises
-    UserError, naming step, batch and checkpoint, where going back did not help.
+    restore: loads the state of a checkpoint. The data that led to going back is not used again.
+    Raises UserError, which names step, batch and checkpoint, if going back has not helped.
     """
     while True:
         try:
@@ -132,15 +133,15 @@ def train_guarded(
             if guard.spent:
                 last = checkpoint.step_path(run.folder, start)
                 raise UserError(guard.last_words(bad.step, sources, str(last))) from None
-            told = f"step {bad.step}: not finite three times in a row, last on {sources[0]}"
-            journal.message(f"{told}; back to step {start}")
+            told = f"step {bad.step}: the gradient was not finite three times in a row, last on {sources[0]}"
+            journal.message(f"{told}; going back to step {start}")
             restore(saved)
             guard.roll_back(bad.step, start)
             journal.rewind(start)
 
 
 def parallel(model: nn.Module, world: World) -> nn.Module:
-    """The model with its gradients averaged over ranks; of one rank the model itself."""
+    """The model wrapped so that its gradients are averaged over ranks; with one rank, the model itself."""
     if world.size == 1:
         return model
     ids = [world.device.index] if world.device.type == "cuda" else None

@@ -1,7 +1,7 @@
-"""The network that is handed from one stage to the next: built by its name, written, read, normalised.
+"""Build, write and read the backbone that one stage hands to the next, and normalise its input.
 
-backbone.safetensors holds the tensors of a timm backbone and what they were trained on: architecture, method,
-color mode, mean and std. A torch file of another project is read by its keys.
+backbone.safetensors holds the tensors of a timm backbone and the facts of its training: architecture, method,
+color mode, mean and std. Torch files of other projects can be read too.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from cluster import atomic, checkpoint
 from cluster.errors import UserError
 
-# A foreign file does not say how its images were normalised; nearly all are by these.
+# A foreign file does not say how its images were normalised. Nearly all projects use these values.
 IMAGENET = {"color_mode": "rgb", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def build_backbone(arch: str) -> Any:
     """A timm backbone without classifier: images [B, 3, H, W] -> features [B, backbone.num_features].
 
-    The keys and shapes of a ResNet's state dict are torchvision's, less `fc.*`. Raises UserError for a name
-    that timm does not have; the message offers the nearest.
+    The keys and shapes of a ResNet's state dict are torchvision's without `fc.*`. Raises UserError for a name
+    that timm does not know; the message lists the nearest names.
     """
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), n=3)
@@ -35,7 +35,7 @@ def build_backbone(arch: str) -> Any:
     try:
         return timm.create_model(arch, pretrained=False, num_classes=0)
     except RuntimeError as error:
-        if "." not in arch:  # only a name with a tag, as resnet50.a1_in1k, can have one that does not exist
+        if "." not in arch:  # is_model ignores the tag, as in resnet50.a1_in1k, which may not exist
             raise
         raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from None
 
@@ -43,7 +43,7 @@ def build_backbone(arch: str) -> Any:
 class Normalise(nn.Module):
     """Pixels uint8 [B, 3, H, W] -> (pixels / 255 - mean) / std, float32, channels last; mean, std in 0..1.
 
-    The two are no part of the state dict: they travel beside the weights and build the network.
+    mean and std are not in the state dict: they are stored beside the weights and given to the constructor.
     """
 
     mean: Tensor
@@ -60,16 +60,16 @@ class Normalise(nn.Module):
 
 
 def write_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
-    """Write backbone.safetensors, its sha256 beside it. meta (arch, method, mean, ...) travels inside.
+    """Write backbone.safetensors and its .sha256. The file contains meta (arch, method, mean, ...).
 
-    The same tensors and meta give the same bytes.
+    The same tensors and meta give the same bytes. Returns the sha256 in hex.
     """
     from safetensors.torch import save
 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = save(content, {key: json.dumps(value) for key, value in meta.items()})
     size = int.from_bytes(data[:8], "little")
-    # safetensors writes the meta in an order that is random in each process.
+    # safetensors writes the meta in an order that changes at random, so it is sorted here.
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     data = len(header).to_bytes(8, "little") + header + data[8 + size :]
@@ -78,7 +78,7 @@ def write_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
 
 
 def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, meta) of a file of `write_backbone`.
+    """(tensors by name, meta) of a file that `write_backbone` wrote.
 
     Raises UserError for a file that is absent, damaged, without its sha256, or of another kind.
     """
@@ -94,12 +94,13 @@ def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_weights(file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and meta (arch, color_mode, mean, std, ...) of a backbone's file; both empty for "none".
+    """Tensors and meta (arch, color_mode, mean, std, ...) of a backbone's file; both are empty for "none".
 
-    A .safetensors is Linework's own: beside a config.json its run must be signed as finished. Anything else
-    is a torch file of tensors under bare keys, such as the published VICReg's resnet50.pth.
-    Raises UserError for an unfinished run, a file changed since, or one that is no backbone; code in it is
-    never run.
+    A .safetensors file is Linework's own; if a config.json lies beside it, that run must be signed as
+    finished. Any other file must be a torch file of tensors under bare keys, such as the published VICReg's
+    resnet50.pth; its meta is the color mode, mean and std of ImageNet.
+    Raises UserError for an unfinished run, a file that has changed since, or one that is no backbone; code in
+    it is never run.
     """
     path = Path(file)
     if file == "none":
@@ -112,7 +113,7 @@ def read_weights(file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return read_backbone(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a pickle that runs code, a cut zip, a foreign format: torch raises many kinds
+    except Exception:  # a pickle that runs code, a cut zip, a foreign format: torch raises many types
         raise UserError(f"{path}: refused, not a file of plain tensors; nothing in it was run") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path}: not a backbone; give tensors under bare keys such as conv1.weight")

@@ -1,4 +1,4 @@
-"""What pretraining can be told, whatever the method."""
+"""The flags of pretraining that all methods share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ class PretrainConfig(RunConfig):
     # Resolution in dots per inch at which PDF pages are drawn.
     dpi: int = setting(200, least=1)
 
-    # Epochs from one checkpoint to the next, besides those by the clock; 0 makes none.
+    # Epochs from one checkpoint to the next, in addition to those of --checkpoint-every; 0 makes none.
     checkpoint_epochs: int = setting(10, least=0, may_change=True)
     # Epochs from one picture of the embedding in TensorBoard to the next; the last step always draws one.
     embed_every: int = setting(10, least=0, may_change=True)

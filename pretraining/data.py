@@ -1,4 +1,4 @@
-"""Pairs of views by their key: a sample is a window of the pool, seen twice."""
+"""Make the samples of pretraining: two views of one window of the pool."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,14 @@ from schematics.store import WindowStore
 
 
 def epoch_order(seed: int, samples: int) -> Callable[[int], np.ndarray]:
-    """The permutation int64 [samples] in which an epoch goes through the pool."""
+    """A function from an epoch to the order of its samples: a permutation of the pool, int64 [samples]."""
     return lambda epoch: draw(Use.PRETRAINING_ORDER, seed, epoch).permutation(samples)
 
 
 class Pairs(Dataset):
     """Item (epoch, position, sample) -> two views of window `sample`, uint8 [3, S, S] each.
 
-    A window comes once an epoch, so its views are a function of (seed, epoch, sample).
+    Each window occurs once an epoch, so its views are a function of (seed, epoch, sample) alone.
     """
 
     def __init__(
@@ -49,5 +49,5 @@ class Pairs(Dataset):
         return view1, view2
 
     def source(self, key: Key) -> str:
-        """The window in words: "file.png @x,y"."""
+        """File and position of the window, for error messages: "file.png @x,y"."""
         return self.store.source(key[2])

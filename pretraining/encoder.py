@@ -1,4 +1,4 @@
-"""The network that is pretrained: a timm backbone and the projector the loss is computed behind."""
+"""The network that is pretrained: a timm backbone, and the projector whose output goes into the loss."""
 
 from itertools import pairwise
 
@@ -9,11 +9,11 @@ from cluster.weights import Normalise
 
 
 def build_projector(widths: list[int], last_norm: bool) -> nn.Sequential:
-    """A perceptron over `widths` (input first), BatchNorm and ReLU after each layer but the last.
+    """A multilayer perceptron of `widths` (input first); BatchNorm and ReLU follow each layer but the last.
 
-    The last layer has no bias; `last_norm` puts a BatchNorm behind it (SimCLR's projector; VICReg's expander
-    has none). Widths [2048, 8192, 8192, 8192] are VICReg's (arXiv 2105.04906, 4.2), [2048, 2048, 128]
-    SimCLR's.
+    The last layer has no bias. With `last_norm` a BatchNorm follows it, as in SimCLR's projector; VICReg's
+    expander has none. Widths [2048, 8192, 8192, 8192] are VICReg's (arXiv 2105.04906, section 4.2), and
+    [2048, 2048, 128] are SimCLR's.
     """
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(widths[:-1]):
@@ -25,12 +25,12 @@ def build_projector(widths: list[int], last_norm: bool) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Backbone and projector over both views in one forward, so that DDP sees one forward a step.
+    """Backbone and projector. One call takes both views, since DDP expects one forward call in each step.
 
     Args:
-        normalise: from pixels to what the backbone takes, by the mean and std of the pool.
-        joint: True puts both views through as one batch of 2N, as SimCLR does; False makes two passes, so
-            that BatchNorm's statistics belong to one view, as VICReg does.
+        normalise: turns pixels into the input of the backbone, by the mean and std of the pool.
+        joint: True passes both views through the network as one batch of 2n, as SimCLR does. False makes two
+            passes, so that BatchNorm's statistics belong to one view, as VICReg does.
     """
 
     def __init__(self, normalise: Normalise, backbone: nn.Module, projector: nn.Module, joint: bool):
@@ -48,5 +48,5 @@ class Encoder(nn.Module):
         return self.embed(view1), self.embed(view2)
 
     def embed(self, views: Tensor) -> Tensor:
-        """uint8 [n, 3, S, S] -> [n, D]."""
+        """Embeddings of views: uint8 [n, 3, S, S] -> [n, D]."""
         return self.projector(self.backbone(self.normalise(views)))

@@ -1,4 +1,4 @@
-"""Frozen features of a pretrained backbone, for probes and pictures."""
+"""Compute features by a frozen pretrained backbone, for probes and pictures."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from schematics.windows import paper_color
 
 
 def open_backbone(path: Path) -> tuple[nn.Module, dict]:
-    """A network from uint8 [B, 3, S, S] to features [B, D] by a backbone.safetensors, in eval mode; its meta.
+    """(network, meta) of a backbone.safetensors. In eval mode: uint8 [B, 3, S, S] -> features [B, D].
 
     Raises:
-        UserError: the file is not one of ours, is damaged, or lacks tensors of its architecture.
+        UserError: the file was not written by Linework, is damaged, or lacks tensors of its architecture.
     """
     tensors, meta = read_backbone(path)
     backbone = build_backbone(meta["arch"])
@@ -33,7 +33,7 @@ def open_backbone(path: Path) -> tuple[nn.Module, dict]:
 
 @torch.no_grad()
 def embed(network: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
-    """What a network makes of images uint8 [N, 3, S, S] in eval mode: float32 [N, D] on the CPU."""
+    """Output of a network in eval mode for images uint8 [N, 3, S, S]: float32 [N, D] on the CPU."""
     device = next(network.parameters()).device
     training = network.training
     network.eval()
@@ -43,9 +43,9 @@ def embed(network: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
 
 
 class ClassFolder(Dataset):
-    """Images in one folder a class, as schematics.symbols writes them; item -> uint8 [3, size, size], label.
+    """Images in a folder per class, as schematics.symbols writes them; item -> uint8 [3, size, size], label.
 
-    Labels count along `classes`, which may hold more names than this folder has.
+    A label is the position of the class in `classes`, which may hold more names than this folder has.
 
     Raises:
         DataError: a class folder has no drawing.
@@ -65,7 +65,7 @@ class ClassFolder(Dataset):
 
 
 def square(image: np.ndarray, size: int) -> Tensor:
-    """uint8 [H, W] or [H, W, 3] -> uint8 [3, size, size], padded to a square with the paper's color."""
+    """uint8 [H, W] or [H, W, 3], padded to a square with the paper's color -> uint8 [3, size, size]."""
     paper = np.atleast_1d(paper_color(image)).tolist()
     h, w = image.shape[:2]
     side = max(h, w)
@@ -82,7 +82,7 @@ def class_names(data_dir: Path, splits: list[str]) -> list[str]:
     """Names of the class folders of all splits together, sorted.
 
     Raises:
-        UserError: a split's folder is not there or has no class folders.
+        UserError: a split's folder does not exist or has no class folders.
     """
     names: set[str] = set()
     for split in splits:
@@ -99,7 +99,7 @@ def class_names(data_dir: Path, splits: list[str]) -> list[str]:
 def class_features(
     network: nn.Module, folder: ClassFolder, device: torch.device, workers: int
 ) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and labels int64 [N] of every image of a class folder, on `device`."""
+    """Features [N, D] and labels int64 [N] of all images of a class folder, both on `device`."""
     network = network.to(device)
     features, labels = [], []
     for images, batch_labels in DataLoader(folder, batch_size=64, num_workers=workers):
@@ -116,10 +116,10 @@ def split_features(
     device: torch.device,
     workers: int,
 ) -> tuple[list[str], list[tuple[Tensor, Tensor]]]:
-    """Class names, and for each split its features [N, D] and labels int64 [N], by a backbone.safetensors.
+    """Class names, and for each split the features [N, D] by a backbone.safetensors and the labels int64 [N].
 
     Raises:
-        UserError, DataError: as open_backbone, class_names and ClassFolder.
+        UserError, DataError: as open_backbone, class_names and ClassFolder do.
     """
     network, meta = open_backbone(checkpoint)
     classes = class_names(data_dir, splits)

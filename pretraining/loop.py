@@ -1,4 +1,7 @@
-"""The loop of pretraining. n: a rank's share of the global batch N; D: the embedding; S: a side in pixels."""
+"""The training loop of pretraining.
+
+Shapes: n is a rank's share of the global batch N, D the width of the embedding, S a view's side in pixels.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -20,9 +23,9 @@ def train(
     journal: Journal,
     boundary: Callable[[int], object],
 ) -> None:
-    """One optimizer step for each (step, (view1, view2)), uint8 [n, 3, S, S] each.
+    """Take one optimizer step for each (step, (view1, view2)) of `batches`; views are uint8 [n, 3, S, S].
 
-    boundary: called after each step with the number of steps done; it saves, stops and draws.
+    boundary: called after each step with the number of steps done, to save, stop and draw the embedding.
     """
     for step, (view1, view2) in batches:
         with guarded.forward():

@@ -1,4 +1,4 @@
-"""How good an embedding is: without labels (std, RankMe) and with them (kNN, linear)."""
+"""Measure the quality of embeddings, without labels (std, RankMe) and with labels (kNN, linear)."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def embedding_std(z: Tensor) -> Tensor:
     """Mean over the dimensions of the std of the normalised embeddings, times sqrt(D): z [N, D] -> [].
 
-    1 where embeddings spread over the sphere, 0 where they collapsed to a point (Chen and He,
+    It is 1 if embeddings are spread over the sphere and 0 if they have collapsed to a point (Chen and He,
     arXiv 2011.10566, section 4.1).
     """
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
@@ -19,7 +19,7 @@ def embedding_std(z: Tensor) -> Tensor:
 def rank_me(z: Tensor, eps: float = 1e-7) -> Tensor:
     """Effective rank of embeddings, exp of the entropy of the normalised singular values: z [N, D] -> [].
 
-    Between 1 and min(N, D) (Garrido et al., RankMe, arXiv 2210.02885, equations 1 and 2).
+    It lies between 1 and min(N, D) (Garrido et al., RankMe, arXiv 2210.02885, equations 1 and 2).
     """
     singular = torch.linalg.svdvals(z.float())
     p = singular / singular.sum().clamp_min(eps) + eps
@@ -30,9 +30,10 @@ def rank_me(z: Tensor, eps: float = 1e-7) -> Tensor:
 def knn_predict(
     train: Tensor, train_labels: Tensor, test: Tensor, classes: int, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """Classes by a weighted vote of the k nearest neighbours in cosine similarity.
+    """Predict classes by a weighted vote of the k nearest neighbours in cosine similarity.
 
-    Weights exp(similarity / temperature) (Wu et al., arXiv 1805.01978, section 3.4; k 20 as in later work).
+    The weights are exp(similarity / temperature) (Wu et al., arXiv 1805.01978, section 3.4). Later work uses
+    k = 20.
 
     Args:
         train: features [N, D]; train_labels: int64 [N] in 0..classes - 1; test: features [M, D].
@@ -55,7 +56,8 @@ def fit_linear(
 ) -> nn.Linear:
     """Multinomial logistic regression by full-batch L-BFGS: frozen features [N, D] -> nn.Linear(D, classes).
 
-    The features should be standardised. `weight_decay` weighs the squared norm of the weights, not the bias.
+    The features should be standardised. `weight_decay` multiplies the squared norm of the weights without the
+    bias.
     """
     linear = nn.Linear(train.shape[1], classes, device=train.device)
     nn.init.zeros_(linear.weight)
@@ -73,7 +75,7 @@ def fit_linear(
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Share of right answers, and its mean over the classes that occur: int64 [N] twice -> two in 0..1."""
+    """Share of correct predictions, both int64 [N], and its mean over the classes that occur; in 0..1."""
     right = (predicted == labels).float()
     per_class = [right[labels == k].mean() for k in labels.unique()]
     return right.mean().item(), torch.stack(per_class).mean().item()

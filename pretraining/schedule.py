@@ -1,4 +1,4 @@
-"""What the optimizer sees: parameter groups, and the learning rate of a step."""
+"""The optimizer of pretraining, with its parameter groups, and the learning rate of each step."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import nn
 
 
 def peak_lr(base: float, batch_size: int, scaling: str) -> float:
-    """lr at the end of the warm-up: `linear` base * B / 256, or `sqrt` base * sqrt(B) / 4.
+    """Learning rate at the end of the warm-up: base * B / 256 (`linear`) or base * sqrt(B) / 4 (`sqrt`).
 
-    With SimCLR's base of 0.3 they are its section 2.2 and its appendix B.1 (0.075 sqrt(B), for small
-    batches); the two are equal at B = 4096.
+    With SimCLR's base of 0.3 these are the rates of its section 2.2 and of its appendix B.1 (0.075 sqrt(B),
+    for small batches). The two are equal at batch size B = 4096.
 
     Raises:
-        ValueError: another scaling.
+        ValueError: `scaling` is neither of the two.
     """
     if scaling == "linear":
         return base * batch_size / 256
@@ -27,7 +27,7 @@ def peak_lr(base: float, batch_size: int, scaling: str) -> float:
 def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
     """Linear warm-up from 0 over `warmup` steps, then a half cosine from `peak` to `floor` at step `total`.
 
-    A pure function, so a resumed run needs no state of a scheduler.
+    It is a pure function, so a resumed run needs no scheduler state.
     """
     if step < warmup:
         return peak * step / warmup
@@ -37,7 +37,7 @@ def lr_at(step: int, total: int, warmup: int, peak: float, floor: float) -> floa
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length in steps and learning rate of a run."""
+    """Lengths (in steps) and learning rates of a run."""
 
     per_epoch: int
     total: int
@@ -52,21 +52,21 @@ class Schedule:
 def build_optimizer(
     model: nn.Module, name: str, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`lars`, `sgd` or `adamw` over two groups; the learning rate is set at every step from lr_at.
+    """Build `lars`, `sgd` or `adamw` over two parameter groups; the caller sets the rate of each step.
 
-    Biases and the weights of norm layers are excluded from the decay, and with LARS from the adaptation: they
-    take the raw lr. They are told by having one dimension, not by their names (a ResNet's downsample norm is
-    called `downsample.1`). LARS has eta 1e-3 (You et al., arXiv 1708.03888).
+    Biases and the weights of norm layers have no weight decay, and with LARS no adaptation: they take the
+    learning rate as it is. They are recognised by having one dimension, not by their names (a ResNet's
+    downsample norm is called `downsample.1`). LARS has eta 1e-3 (You et al., arXiv 1708.03888).
 
     Raises:
-        ValueError: another name.
+        ValueError: `name` is none of the three.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
     vectors = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
     groups = [group for group in (weights, vectors) if group["params"]]
     if name == "lars":
-        weights["always_adapt"] = True  # also where --weight-decay is 0
+        weights["always_adapt"] = True  # even if --weight-decay is 0
         return Lars(groups, lr=0.0, momentum=momentum, trust_coeff=1e-3)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=momentum)

@@ -31,16 +31,16 @@ from schematics.store import WindowStore, build_store
 
 BACKBONE = "backbone.safetensors"
 PACKING = 24 * 3600.0  # seconds that packing a pool may take before the run counts as hung
-DRAWING = 1800.0  # and a picture of the embedding
+DRAWING = 1800.0  # seconds that a picture of the embedding may take
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What tells one method from another; all else is shared.
+    """The facts in which methods differ; everything else is shared.
 
-    base_lr: the published learning rate per 256 windows, by global batch size and length in epochs.
-    joint: both views go through the network as one batch (see Encoder). last_norm: BatchNorm stands behind
-    the projector's last layer.
+    base_lr: the published learning rate per 256 windows, as a function of global batch size and length in
+    epochs. joint: whether both views go through the network as one batch (see Encoder). last_norm: whether a
+    BatchNorm follows the projector's last layer.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Training:
-    """What a checkpoint holds of a run: network, optimizer, guard; and how many windows the pool had."""
+    """What a checkpoint contains: network, optimizer, guard, and the number of windows in the pool."""
 
     encoder: Encoder
     optimizer: torch.optim.Optimizer
@@ -71,12 +71,12 @@ class Training:
         self.encoder.load_state_dict(saved["encoder"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["windows"] != self.windows:
-            print(f"the pool had {saved['windows']} windows, has {self.windows}: their order changes here")
+            print(f"the pool had {saved['windows']} windows and now has {self.windows}; their order changes")
 
 
 @dataclass
 class Boundary:
-    """What comes after each step: save what is due, and draw the embedding where it is due."""
+    """Called after each step, to save a checkpoint and to draw the embedding when they are due."""
 
     training: Training
     run: Run
@@ -88,7 +88,7 @@ class Boundary:
     embed_every: int  # epochs
 
     def __call__(self, step: int) -> None:
-        """`step` steps are done."""
+        """step: the number of steps done."""
         epoch, rest = divmod(step, self.schedule.per_epoch)
         save = rest == 0 and self.checkpoint_epochs > 0 and epoch % self.checkpoint_epochs == 0
         self.run.after_step(step, self.training.state, save=save, hold=self.training.guard.skipped > 0)
@@ -101,9 +101,9 @@ class Boundary:
 
 
 def pretrain(config: PretrainConfig, method: Method) -> None:
-    """Pretrain by `method`, going on where an earlier life of this run stopped; export and sign the backbone.
+    """Pretrain by `method`, from where an earlier launch of this run stopped; export and sign the backbone.
 
-    Raises UserError, DataError: input that can't be used, gradients that stay non-finite.
+    Raises UserError or DataError for input that cannot be used, and UserError if gradients stay non-finite.
     """
     world = distributed.start(config.device, config.exp_dir)
     refuse_small_batch(config.batch_size, method.joint, world)
@@ -171,27 +171,29 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
 
 
 def refuse_small_batch(batch_size: int, joint: bool, world: World) -> None:
-    """Raise UserError where BatchNorm would see one sample, or where the ranks do not divide the batch."""
+    """Raise UserError if BatchNorm would see only one sample, or if the ranks do not divide the batch."""
     share = distributed.per_rank(batch_size, world)
-    unsynced = world.device.type == "cpu" and not joint  # each rank and view by itself
+    unsynced = world.device.type == "cpu" and not joint  # each rank then normalises each view by itself
     if batch_size < 2 or (unsynced and share < 2):
-        raise UserError(f"--batch-size {batch_size}: BatchNorm needs 2 windows; give {2 * world.size}")
+        raise UserError(
+            f"--batch-size {batch_size}: BatchNorm needs 2 windows on each rank; give {2 * world.size}"
+        )
 
 
 def store_folder(data_dir: Path, exp_dir: Path) -> Path:
-    """Where the packed windows lie: --data-dir if it is a store, else a folder of this run."""
+    """The folder of the packed windows: --data-dir if it is a packed store, else a folder of this run."""
     return data_dir if (data_dir / "windows.npy").exists() else exp_dir / "windows"
 
 
 def pack(data_dir: Path, folder: Path, window: int, stride: int | None, color_mode: str, dpi: int) -> None:
-    """Pack the pool, or leave a store that matches it; tell which sheets can't be read."""
+    """Pack the pool, unless a store that matches it exists. Prints the sheets that cannot be read."""
     store = build_store(data_dir, folder, window, stride, color_mode=color_mode, dpi=dpi)
     for line in store.skipped:
         print(f"skipped {line}")
 
 
 def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:
-    """Steps of an epoch and of the run. Raises UserError: the pool is smaller than a batch."""
+    """Steps of an epoch and of the whole run. Raises UserError if the pool is smaller than a batch."""
     per_epoch = windows // batch_size
     if per_epoch == 0:
         raise UserError(
@@ -204,7 +206,7 @@ def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tup
 def build_encoder(
     arch: str, projector: tuple[int, ...], method: Method, store: WindowStore, world: World, seed: int
 ) -> Encoder:
-    """The network on this rank's device, the same on every rank. Raises UserError: `arch` does not exist."""
+    """The network on this rank's device, equal on all ranks. Raises UserError if `arch` does not exist."""
     torch.manual_seed(seed)
     backbone = build_backbone(arch)
     widths = [int(backbone.num_features), *projector]
@@ -219,7 +221,7 @@ def build_encoder(
 def describe(
     arch: str, batch_size: int, encoder: Encoder, store: WindowStore, schedule: Schedule, world: World
 ) -> str:
-    """What is about to run, for the log."""
+    """A description of the run for the log, in several lines."""
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     lines = [
         f"{arch} with its projector, {size:.1f}M parameters",

@@ -9,18 +9,18 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> tuple[Tensor, d
     """Normalised temperature-scaled cross entropy, equation (1) of the paper, mean over all 2N anchors.
 
     Row i of `z1` and row i of `z2` are two views of one window; the other 2N - 2 rows of the batch are its
-    negatives. The batch is the global one: gather over ranks first.
+    negatives. The loss needs the global batch: gather the rows of all ranks first.
 
     Args:
         z1, z2: projections, each [N, D], any float type; N >= 2.
         temperature: tau of the paper, in units of cosine similarity.
 
     Returns:
-        The scalar loss in float32, and for the journal `accuracy`: the share of anchors whose nearest
-        row is their own other view. All-equal rows give a loss of log(2N - 1).
+        The scalar loss in float32, and for the journal `accuracy`: the share of anchors whose most similar
+        row is the other view of the same window. If all rows are equal, the loss is log(2N - 1).
 
     Raises:
-        ValueError: the shapes differ, or N < 2, where there is no negative.
+        ValueError: the shapes differ or are not [N, D], or N < 2, which leaves no negative.
     """
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
         raise ValueError(f"NT-Xent needs two [N, D] tensors with N >= 2, not {[*z1.shape]} and {[*z2.shape]}")

@@ -2,11 +2,13 @@
 
     python -m simclr.pretrain --data-dir DRAWINGS --exp-dir checkpoints/simclr
 
-Leaves backbone.safetensors in the exp-dir for detection.finetune. The same command again goes on where it
-stopped.
-ResNet-50, batch 256, lr 0.3 * 256 / 256 with 10 epochs of warm-up and a cosine to 0, projector 2048-128 with
-BatchNorm on each layer, temperature 0.1. A ResNet-18 with batches of 64 took 17 minutes for 1,400 steps on
-two x86-64 cores; finetuned on 80 circuits it then doubled the AP of random weights (docs/results.md).
+Writes backbone.safetensors into the exp-dir, for detection.finetune. The same command, run again, resumes
+where it stopped.
+
+Defaults: ResNet-50, batch 256, learning rate 0.3 * 256 / 256 with 10 epochs of warm-up and a cosine to 0,
+projector 2048-128 with BatchNorm on each layer, temperature 0.1. A ResNet-18 with batches of 64 took 17
+minutes for 1,400 steps on two x86-64 cores; finetuned on 80 circuits it had twice the AP of random weights
+(docs/results.md).
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ class SimCLRConfig(PretrainConfig):
 
 
 def base_lr(batch_size: int, epochs: float) -> float:
-    """Learning rate per 256 windows, section 2.2 of the paper; it holds for every batch and length."""
+    """Learning rate per 256 windows (section 2.2 of the paper), the same for every batch size and length."""
     return 0.3
 
 

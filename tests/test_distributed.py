@@ -1,4 +1,4 @@
-"""Ranks find each other, divide the batch, agree, and give the gradient of one process (laws 2 and 3)."""
+"""Ranks find each other, divide the batch, agree, and together give the gradient of one process."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_alone_every_collective_is_the_identity():
 
 
 def gradient(world: World) -> list[float]:
-    """Of a loss that couples all rows, over this rank's share of the batch."""
+    """The gradient, on this rank's share of the batch, of a loss that couples all rows."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM)).double()
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
@@ -117,7 +117,7 @@ def gradient(world: World) -> list[float]:
 
 
 def slurm_rank(folder: Path, results: Path) -> None:
-    """One rank under the environment that srun gives, which meets the others through a file."""
+    """Run one rank with the environment variables of srun; it meets the others through a file."""
     os.environ |= {name: value for name, value in STEP.items() if name not in os.environ}
     os.environ["SLURM_STEP_NUM_TASKS"] = os.environ["SLURM_STEP_TASKS_PER_NODE"] = os.environ["WORLD_SIZE"]
     os.environ["SLURM_PROCID"] = os.environ["SLURM_LOCALID"] = os.environ["RANK"]
@@ -172,7 +172,7 @@ def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
     assert _meets(me, tmp_path, 1.0) == "rank 1, 3 of 4 did not come within 1 s"
     other.join()
     assert failures == ["rank 2: rank 0 left before all 4 ranks had come"]
-    assert "met nobody" in _meets(replace(me, rank=1), tmp_path, 0.3)
+    assert "did not reach rank 0 in 0 s (" in _meets(replace(me, rank=1), tmp_path, 0.3)
     with pytest.raises(UserError, match="--exp-dir"):
         rendezvous.meet(me, None, 1.0)
 

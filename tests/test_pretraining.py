@@ -1,4 +1,4 @@
-"""A pretraining run: resumed equals uninterrupted, workers change nothing, bad input is one line."""
+"""Pretraining: a resumed run equals an uninterrupted one, workers change nothing, bad input is one line."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def journal(config):
 
 
 def at(step, action, loss=vicreg_loss, last=None):
-    """`loss`, with `action` done to its value in its calls `step` to `last`, counted from 0."""
+    """`loss`, with `action` applied to its value in its calls number `step` to `last`, counted from 0."""
     calls = iter(range(1000))
 
     def changed(z1, z2):
@@ -144,7 +144,7 @@ def test_the_backbone_carries_what_the_next_stage_needs_and_the_embedding_is_dra
 
 
 def test_a_step_that_is_not_finite_is_skipped_without_a_trace(config):
-    """Its weights, momentum and running statistics are those of a run in which that step never was."""
+    """After it the losses and the saved network are finite, and the guard counts no skipped step any more."""
     skipping, _ = run(config, loss=at(2, lambda value: value * torch.nan))
     assert np.isnan(float(skipping[2]["grad_norm"]))
     assert all(np.isfinite(float(line["loss"])) for line in skipping[3:])
@@ -158,7 +158,11 @@ def test_three_in_a_row_go_back_and_pass_that_data_over(config, capfd):
     config = dataclasses.replace(config, checkpoint_every=0)
     lines, _ = run(config, loss=at(2, lambda value: value * torch.nan, last=4))
     out = capfd.readouterr().out
-    assert re.search(r"step 4: not finite three times in a row, last on .*png @.*; back to step [012]\n", out)
+    assert re.search(
+        r"step 4: the gradient was not finite three times in a row, "
+        r"last on .*png @.*; going back to step [012]\n",
+        out,
+    )
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert all(np.isfinite(float(line["loss"])) for line in lines)
 
@@ -175,7 +179,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_naming_step_files_and_checkpo
     ("change", "words"),
     [
         ({"batch_size": 4096}, "--batch-size 4096: the pool has"),
-        ({"batch_size": 1}, "--batch-size 1: BatchNorm needs 2 windows; give 2"),
+        ({"batch_size": 1}, "--batch-size 1: BatchNorm needs 2 windows on each rank; give 2"),
         ({"arch": "resnet5O"}, "--arch resnet5O: .*near: .*resnet50"),
         ({"steps": 0}, "--steps 0: give 1 or more"),
         ({"workers": -1}, "--workers -1: give 0 or more"),
@@ -218,7 +222,7 @@ def test_another_architecture_on_the_same_exp_dir_is_refused_and_changes_nothing
 
 
 def keys_of(first, last, rank=0, size=1):
-    """The keys of a rank's share of batches of 8 out of a pool of 50 windows."""
+    """The keys of one rank's share of batches of 8 from a pool of 50 windows."""
     order, world = epoch_order(seed=3, samples=50), World(rank=rank, size=size)
     return list(Batches(None, order, per_epoch=6, batch_size=8, world=world).keys(first, last))
 

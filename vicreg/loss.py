@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def variance(z: Tensor, eps: float = 1e-4) -> Tensor:
-    """Hinge that keeps the std of every dimension at 1 or above, equation (1): z [N, D] -> []."""
+    """Hinge loss that pushes the std of every dimension to 1 or above, equation (1): z [N, D] -> []."""
     return F.relu(1 - torch.sqrt(z.var(dim=0) + eps)).mean()
 
 
 def covariance(z: Tensor) -> Tensor:
     """Sum of the squared off-diagonal covariances over D, equations (3) and (4): z [N, D] -> [].
 
-    With fewer samples than dimensions the Gram matrix answers for the covariance: ||Z'Z||_F = ||ZZ'||_F, so
-    the D x D product (8192 x 8192 by default) is never made and the work falls from N D^2 to N^2 D.
+    With fewer samples than dimensions the Gram matrix replaces the covariance matrix: ||Z'Z||_F = ||ZZ'||_F,
+    so the D x D product (8192 x 8192 by default) is never computed, and the work falls from N D^2 to N^2 D.
     """
     n, d = z.shape
     z = z - z.mean(dim=0)
@@ -28,9 +28,9 @@ def vicreg_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """lambda * invariance + mu * variance + nu * covariance, equation (6), weights of section 4.2.
 
-    As in Algorithm 1 and the authors' runs the invariance is a mean over N and D (equation 5 sums over D),
+    As in Algorithm 1 and the authors' runs, the invariance is a mean over N and D (equation 5 sums over D),
     the variance is averaged over the two views and the covariance is summed over them.
-    The batch is the global one: gather over ranks first.
+    The loss needs the global batch: gather the rows of all ranks first.
 
     Args:
         z1, z2: embeddings, each [N, D], any float type; N >= 2.
@@ -40,7 +40,7 @@ def vicreg_loss(
         The scalar loss in float32, and its three unweighted terms for the journal.
 
     Raises:
-        ValueError: the shapes differ, or N < 2, where there is no variance.
+        ValueError: the shapes differ or are not [N, D], or N < 2, which leaves no variance.
     """
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
         raise ValueError(f"VICReg needs two [N, D] tensors with N >= 2, not {[*z1.shape]} and {[*z2.shape]}")

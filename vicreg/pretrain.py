@@ -2,11 +2,13 @@
 
     python -m vicreg.pretrain --data-dir DRAWINGS --exp-dir checkpoints/vicreg
 
-Leaves backbone.safetensors in the exp-dir for detection.finetune. The same command again goes on where it
-stopped.
-ResNet-50, expander 8192-8192-8192, batch 256, base lr by batch size from the authors' README (0.5 at 256), 10
-epochs of warm-up and a cosine to a thousandth. Meant for a GPU, where it has not been timed yet; on two cores
-take --arch resnet18, --projector 512 512 and a batch of 64 or less (docs/results.md).
+Writes backbone.safetensors into the exp-dir, for detection.finetune. The same command, run again, resumes
+where it stopped.
+
+Defaults: ResNet-50, expander 8192-8192-8192, batch 256, base learning rate by batch size from the authors'
+README (0.5 at 256), 10 epochs of warm-up and a cosine to a thousandth. They are meant for a GPU, where they
+have not been timed yet; on two CPU cores use --arch resnet18, --projector 512 512 and a batch of 64 or less
+(docs/results.md).
 """
 
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ class VICRegConfig(PretrainConfig):
 
 
 def base_lr(batch_size: int, epochs: float) -> float:
-    """Learning rate per 256 windows: the table in the authors' README, by batch size and length."""
+    """Learning rate per 256 windows by batch size and length, from the table in the authors' README."""
     if epochs >= 1000 and batch_size >= 2048:
         return 0.2
     if batch_size >= 1024:
