@@ -1,10 +1,10 @@
-"""Memory of finding symbols on one large sheet, beside that of the model.
+"""Measure the memory that inference on one large sheet needs in addition to the model.
 
     python benchmarks/large_sheet.py [--width 10000] [--height 7000] [--arch resnet50] [--batch-size 4]
 
-The sheet is drawn, written as a color PNG, read back and looked at in windows of 1024 px by a detector with
-random weights, which keeps as many detections of each window as it may. Prints the process's peak from
-reading to merged detections, less what it held with the model loaded (Linux).
+The sheet is drawn, written as a color PNG and read back. A detector with random weights processes it in
+windows of 1024 px and keeps as many detections of each window as it may. Prints the peak memory of the
+process from reading to merged detections, minus its memory with the model loaded (Linux only).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from schematics.windows import tile_sheet
 
 
 def draw(width: int, height: int) -> np.ndarray:
-    """Squares, circles and wires in color on white, uint8 [H, W, 3]."""
+    """A sheet with colored rectangles, circles and wires on white, uint8 [H, W, 3]."""
     rng = np.random.default_rng(0)
     sheet = np.full((height, width, 3), 255, np.uint8)
     for _ in range(width * height // 10_000):
@@ -41,7 +41,7 @@ def draw(width: int, height: int) -> np.ndarray:
 
 
 def build(arch: str) -> Detector:
-    """As `detection.finetune` plans it for sheets that are much larger than a window."""
+    """A detector as `detection.finetune` plans it for sheets that are much larger than a window."""
     boxes = np.array([[0.0, 0.0, 40.0, 30.0]])
     spec = Spec(
         arch=arch,
@@ -64,7 +64,7 @@ def build(arch: str) -> Detector:
 
 
 def status(name: str) -> float:
-    """A figure of /proc/self/status, in GiB."""
+    """An entry of /proc/self/status in GiB, such as VmRSS."""
     (line,) = (text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(name))
     return int(line.split()[1]) / 2**20
 

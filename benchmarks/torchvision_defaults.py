@@ -1,16 +1,20 @@
-"""torchvision's Faster R-CNN as it comes, against Linework's, on the same sheets, steps, rates and seeds.
+"""Compare torchvision's Faster R-CNN as it comes with Linework's: the same sheets, steps, rates and seeds.
 
     python benchmarks/torchvision_defaults.py --data-dir DATA --out OUT [--arch resnet18] [--channels 128]
         [--steps 150] [--batch-size 2] [--lr 0.01] [--seeds 0 1 2] [--train N] [--valid 30] [--test 100]
         [--backbone FILE]
 
-Both start from random weights, with SGD, a linear warm-up and a cosine. FILE, a backbone.safetensors of that
-arch, adds Linework from pretrained weights.
-torchvision: whole sheets at 800/1333, its anchors, norm, sampling, mean and std, and the mirroring of its
-reference recipe; its pyramid in bf16, the rest in float32. Linework: `python -m detection.finetune` with what
-it fits by itself, in bf16; its CPU seconds hold the start of a process and a validation. Score thresholds
-for the counts are those of the best F1 on valid, for both. Runs whose predictions are in OUT are not made
-again, so several processes may share the seeds; the table holds the seeds that the command names.
+Both start from random weights and train with SGD, a linear warm-up and a cosine. With FILE, a
+backbone.safetensors of that arch, Linework is also trained from pretrained weights.
+
+torchvision: whole sheets resized to 800/1333 px, torchvision's own anchors, norm, sampling, mean and std, and
+the horizontal flips of its reference recipe; backbone and pyramid in bf16, the rest in float32. Linework:
+`python -m detection.finetune` with the settings that it derives from the data, in bf16; its CPU seconds
+include the start of a process and a validation.
+
+For both, the score thresholds for counting are those of the best F1 on valid. Runs whose predictions are in
+OUT are not repeated, so several processes may share the seeds. The table covers the seeds that the command
+names.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ Results = list[dict[str, Any]]
 
 
 def choose_sheets(source: Path, folder: Path, sheets: dict[str, int]) -> None:
-    """DATA's splits by links in `folder`; at most so many sheets of each, drawn once for all seeds."""
+    """Link at most `sheets[split]` random sheets of each split into `folder`, the same for all seeds."""
     for name, most in sheets.items():
         if (folder / name).exists():
             continue
@@ -78,7 +82,7 @@ def choose_sheets(source: Path, folder: Path, sheets: dict[str, int]) -> None:
 
 
 def refuse_other_options(out: Path, options: argparse.Namespace) -> None:
-    """End with a line where OUT holds runs that were made with other options."""
+    """Exit with an error line if OUT holds runs that were made with other options."""
     free = ("out", "seeds", "arms", "backbone")
     given = {name: str(value) for name, value in vars(options).items() if name not in free}
     path = out / "options.json"
@@ -92,7 +96,7 @@ def refuse_other_options(out: Path, options: argparse.Namespace) -> None:
 
 
 class Maps(torch.nn.Module):
-    """A pyramid in bf16 with maps in float32: torchvision rounds anchors and truth to theirs."""
+    """Backbone and pyramid in bf16, output in float32: torchvision casts anchors and boxes to its type."""
 
     def __init__(self, pyramid: BackboneWithFPN):
         super().__init__()
@@ -104,7 +108,7 @@ class Maps(torch.nn.Module):
 
 
 def build_torchvision(arch: str, channels: int, classes: int) -> FasterRCNN:
-    """fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None) with any ResNet and pyramid."""
+    """fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None) for any ResNet and pyramid width."""
     body = get_model(arch, weights=None)
     wide = body.inplanes // 8
     layers = {f"layer{n}": str(n - 1) for n in (1, 2, 3, 4)}
@@ -153,7 +157,7 @@ def train_torchvision(split: Split, seed: int, options: argparse.Namespace) -> F
 
 
 def as_float(image: np.ndarray) -> torch.Tensor:
-    """uint8 [H, W] or [H, W, 3] -> float32 [3, H, W] in [0, 1], as torchvision's models take it."""
+    """uint8 [H, W] or [H, W, 3] -> float32 [3, H, W] in [0, 1], the input of torchvision's models."""
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
@@ -179,7 +183,7 @@ def find_linework(model: Path, split: Split, device: str) -> Results:
 
 
 def windows_per_step(split: Split, sheets: int) -> int:
-    """As many windows as `sheets` sheets have on average: a step of either shows as much of the drawings."""
+    """Number of windows in `sheets` average sheets: a step of both detectors then covers an equal area."""
     side = fit_window(split.sheets)
     overlap = fit_overlap(split.sheets, side)
     windows = sum(len(tile_sheet(sheet.width, sheet.height, side, overlap)) for sheet in split.sheets)
@@ -192,7 +196,7 @@ def cpu_seconds() -> float:
 
 
 def make_run(arm: str, seed: int, data: Path, folder: Path, options: argparse.Namespace) -> None:
-    """Train one detector, write what it finds on valid and test, and what the training cost."""
+    """Train one detector; write its predictions on valid and test and the CPU seconds of the training."""
     splits = {name: read_split(find_split(data, name)) for name in ("train", "valid", "test")}
     began = cpu_seconds()
     if arm == "torchvision":
@@ -220,12 +224,12 @@ def make_run(arm: str, seed: int, data: Path, folder: Path, options: argparse.Na
 
 
 def backbone_of(folder: Path) -> str:
-    """The sha256 of the backbone that a run of the arm `pretrained` began with."""
+    """The sha256 of the backbone from which a run of the arm `pretrained` started."""
     return json.loads((folder / "found.json").read_text())["backbone"]
 
 
 def judge(run: dict[str, Any], valid: Split, test: Split, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Draws [B + 1] of each figure on test over resampled sheets, the sheets as they are first."""
+    """Each figure on test for the sheets as they are and for B resamples of them: arrays [B + 1]."""
     thresholds = fit_thresholds(match(to_coco(valid), run["valid"]))
     matches = match(to_coco(test), run["test"])
     whole = np.vstack([np.ones((1, weights.shape[1]), np.int64), weights])
@@ -237,14 +241,14 @@ def judge(run: dict[str, Any], valid: Split, test: Split, weights: np.ndarray) -
 
 
 def exact_counts(matches: Matches, thresholds: dict[int, float], weights: np.ndarray) -> np.ndarray:
-    """Share of (sheet, class) pairs with the right number, for each weighting of the sheets."""
+    """Share of (sheet, class) pairs whose count is right, for each weighting of the sheets."""
     above = matches.above(np.array([thresholds[int(n)] for n in matches.category_ids]))
     counts = count(matches, above)
     return ratio(counts.exact.sum(1).astype(float), counts.pairs.sum(1).astype(float), weights)
 
 
 def table(data: Path, out: Path, seeds: list[int], arms: Sequence[str]) -> str:
-    """Means over the seeds with the 95 % bootstrap interval over sheets, the seeds' range, the gains."""
+    """Table of means over seeds with 95 % bootstrap intervals over sheets, ranges over seeds, and gains."""
     valid, test = (read_split(find_split(data, name)) for name in ("valid", "test"))
     weights = resample(len(test.sheets), 500)
     mean, lines, cost = {}, [], {}

@@ -1,9 +1,9 @@
-"""Time and memory of the covariance term: our Gram matrix against the D x D product of the published code.
+"""Compare time and memory of our covariance term (Gram matrix) with the D x D product as published.
 
     python benchmarks/vicreg_covariance.py [--n 256] [--d 8192]
 
-Forward and backward of one view, interleaved in one process; prints the medians, their ratio and the bytes of
-the largest product.
+Forward and backward pass of one view, both ways in turn in one process. Prints the median times, the median
+ratio and the size of the largest product.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from vicreg.loss import covariance
 
 
 def full_covariance(z: Tensor) -> Tensor:
-    """Equations (3) and (4) as they stand: the D x D matrix and its off-diagonal squares."""
+    """Equations (3) and (4) as published: the D x D matrix, and its squared off-diagonal elements."""
     n, d = z.shape
     z = z - z.mean(dim=0)
     matrix = z.T @ z / (n - 1)

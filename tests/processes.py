@@ -1,4 +1,4 @@
-"""Real processes for the tests of cluster/: ranks of one launch, with a log, ended by pid."""
+"""Start real processes for the tests of cluster/: the ranks of one launch, each with a log file."""
 
 import contextlib
 import multiprocessing
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# One process imports what is slow, once; ranks are forked from it.
+# A server process imports the slow modules once, and the ranks are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch._dynamo", "torch.utils.tensorboard", "tyro", "pretraining.encoder", "cluster.lifecycle"]
@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class Ranks:
-    """`size` processes that each call work(*args), under the environment that torchrun gives."""
+    """Starts `size` processes that each call work(*args), with the environment variables of torchrun."""
 
     def __init__(
         self, work: Callable, *args: object, size: int = 1, logs: Path, env: dict[str, str] | None = None
@@ -49,7 +49,7 @@ class Ranks:
             os.kill(self.processes[rank].pid or 0, number)
 
     def statuses(self, seconds: float = 60.0) -> list[int | None]:
-        """Exit statuses, once all have ended."""
+        """Exit statuses, after a wait of at most `seconds` for all ranks; None for one that still runs."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -59,7 +59,7 @@ class Ranks:
         return self.logs[rank].read_text() if self.logs[rank].exists() else ""
 
     def errors(self) -> list[str]:
-        """The lines of all ranks that start with "error:"; there must be no traceback."""
+        """The lines of all ranks that start with "error:". Fails if there is a traceback."""
         text = "".join(self.log(rank) for rank in range(len(self.logs)))
         assert "Traceback" not in text, text
         return [line for line in text.splitlines() if line.startswith("error:")]
@@ -80,7 +80,7 @@ def _child(log: str, env: dict[str, str], work: Callable, args: tuple) -> None:
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0, what: str = "condition") -> None:
-    """Poll; fail when it does not come true."""
+    """Wait until the condition holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -98,7 +98,7 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Running, that is neither gone nor a zombie."""
+    """Whether the process exists and is no zombie."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, verified, and free of code (law 5)."""
+"""A checkpoint is complete or absent, it is verified by its hash, and code in it is never run."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ def state(step: int) -> checkpoint.State:
 
 
 def check_folder(folder: Path, steps: list[int]) -> None:
-    """A whole checkpoint of one of `steps` is found."""
+    """Check that a complete checkpoint of one of `steps` is found."""
     path, content, rejected = checkpoint.load_newest(folder)
     assert rejected == []
     assert path and content["step"] in steps
@@ -37,7 +37,7 @@ def check_folder(folder: Path, steps: list[int]) -> None:
 
 
 def in_child(work) -> int:
-    """Run work() in a forked child; its wait status."""
+    """Run work() in a forked child and return its wait status."""
     if (pid := os.fork()) == 0:
         try:
             work()
@@ -68,7 +68,7 @@ def test_round_trip_keeps_types_and_bits(tmp_path):
 
 
 def test_equal_states_give_equal_bytes(tmp_path):
-    """Whether equal texts in them are one object or several, as after a resume."""
+    """This holds even if equal strings in the states are separate objects, as after a resume."""
 
     def state(key):
         return {"groups": [{"rate": 0.1, "kind": "rate"}, {key: 0.2, "kind": key}], "w": torch.ones(3)}
@@ -171,7 +171,7 @@ def test_a_foreign_file_is_one_line(content, tmp_path):
 
 
 def die_at(count: int) -> None:
-    """From here on, kill -9 this process when it is about to make its count-th change to the disk."""
+    """From here on, kill this process with SIGKILL just before its count-th change to the disk."""
     left = count
 
     def killing(call):
@@ -246,7 +246,7 @@ def test_100_kills_at_random_moments_of_writing_lose_nothing_that_was_saved(tmp_
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 1 MiB where one can be mounted; elsewhere a limit on the size of a file does as well."""
+    """A tmpfs of 1 MiB if one can be mounted, otherwise a limit of 1 MiB on the size of a file."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True)
@@ -297,7 +297,7 @@ def test_writer_saves_what_was_there_when_it_was_asked(tmp_path):
 
 
 def test_a_crash_in_a_write_costs_no_more_than_the_interval(tmp_path):
-    """On a slow disk a write starts earlier: from the taking of one state to the next file on the disk."""
+    """On a slow disk a write starts earlier. Work lost: from one copied state until the next is on disk."""
     from cluster.distributed import World
     from cluster.lifecycle import Run
 

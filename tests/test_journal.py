@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard tell each step once, whatever lives the run had."""
+"""metrics.jsonl and TensorBoard hold each step once, however often the run was killed and resumed."""
 
 import fcntl
 import json
@@ -32,7 +32,7 @@ def board(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def life(folder: Path, start: int, value: float) -> None:
-    """Log without end; it is killed."""
+    """Log steps until this process is killed."""
     record = Journal(folder, World(), 10**9, start, every=1)
     step = start
     while True:

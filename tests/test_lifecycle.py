@@ -1,4 +1,4 @@
-"""A run survives what happens to it: signals, kills, a second run, a hung rank, a full disk, bad data."""
+"""A run survives signals, kills, a second run, a hung rank, a full disk and bad data."""
 
 import ctypes
 import json
@@ -21,7 +21,7 @@ from cluster.signals import REQUEUE, STOP, Signals
 
 
 class Stage:
-    """The toy stage in one exp-dir, started as often as need be."""
+    """The toy stage in one exp-dir, which can be started several times."""
 
     def __init__(self, tmp_path: Path, *flags: str) -> None:
         self.folder = tmp_path / "exp dir"
@@ -50,7 +50,7 @@ class Stage:
         return [step for step, _ in checkpoint.listed(self.folder / "checkpoints")]
 
     def digest(self) -> str:
-        """Of the final weights."""
+        """The hash of the final weights."""
         checkpoint.check_final(self.folder)
         return checkpoint.read(self.folder / "model.pt")["digest"]
 
@@ -142,7 +142,7 @@ def test_a_wrong_signal_name_is_one_line(tmp_path):
 
 
 def signals_in_c_code() -> None:
-    """The flag is set while the main thread sits in C code that no handler interrupts."""
+    """Check that the flag is set while the main thread is in C code, which no Python handler interrupts."""
     flags = Signals()
     seen: list[float] = []
 
@@ -194,7 +194,7 @@ def test_a_second_run_is_turned_away_and_the_first_goes_on(tmp_path):
 
 
 def claim(folder: Path, holder: dict | None, monkeypatch, **env: str) -> str:
-    """Why a newcomer is turned away from a folder that `holder` owns; empty when it takes over."""
+    """Why a new run is refused a folder that `holder` owns; empty if it takes over."""
     for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():

@@ -1,4 +1,4 @@
-"""A stage as small as can be, run as any stage is: flags, ranks, workers, checkpoints, a journal."""
+"""A minimal stage for tests. It runs as every stage does: flags, ranks, workers, checkpoints, a journal."""
 
 import hashlib
 import sys
@@ -29,30 +29,30 @@ class Toy:
     exp_dir: Path
     # Optimizer steps in all.
     steps: int = 40
-    # Processes that make samples.
+    # Number of DataLoader workers.
     workers: int = 0
     # Seconds between checkpoints.
     checkpoint_every: float = 0.1
-    # Seconds a step lasts.
+    # Seconds that each step sleeps.
     nap: float = 0.01
-    # Floats in the checkpoint beside the model.
+    # Number of floats that are saved besides the model.
     ballast: int = 0
-    # Batches from .. to that are not finite.
+    # Batches whose samples are NaN: from the first number up to, but without, the second.
     poison: tuple[int, int] = (0, 0)
-    # Seconds that a step may take.
+    # Seconds that a step may take before the run is ended as hung.
     step_timeout: float = 30.0
-    # Step at which the last rank hangs; -1 is never.
+    # Step at which the last rank hangs; -1 for never.
     hang_at: int = -1
-    # Step at which every rank raises; -1 is never.
+    # Step at which every rank raises an exception; -1 for never.
     crash_at: int = -1
-    # Seconds allowed for a nap of that length after step 2.
+    # Seconds that step 2 sleeps in addition, after asking the run to allow them.
     patience: float = 0.0
     # Largest file that may be written, in bytes: a stand-in for a full disk.
     file_limit: int = 0
 
 
 class Line(Dataset):
-    """A batch is two samples, one the double of the other, of numbers drawn from its position (law 1)."""
+    """A batch is two samples, the second twice the first; their numbers depend only on its position."""
 
     def __init__(self, poison: tuple[int, int]) -> None:
         self.poison = range(*poison)
@@ -91,7 +91,7 @@ def main(toy: Toy) -> None:
         journal = Journal(toy.exp_dir, world, toy.steps, start, every=1)
         wrapped = parallel(model, world)
         guarded = GuardedStep(wrapped, optimizer, lambda _: 0.05, guard, world.device, clip_grad=1.0)
-        # One epoch that never ends: its samples come in the order of their numbers.
+        # One epoch, longer than any run, whose samples come in the order of their index.
         batches = Batches(Line(toy.poison), lambda _: np.arange(1 << 20), 1 << 19, 2, world, toy.workers)
 
         def train_on(rest: Iterable[tuple[int, Any]]) -> None:
@@ -115,7 +115,7 @@ def train(
     run: Run,
     state: Callable[[], checkpoint.State],
 ) -> None:
-    """One optimizer step for each (step, x [n, 8]), with the mishaps that the flags ask for."""
+    """Take one optimizer step for each (step, x [n, 8]), and cause the failures that the flags ask for."""
     for step, x in batches:
         time.sleep(toy.nap)
         if step == toy.crash_at:
@@ -139,6 +139,6 @@ def _limit_files(limit: int) -> None:
 
 
 def entry_point(*flags: str) -> None:
-    """What `python -m toy_stage FLAGS` would do."""
+    """Do what `python -m toy_stage FLAGS` would do."""
     sys.argv = ["toy_stage", *flags]
     entry.run(Toy, main)

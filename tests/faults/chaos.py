@@ -1,16 +1,16 @@
-"""Runs that are struck by faults, against runs that are not, on a real two-node Slurm on this machine.
+"""Compare runs that suffer faults with undisturbed runs, on a real two-node Slurm on this machine.
 
     python tests/faults/chaos.py [--methods simclr vicreg finetune] [--workers 0 2] [--faults 20] [--seed 0]
                                [--parts runs kills overhead] [--results docs/results.md]
 
-runs: one seed, one rank on each node. Each method runs undisturbed twice, then once for each number of
-workers with faults at random steps: kill -9 of a rank, kill -9 inside the write of a checkpoint, USR2, a job
-of a higher partition, a node set down, a slurmd that dies, a power cut, a flipped bit in the newest
-checkpoint. Every logged figure as hex and the sha256 of every result must be those of the undisturbed run.
-kills, overhead: see writes.py.
+runs: one seed, one rank on each node. Each method runs undisturbed twice, and then once for each number of
+workers with faults at random steps: kill -9 of a rank, kill -9 during the write of a checkpoint, USR2,
+preemption by a job of a higher partition, a node set down, a slurmd that dies, a power cut, a flipped bit in
+the newest checkpoint. Every logged number (as hex) and the sha256 of every result must equal those of the
+undisturbed run. kills, overhead: see writes.py.
 
-Needs Debian's slurm-wlm, munge, iproute2 and root, see docs/slurm.md. A struck run takes some 8 minutes on
-two shared cores, so an hour in all; kills 2 minutes, overhead some 8.
+This needs Debian's slurm-wlm, munge and iproute2, and root (see docs/slurm.md). A run with faults takes about
+8 minutes on two shared cores, so `runs` takes an hour; kills takes 2 minutes, overhead about 8.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]
 import writes  # noqa: E402
 from slurm_cluster import NODES, Cluster  # noqa: E402
 
-# Small, as two cores have to import torch some 150 times: checkpoints of 13 and 25 MB.
+# Small models (checkpoints of 13 and 25 MB), since two cores have to import torch about 150 times.
 PRETRAIN = "--arch test_resnet --projector 1024 1024 --window 96 --image-size 32 --batch-size 4"
 FINETUNE = "--backbone none --arch test_resnet --fpn-channels 32 --window 128 --batch-size 2"
 FLAGS = {
@@ -45,13 +45,13 @@ FLAGS = {
     "vicreg": f"pretrain.slurm vicreg {PRETRAIN}",
     "finetune": f"finetune.slurm {FINETUNE}",
 }
-STEPS = {"simclr": 25, "vicreg": 25, "finetune": 8}  # for each fault, and a fifth more for delays
+STEPS = {"simclr": 25, "vicreg": 25, "finetune": 8}  # for each fault; a run has a fifth more, for delays
 INTERVAL = 0.5  # seconds between checkpoints
 PRODUCTS = {"simclr": "backbone.safetensors", "vicreg": "backbone.safetensors", "finetune": "model.pt"}
 
 
 class Trial:
-    """One run as a job over both nodes."""
+    """One run, as a Slurm job on both nodes."""
 
     def __init__(self, site: Cluster, folder: Path, method: str, workers: int, steps: int, partition: str):
         self.site = site
@@ -70,16 +70,16 @@ class Trial:
         )  # fmt: skip
 
     def steps(self) -> int:
-        """Steps done, as far as logged."""
+        """Number of steps done, according to metrics.jsonl."""
         try:
             lines = self.metrics.read_text().splitlines(keepends=True)
         except FileNotFoundError:
             return 0
-        whole = [line for line in lines if line.endswith("\n") and '"loss"' in line]  # no validation
+        whole = [line for line in lines if line.endswith("\n") and '"loss"' in line]  # not of a validation
         return json.loads(whole[-1])["step"] + 1 if whole else 0
 
     def resumed(self) -> list[int]:
-        """The step that each later life went on from."""
+        """The step from which each later launch resumed."""
         text = self.log.read_text() if self.log.exists() else ""
         return [int(step) for step in re.findall(r"^going on from .*/step_(\d+)\.pt$", text, re.M)]
 
@@ -87,7 +87,7 @@ class Trial:
         return writes.written_since(self.checkpoints, when)
 
     def until(self, there: Callable[[], Any], seconds: float = 120) -> None:
-        """Wait; a job that ends instead has failed the trial."""
+        """Wait until `there` holds. Fails if the job ends before, or after `seconds`."""
 
         def look() -> bool:
             if there():
@@ -103,7 +103,7 @@ class Trial:
         return f"{self.site.show(self.job)}\n{self.log.read_text()[-4000:]}"
 
     def result(self) -> tuple[list[str], dict[str, str]]:
-        """Every logged figure as hex, and the sha256 of the final checkpoint and of the stage's results."""
+        """Every logged number as hex, and the sha256 of the final checkpoint and of the stage's results."""
         assert self.site.wait(self.job, timeout=300) == "COMPLETED", self.tail()
         lines = []
         for line in self.metrics.read_text().splitlines():
@@ -114,7 +114,7 @@ class Trial:
         return lines, {**final["files"], "checkpoint": newest.read_text().split()[0]}
 
 
-# -- faults: each leaves the run dead, or on its way to be
+# -- faults: after each of them the run has ended or is about to end
 
 
 def kill_rank(trial: Trial, rng: random.Random) -> None:
@@ -122,7 +122,7 @@ def kill_rank(trial: Trial, rng: random.Random) -> None:
 
 
 def kill_in_write(trial: Trial, rng: random.Random) -> None:
-    """Stopped while the temporary is there, which makes sure of the moment; then killed."""
+    """Stop rank 0 and kill it only if its temporary file still exists, so that it dies during the write."""
     rank_0 = trial.site.ranks(trial.job)[0]
     end = time.monotonic() + 60
     while time.monotonic() < end:
@@ -141,7 +141,7 @@ def usr2(trial: Trial, rng: random.Random) -> None:
 
 
 def flip_bit(trial: Trial, rng: random.Random) -> None:
-    """Between two lives."""
+    """Flip one bit of the newest checkpoint while the job is requeued and not running."""
     usr2(trial, rng)
     newest = max(trial.checkpoints.glob("step_*.pt"))
     with open(newest, "r+b") as file:
@@ -162,7 +162,7 @@ def node_down(trial: Trial, rng: random.Random) -> None:
     trial.site.run("scontrol", "update", f"nodename={node}", "state=down", "reason=chaos")
     trial.until(lambda: trial.site.state(trial.job) == "PENDING")
 
-    def back() -> bool:  # it may come back of itself; while it is completing it can't be resumed
+    def back() -> bool:  # the node may come back by itself; while it is completing it cannot be resumed
         trial.site.call("scontrol", "update", f"nodename={node}", "state=resume")
         return trial.site.run("sinfo", "-hp", "main", "-n", node, "-o", "%T").strip() == "idle"
 
@@ -170,7 +170,7 @@ def node_down(trial: Trial, rng: random.Random) -> None:
 
 
 def slurmd_dies(trial: Trial, rng: random.Random) -> None:
-    """Its rank lives on, and nobody there can end it. Slurm is told at once: the run would go on for 20 s."""
+    """The rank there runs on and nothing can end it. Set the node down, or the run continues for 20 s."""
     k = rng.choice(NODES)
     trial.site.kill_slurmd(k)
     trial.site.run("scontrol", "update", f"nodename=node{k}", "state=down", "reason=chaos")
@@ -189,17 +189,17 @@ FAULTS: dict[str, Callable[[Trial, random.Random], None]] = {
     "kill -9": kill_rank, "kill -9 in the write": kill_in_write, "USR2": usr2, "flipped bit": flip_bit,
     "preemption": preempt, "node down": node_down, "slurmd dies": slurmd_dies, "power cut": power_cut,
 }  # fmt: skip
-IN_ALLOCATION = ("kill -9", "kill -9 in the write")  # started again there; the others go through a requeue
+IN_ALLOCATION = ("kill -9", "kill -9 in the write")  # restarted inside the allocation; the others requeue
 MORE = ["kill -9"] * 5 + ["kill -9 in the write", "USR2"] * 2 + ["flipped bit", "preemption", "node down"]
 
 
 def kinds(faults: int) -> list[str]:
-    """Which ones, for that many: one of each first."""
+    """The names of that many faults; each kind comes once before any is repeated."""
     return [*FAULTS, *MORE][:faults]
 
 
 def strike(trial: Trial, kind: str, rng: random.Random) -> dict[str, Any]:
-    """One fault, up to the first step of the next life: steps done again, seconds until a new one."""
+    """Cause one fault and wait for the first new step: steps done again, seconds until that step."""
     lives, old = len(trial.resumed()), trial.metrics.stat().st_ino
     reached = trial.steps()
     began = time.monotonic()
@@ -217,12 +217,12 @@ def strike(trial: Trial, kind: str, rng: random.Random) -> dict[str, Any]:
     seconds = time.monotonic() - began
     if kind == "flipped bit":
         assert "its sha256 is not the one written beside it" in trial.log.read_text(), trial.tail()
-    print(f"  {kind} at step {reached}: on from {start} after {seconds:.1f} s", flush=True)
+    print(f"  {kind} at step {reached}: resumed from {start} in {seconds:.1f} s", flush=True)
     return {"kind": kind, "redone": reached - start, "seconds": seconds}
 
 
 def storm(trial: Trial, steps: int, faults: int, rng: random.Random, told: list[dict[str, Any]]) -> None:
-    """Strikes, one in `steps` steps, each when its life has saved something: no progress is another story."""
+    """Cause a fault in every `steps` steps, each when the current launch has saved a checkpoint."""
     shuffled = kinds(faults)
     rng.shuffle(shuffled)
     for number, kind in enumerate(shuffled):
@@ -234,7 +234,7 @@ def storm(trial: Trial, steps: int, faults: int, rng: random.Random, told: list[
 
 
 def compare(site: Cluster, folder: Path, method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row of the table for each number of workers."""
+    """Run one method undisturbed and with faults; a row of the table for each number of workers."""
     steps = STEPS[method] * options.faults * 6 // 5
     wanted = None
     for number in (0, 1):
@@ -320,7 +320,7 @@ def commit() -> str:
 
 
 def write_section(path: Path, told: list[str]) -> None:
-    """Between two comments of the page, which is made when there is none; parts not told anew stay."""
+    """Write parts between two comments of a page, which is created if absent; other parts are kept."""
     first, last = "<!-- chaos -->", "<!-- /chaos -->"
     page = path.read_text() if path.exists() else "# Results\n"
     if first not in page:
@@ -336,7 +336,7 @@ def write_section(path: Path, told: list[str]) -> None:
 
 
 def runs(options: argparse.Namespace) -> Iterator[str]:
-    """A table for each method."""
+    """Yield the section of each method, a table."""
     with tempfile.TemporaryDirectory(prefix="linework-chaos-") as name:
         folder = Path(name)
         draw = ["--sheets", "8", "--unlabeled", "8", "--size", "256", "256"]
@@ -371,8 +371,8 @@ def main() -> int:
     )
     parser.add_argument("--methods", nargs="+", choices=FLAGS, default=list(FLAGS))
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
-    parser.add_argument("--faults", type=int, default=20, help="at most 20")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--faults", type=int, default=20, help="number of faults in each run, at most 20")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
     parser.add_argument("--parts", nargs="+", choices=("runs", "kills", "overhead"),
                         default=["runs", "kills", "overhead"])  # fmt: skip
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")

@@ -1,4 +1,4 @@
-"""Parts of chaos.py that need no Slurm: kills inside the write of a checkpoint, and what checkpoints cost."""
+"""Parts of chaos.py that need no Slurm: kills during the write of a checkpoint, the cost of checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATES = {"Faster R-CNN R50": 334e6, "VICReg R50, projector 8192 x 3": 1.4e9}  #
 
 
 def kills(options: argparse.Namespace, count: int = 100) -> str:
-    """kill -9 at `count` random moments of a write; each next life must read on, and not from far back."""
+    """kill -9 at `count` random moments of a write. Each next launch must resume, and lose little work."""
     from cluster import checkpoint
 
     rng = random.Random(options.seed)
@@ -27,7 +27,7 @@ def kills(options: argparse.Namespace, count: int = 100) -> str:
     outside, unreadable, passed_over = 0, 0, 0
     with tempfile.TemporaryDirectory(prefix="linework-kills-") as name:
         folder = Path(name) / "checkpoints"
-        seconds = 0.2  # of a write, about
+        seconds = 0.2  # an estimate of the duration of a write
         while len(lost) < count:
             pid = os.fork()
             if pid == 0:
@@ -49,7 +49,7 @@ def kills(options: argparse.Namespace, count: int = 100) -> str:
                 continue
             lost.append(killed - state["when"])
             seconds = max(seconds, 1.2 * (killed - began))
-    options.failed |= bool(unreadable or passed_over) or max(lost) > INTERVAL + 0.1  # a step, a wake-up
+    options.failed |= bool(unreadable or passed_over) or max(lost) > INTERVAL + 0.1  # for a step, a wake-up
     text = (
         f"{count} x kill -9 while the temporary of a 40 MB checkpoint was being written, at random moments, "
         f"a checkpoint every {INTERVAL} s ({outside} more kills came after the rename and are not counted): "
@@ -60,7 +60,7 @@ def kills(options: argparse.Namespace, count: int = 100) -> str:
 
 
 def train(exp_dir: Path) -> None:
-    """Steps of 2 ms that end only by a kill. The state holds its step and when it was taken."""
+    """Take steps of 2 ms until killed. The state holds its step and the time at which it was copied."""
     import torch
 
     from cluster.distributed import World
@@ -81,7 +81,7 @@ def train(exp_dir: Path) -> None:
 
 
 def until_written(folder: Path) -> None:
-    """Until this life has saved a checkpoint and the next one is on its way to the disk."""
+    """Wait until this launch has saved a checkpoint and is writing the next one."""
     began = time.time()
     while not written_since(folder, began):
         time.sleep(0.001)
@@ -90,7 +90,7 @@ def until_written(folder: Path) -> None:
 
 
 def written_since(folder: Path, when: float) -> bool:
-    """Whether there is a checkpoint later than that, by time.time(); old ones are removed meanwhile."""
+    """Whether a checkpoint is later than `when`, a time.time(). Old ones may be removed meanwhile."""
     for path in folder.glob("step_*.pt"):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime > when:
@@ -99,7 +99,7 @@ def written_since(folder: Path, when: float) -> bool:
 
 
 def overhead(options: argparse.Namespace, rounds: int = 3) -> str:
-    """Seconds that one checkpoint adds to training, as a share of a minute: under 1 % with cores to spare."""
+    """Seconds that a checkpoint adds to training, as a share of a minute; below 1 % if cores are idle."""
     columns = (
         "state", "size", "step held up by the copy, s", "until durable, s", "added, all cores at work, s",
         "share of 60 s", "added, one core at work, s", "share of 60 s",
@@ -122,7 +122,7 @@ def overhead(options: argparse.Namespace, rounds: int = 3) -> str:
 
 
 def added(size: int, threads: int, rounds: int) -> tuple[float, float, float]:
-    """Medians: seconds in save(), until the file is durable, added to a loop that goes on meanwhile."""
+    """Median seconds: in save(), until the file is on disk, and added to the training loop meanwhile."""
     import torch
     from torchvision.models import resnet18
 
@@ -139,11 +139,11 @@ def added(size: int, threads: int, rounds: int) -> tuple[float, float, float]:
         return time.perf_counter() - began
 
     steps(3)
-    count = max(10, int((4 + size / 1e8) / (steps(10) / 10)))  # outlasts the write
+    count = max(10, int((4 + size / 1e8) / (steps(10) / 10)))  # long enough that the write ends first
     held, durable, extra = [], [], []
     with tempfile.TemporaryDirectory(prefix="linework-overhead-", dir=".") as name:
         writer = checkpoint.Writer(Path(name), keep=1)
-        for number in range(rounds + 1):  # the first one allocates the host memory
+        for number in range(rounds + 1):  # the first round allocates the host memory
             without = steps(count)
             began = time.perf_counter()
             writer.save(number, state)
