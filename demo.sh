@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The whole pipeline on this machine: drawings -> pretrained backbone -> detector -> COCO mAP. Called by `make demo`.
-# Run again, it goes on where it was stopped; finished stages say so.
+# Run again, it resumes where it stopped; a finished stage says so and does nothing.
 set -euo pipefail
 runs=${1:-runs/demo}
 times=()
-export OMP_WAIT_POLICY=PASSIVE # waiting threads yield their core: on a busy machine, spinning multiplies every time
+# OpenMP threads that wait give up their core. If they spun instead, a busy machine would need several times as long.
+export OMP_WAIT_POLICY=PASSIVE
 
-stage() { # name command...: show it, run it, keep its time
+stage() { # stage NAME COMMAND...: print the command, run it, and record the seconds that it takes
     local name=$1 start=$SECONDS
     shift
     printf '\n== %s\n%s\n' "$name" "$*"
