@@ -1,4 +1,4 @@
-"""The guarded step is the one torch would take, or leaves no trace; batches start anywhere, ranks share them."""
+"""The guarded step is torch's own, or leaves no trace; batches start anywhere, and ranks share them."""
 
 import copy
 import itertools
