@@ -31,12 +31,20 @@ def test_clean_split(tmp_path):
 
 BAD_BOXES = {
     "box is not four finite numbers": [
-        None, "10,10,5,5", [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, float("nan"), 4], ["1", "2", "3", "4"],
-        [1, 2, float("inf"), 4], [True, 1, 5, 5], {}, [10**400, 0, 5, 5],
+        None,
+        "10,10,5,5",
+        [1, 2, 3],
+        [1, 2, 3, 4, 5],
+        [1, 2, float("nan"), 4],
+        ["1", "2", "3", "4"],
+        [1, 2, float("inf"), 4],
+        [True, 1, 5, 5],
+        {},
+        [10**400, 0, 5, 5],
     ],
     "box without area": [[10, 10, 0, 5], [10, 10, 5, -5], [10, 10, 1e-9, 5]],
     "box wholly outside the sheet": [[100, 10, 5, 5], [-9, 10, 9, 5], [10, 500, 5, 5]],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("kind", "bbox"), [(kind, b) for kind, boxes in BAD_BOXES.items() for b in boxes])

@@ -30,8 +30,17 @@ def submit(sheets: Path, run_dir: Path, *flags: str) -> list[str]:
 def pretrain(slurm: Cluster, sheets: Path, exp_dir: Path, log: Path, *sbatch: str, flags: str = "") -> str:
     """Submits one pretraining; returns its job id."""
     words = ["--data-dir", sheets / "unlabeled", "--exp-dir", exp_dir, *shlex.split(f"{PRETRAIN} {flags}")]
-    return slurm.sbatch(*sbatch, "-c2", "-o", log, ROOT / "slurm" / "pretrain.slurm", "simclr", *words,
-                        cwd=ROOT, env=ENVIRONMENT)  # fmt: skip
+    return slurm.sbatch(
+        *sbatch,
+        "-c2",
+        "-o",
+        log,
+        ROOT / "slurm" / "pretrain.slurm",
+        "simclr",
+        *words,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+    )
 
 
 def check_results(run_dir: Path) -> None:
@@ -61,8 +70,10 @@ def test_chain_runs_over_both_nodes(chain, slurm):
     assert "batch 4 = 2 x 2" in log
     said = slurm.run(sys.executable, ROOT / "slurm" / "pipeline.py", "status", "--run-dir", chain)
     assert [line.split()[2:4] for line in said.splitlines()[1:]] == [
-        ["finished", "3"], ["finished", "2"], ["finished", "-"],
-    ]  # fmt: skip
+        ["finished", "3"],
+        ["finished", "2"],
+        ["finished", "-"],
+    ]
     assert "loss" in said and "AP" in said
 
 

@@ -37,9 +37,15 @@ class Job:
     """A pretraining that lasts for ever, as a job."""
 
     def __init__(
-        self, slurm: Cluster, sheets: Path, folder: Path, *sbatch: str, flags: str, env: dict | None = None,
+        self,
+        slurm: Cluster,
+        sheets: Path,
+        folder: Path,
+        *sbatch: str,
+        flags: str,
+        env: dict | None = None,
         exp_dir: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.slurm = slurm
         folder.mkdir(exist_ok=True)
         self.exp_dir = exp_dir or folder / "exp"
@@ -102,8 +108,14 @@ esac
     slurm = Cluster()
     data = ["--unlabeled", sheets / "unlabeled", "--data-dir", sheets, "--run-dir", folder / "run"]
     flags = ["--method=simclr", f"--pretrain={PRETRAIN}", "--sbatch=-N2 --time=1 --signal=USR2@30"]
-    slurm.run(sys.executable, ROOT / "slurm" / "pipeline.py", "submit", *data, *flags,
-              env={"LINEWORK_PYTHON": str(folder / "program"), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    slurm.run(
+        sys.executable,
+        ROOT / "slurm" / "pipeline.py",
+        "submit",
+        *data,
+        *flags,
+        env={"LINEWORK_PYTHON": str(folder / "program"), "OMP_NUM_THREADS": "1"},
+    )
     yield slurm, folder
     slurm.stop()
 
@@ -113,8 +125,16 @@ def test_preemption_loses_nothing_or_with_too_short_a_grace_the_interval(slurm, 
     """One job is warned by USR2 10 s before the end; another has 5 s, and a disk that needs a minute."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     warned = Job(slurm, sheets, tmp_path / "warned", "-plowgrace", "-wnode1", "-c4", flags="")
-    slow = Job(slurm, sheets, tmp_path / "slow", "-plow", "-wnode2", "-c4", flags="--checkpoint-every 2",
-               env={"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    slow = Job(
+        slurm,
+        sheets,
+        tmp_path / "slow",
+        "-plow",
+        "-wnode2",
+        "-c4",
+        flags="--checkpoint-every 2",
+        env={"PYTHONPATH": str(tmp_path)},
+    )
     warned.reach(5)
     slurm.wait_for(lambda: len(slow.saved()) > 2, what=slow.text)
     (tmp_path / "slow-now").touch()

@@ -64,10 +64,21 @@ class Trial:
         flags += f"--workers {workers} --steps {steps} --log-every 1 --checkpoint-every {INTERVAL}".split()
         folder.mkdir()
         self.job = site.sbatch(
-            "-N2", "-c2", "-p", partition, "-o", self.log, ROOT / "slurm" / script, *flags,
-            "--data-dir", data, "--exp-dir", self.exp_dir,
-            cwd=ROOT, env={"LINEWORK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            "-N2",
+            "-c2",
+            "-p",
+            partition,
+            "-o",
+            self.log,
+            ROOT / "slurm" / script,
+            *flags,
+            "--data-dir",
+            data,
+            "--exp-dir",
+            self.exp_dir,
+            cwd=ROOT,
+            env={"LINEWORK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        )
 
     def steps(self) -> int:
         """Number of steps done, according to metrics.jsonl."""
@@ -186,9 +197,15 @@ def power_cut(trial: Trial, rng: random.Random) -> None:
 
 
 FAULTS: dict[str, Callable[[Trial, random.Random], None]] = {
-    "kill -9": kill_rank, "kill -9 in the write": kill_in_write, "USR2": usr2, "flipped bit": flip_bit,
-    "preemption": preempt, "node down": node_down, "slurmd dies": slurmd_dies, "power cut": power_cut,
-}  # fmt: skip
+    "kill -9": kill_rank,
+    "kill -9 in the write": kill_in_write,
+    "USR2": usr2,
+    "flipped bit": flip_bit,
+    "preemption": preempt,
+    "node down": node_down,
+    "slurmd dies": slurmd_dies,
+    "power cut": power_cut,
+}
 IN_ALLOCATION = ("kill -9", "kill -9 in the write")  # restarted inside the allocation; the others requeue
 MORE = ["kill -9"] * 5 + ["kill -9 in the write", "USR2"] * 2 + ["flipped bit", "preemption", "node down"]
 
@@ -260,11 +277,18 @@ def compare(site: Cluster, folder: Path, method: str, options: argparse.Namespac
         except AssertionError as error:
             print(error, flush=True)
             found = trial.result() if site.state(trial.job) == "COMPLETED" else ([], {})
-        rows.append({
-            "method": method, "workers": workers, "steps": steps, "told": told, "twice": same,
-            "identical": found == wanted, "sha256": found[1].get(PRODUCTS[method], "none"),
-            "minutes": (time.monotonic() - began) / 60,
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                "workers": workers,
+                "steps": steps,
+                "told": told,
+                "twice": same,
+                "identical": found == wanted,
+                "sha256": found[1].get(PRODUCTS[method], "none"),
+                "minutes": (time.monotonic() - began) / 60,
+            }
+        )
         print(f"  identical: {yes(found == wanted)}", flush=True)
         site.settle()
         shutil.rmtree(place)
@@ -277,10 +301,17 @@ def yes(true: bool) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     columns = (
-        "method", "workers", "steps", "faults", "steps redone: sum, max",
-        "first new step after a crash, s: median, max", "through a requeue, s: median, max",
-        "undisturbed twice: equal", "with faults: identical", "sha256",
-    )  # fmt: skip
+        "method",
+        "workers",
+        "steps",
+        "faults",
+        "steps redone: sum, max",
+        "first new step after a crash, s: median, max",
+        "through a requeue, s: median, max",
+        "undisturbed twice: equal",
+        "with faults: identical",
+        "sha256",
+    )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         told = row["told"]
@@ -373,8 +404,9 @@ def main() -> int:
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--faults", type=int, default=20, help="number of faults in each run, at most 20")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
-    parser.add_argument("--parts", nargs="+", choices=("runs", "kills", "overhead"),
-                        default=["runs", "kills", "overhead"])  # fmt: skip
+    parser.add_argument(
+        "--parts", nargs="+", choices=("runs", "kills", "overhead"), default=["runs", "kills", "overhead"]
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
     options.failed = False

@@ -101,9 +101,15 @@ def written_since(folder: Path, when: float) -> bool:
 def overhead(options: argparse.Namespace, rounds: int = 3) -> str:
     """Seconds that a checkpoint adds to training, as a share of a minute; below 1 % if cores are idle."""
     columns = (
-        "state", "size", "step held up by the copy, s", "until durable, s", "added, all cores at work, s",
-        "share of 60 s", "added, one core at work, s", "share of 60 s",
-    )  # fmt: skip
+        "state",
+        "size",
+        "step held up by the copy, s",
+        "until durable, s",
+        "added, all cores at work, s",
+        "share of 60 s",
+        "added, one core at work, s",
+        "share of 60 s",
+    )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, size in STATES.items():
         held, durable, busy = added(int(size), os.cpu_count() or 1, rounds)
