@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -34,6 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]
+import page  # noqa: E402
 import writes  # noqa: E402
 from slurm_cluster import NODES, Cluster  # noqa: E402
 
@@ -331,41 +331,6 @@ def spread(seconds: list[float]) -> str:
     return f"{median(seconds):.1f}, {max(seconds):.1f}" if seconds else "-"
 
 
-def machine() -> str:
-    import torch
-
-    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    slurm = subprocess.run(["/usr/sbin/slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
-    cores = len(os.sched_getaffinity(0))
-    cpu = names[0] if names else platform.machine()
-    return f"{cores} cores of {cpu}, torch {torch.__version__} on CPU, {slurm}"
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    code = ("cluster", "slurm", "pretraining", "simclr", "vicreg", "detection", "schematics")
-    dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    return git("rev-parse", "--short=10", "HEAD") + (" with changes" if dirty else "")
-
-
-def write_section(path: Path, told: list[str]) -> None:
-    """Write parts between two comments of a page, which is created if absent; other parts are kept."""
-    first, last = "<!-- chaos -->", "<!-- /chaos -->"
-    page = path.read_text() if path.exists() else "# Results\n"
-    if first not in page:
-        page = f"{page.rstrip()}\n\n{first}\n{last}\n"
-    before, _, rest = page.partition(first)
-    section, _, after = rest.partition(last)
-    parts = {}  # by heading
-    for part in [*section.split("### ")[1:], *(text.removeprefix("### ") for text in told)]:
-        parts[part.partition("\n")[0]] = part.strip()
-    text = "\n\n".join([HEAD.format(interval=INTERVAL), *(f"### {part}" for part in parts.values())])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{first}\n{text}\n{last}{after}")
-
-
 def runs(options: argparse.Namespace) -> Iterator[str]:
     """Yield the section of each method, a table."""
     with tempfile.TemporaryDirectory(prefix="linework-chaos-") as name:
@@ -383,17 +348,6 @@ def runs(options: argparse.Namespace) -> Iterator[str]:
                 yield f"### Struck by faults: {method}\n\n{table(rows)}"
         finally:
             site.stop()
-
-
-HEAD = """\
-## Reliability
-
-Struck by faults: two ranks on the two nodes of a real Slurm (`tests/slurm_cluster.py`), timm's
-test_resnet, a checkpoint of 13 MB (pretraining) or 25 MB every {interval} s. "Identical": every figure
-of metrics.jsonl as hex, and the sha256 of the final checkpoint and of all results, are those of the
-undisturbed run. The two undisturbed runs had different numbers of workers where two are listed. A
-requeue includes the waits of this site: SlurmdTimeout 6 s, KillWait 5 s, 6 s for which a requeued job is
-held."""
 
 
 def main() -> int:
@@ -418,12 +372,12 @@ def main() -> int:
     }
     for name in options.parts:
         about = (
-            f"`{words}`, commit {commit()}, {time.strftime('%Y-%m-%d')}; {machine()}; load average "
+            f"`{words}`, commit {page.commit()}, {time.strftime('%Y-%m-%d')}; {page.machine()}; load average "
             f"{os.getloadavg()[0]:.1f} at the start; seed of the faults {options.seed}."
         )
         for text in parts[name]():
             print(text, flush=True)
-            write_section(options.results, [f"{text}\n\n{about}"])
+            page.write_section(options.results, [f"{text}\n\n{about}"], INTERVAL)
     return int(options.failed)
 
 
