@@ -185,10 +185,10 @@ def test_every_other_window_keeps_its_native_scale(split):
 
 
 def test_gray_becomes_three_channels_and_batches_stack():
-    gray, colour = np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3), np.uint8)
-    assert as_tensor(gray).shape == as_tensor(colour).shape == (3, 64, 64)
+    gray, color = np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3), np.uint8)
+    assert as_tensor(gray).shape == as_tensor(color).shape == (3, 64, 64)
     images, targets, seeds = collate(
-        [(as_tensor(gray), {"labels": 1}, 5), (as_tensor(colour), {"labels": 2}, 6)]
+        [(as_tensor(gray), {"labels": 1}, 5), (as_tensor(color), {"labels": 2}, 6)]
     )
     assert images.shape == (2, 3, 64, 64) and len(targets) == 2 and seeds == [5, 6]
 
@@ -249,7 +249,7 @@ def test_a_title_block_does_not_make_the_window_the_sheet(split):
         plan_detector(split, meta, window=0, overlap=None, score_threshold=0.01, **choices)
 
 
-def test_colours_are_measured_exactly_on_large_sheets(split, tmp_path):
+def test_colors_are_measured_exactly_on_large_sheets(split, tmp_path):
     sheet = np.full((3000, 4000, 3), (200, 220, 255), np.uint8)
     sheet[:300] = 0
     cv2.imwrite(str(tmp_path / "a.png"), sheet[..., ::-1])

@@ -121,10 +121,10 @@ def test_an_array_that_is_no_sheet_is_refused(detector, image):
         detect(detector, image)
 
 
-def test_gray_and_colour_sheets_and_small_ones(detector):
+def test_gray_and_color_sheets_and_small_ones(detector):
     small = sheet(40, 50)
-    gray, colour = detect(detector, small), detect(detector, np.stack([small] * 3, 2))
-    assert np.array_equal(gray.boxes, colour.boxes)
+    gray, color = detect(detector, small), detect(detector, np.stack([small] * 3, 2))
+    assert np.array_equal(gray.boxes, color.boxes)
     assert (gray.boxes <= [50, 40, 50, 40]).all()
 
 
@@ -174,12 +174,12 @@ def test_pictures_show_every_box_in_its_place():
     picture = annotate(image, boxes, labels, ["relay", "lamp"], np.array([0.9, 0.8]), title="Found")
     assert picture.shape[1] == 1000 and picture.shape[2] == 3
     body = picture[-500:].astype(int)
-    coloured = (body.max(2) - body.min(2)) > 60
+    colored = (body.max(2) - body.min(2)) > 60
     for x0, y0, x1, y1 in (boxes * 2.5).astype(int):
         assert (
-            coloured[y0 : y0 + 2, x0:x1].mean() > 0.9 and coloured[y0:y1, x1 - 1 : x1 + 1].any(1).mean() > 0.9
+            colored[y0 : y0 + 2, x0:x1].mean() > 0.9 and colored[y0:y1, x1 - 1 : x1 + 1].any(1).mean() > 0.9
         )
-    assert not coloured[200:240, 500:600].any()
+    assert not colored[200:240, 500:600].any()
     both = side_by_side(picture, annotate(image, boxes[:0], labels[:0], ["relay", "lamp"]))
     assert both.shape[1] == 2 * 1000 + 12
 
