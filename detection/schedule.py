@@ -1,7 +1,8 @@
-"""The learning rate as a pure function of the step and of the phases a run has gone through.
+"""The learning rate as a pure function of the step and of the phases that a run has gone through.
 
-A run that is resumed with another --lr or --scheduler begins a new phase there, measured from its own start:
-the optimizer's state is kept, and no scheduler object holds state that could bring back the old numbers.
+A run that is resumed with another --lr or --scheduler begins a new phase at that step, and the steps of a
+phase count from its start. The optimizer keeps its state. There is no scheduler object, whose saved state
+would bring the old rate back.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-WARMUP_FROM = 0.001  # share of the learning rate at the first step
+WARMUP_FROM = 0.001  # share of the learning rate with which the warm-up begins
 
 
 @dataclass(frozen=True)
 class Phase:
-    """From step `start` on; kind: constant, step (gamma every `step_size` steps) or cosine (0 at `stop`)."""
+    """A course of the learning rate, which begins at step `start` with the rate `lr`.
+
+    kind: "constant"; "step", which multiplies the rate by `gamma` every `step_size` steps; or "cosine", which
+    takes it to 0 at step `stop`.
+    """
 
     start: int
     lr: float
@@ -26,7 +31,7 @@ class Phase:
 
 
 def lr_at(step: int, phases: Sequence[Phase], warmup: int) -> float:
-    """Learning rate of `step` (from 0), after a linear rise over the run's first `warmup` steps."""
+    """The learning rate of `step`, counted from 0. Over the run's first `warmup` steps it rises linearly."""
     phase = next(p for p in reversed(phases) if p.start <= step)
     passed = step - phase.start
     factor = 1.0
@@ -40,9 +45,10 @@ def lr_at(step: int, phases: Sequence[Phase], warmup: int) -> float:
 
 
 def continue_phases(phases: Sequence[Phase], wanted: Phase, at: int) -> list[Phase]:
-    """The phases of a run resumed at step `at` with the flags in `wanted`: changed ones begin a new phase.
+    """The phases of a run that is resumed at step `at` with the flags in `wanted`.
 
-    A longer run alone is no change, except for the cosine, whose end it moves.
+    Other flags than those of the last phase begin a new one at step `at`. If the run is merely longer, the
+    last phase goes on, unless it is a cosine, whose end has moved.
     """
     if not phases:
         return [replace(wanted, start=0)]

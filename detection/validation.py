@@ -1,4 +1,4 @@
-"""How good the detector is so far, on the validation split, and the file that keeps the answer."""
+"""Measure a detector on the validation split during finetuning, and write it to model.pt with its figures."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def validate(
     engine: Engine = "pycocotools",
     leave: Callable[[], bool] = lambda: False,
 ) -> tuple[Figures, dict[int, float]] | None:
-    """COCO figures in sheet coordinates, and the score by category id at which F1 is highest.
+    """COCO figures in sheet coordinates, and by category id the score threshold with the highest F1.
 
-    Each rank takes a share of the sheets; all get the same answer. None when `leave`, asked on each rank
-    before each of its sheets, says so on any.
+    Call it on every rank: each takes a share of the sheets, and all get the same result. leave: asked on each
+    rank before each of its sheets; if it returns True on any rank, the validation ends and the result is
+    None.
     """
     training = detector.training
     detector.eval()
@@ -52,14 +53,20 @@ def validate(
 
 
 def out_of_patience(best: Mapping[str, float], step: int, patience: int) -> bool:
-    """Whether validation AP has not risen for `patience` steps before `step`; with 0 it never is."""
+    """Whether the best validation is `patience` steps or more before `step`; never if patience is 0.
+
+    best: holds the "step" of the best validation.
+    """
     return 0 < patience <= step - best["step"]
 
 
 def write_model(
     path: Path, detector: Detector, step: int, figures: Figures, thresholds: dict[int, float]
 ) -> None:
-    """The file that evaluate and predict take."""
+    """Write model.pt or last.pt, which evaluate and predict read: the detector, its figures, its thresholds.
+
+    figures, thresholds: as `validate` gives them for `detector` after `step` steps.
+    """
     state = {
         "spec": detector.spec.to_dict(),
         "model": detector.state_dict(),

@@ -1,9 +1,16 @@
-"""How well a frozen backbone tells classes apart: a vote of nearest neighbours, nothing is trained.
+"""Judge a frozen backbone by how well the nearest neighbours of a symbol tell its class. Nothing is trained.
 
     python -m schematics.symbols DATA crops
     python evaluate/knn.py --checkpoint RUN/backbone.safetensors --data-dir crops
 
-Prints the top-1 accuracy and its mean over classes (Wu et al., arXiv 1805.01978).
+The k crops of the train split with the most similar features vote for the class of a test crop (Wu et al.,
+arXiv 1805.01978). The command prints the top-1 accuracy, and the mean of the accuracies of the classes. It
+refuses a class folder without crops: `find crops -type d -empty -delete` removes those of classes that do not
+occur in a split.
+
+On two x86-64 cores with OMP_NUM_THREADS=1, a ResNet-18 at 64 px takes 17 s for 3,030 crops of
+firefighting devices. Random weights reach top-1 0.68 there, the backbone that `make demo` pretrains on
+synthetic sheets for 50 steps 0.83 (one seed).
 """
 
 from dataclasses import dataclass
@@ -20,15 +27,15 @@ from pretraining.probe import accuracy, knn_predict
 class KnnConfig(Config):
     # Backbone to judge: backbone.safetensors of a pretraining run.
     checkpoint: Path
-    # Folder with one folder a split, and in it one a class.
+    # Folder with a folder for each split, and in that a folder for each class.
     data_dir: Path
-    # Split whose crops vote.
+    # Split whose crops are the neighbours that vote.
     train_split: str = "train"
-    # Split whose crops are told apart.
+    # Split whose crops are classified.
     test_split: str = "test"
     # Number of neighbours that vote.
     k: int = setting(20, least=1)
-    # Side in pixels to which crops are brought; by default that of pretraining.
+    # Side in pixels to which crops are scaled; by default that of pretraining.
     image_size: int | None = setting(None, least=1)
     # Processes that read images.
     workers: int = setting(2, least=0)

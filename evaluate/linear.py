@@ -1,10 +1,16 @@
-"""How well a linear layer on a frozen backbone tells classes apart.
+"""Judge a frozen backbone by how well a linear layer on its features tells the classes of symbols.
 
     python -m schematics.symbols DATA crops
     python evaluate/linear.py --checkpoint RUN/backbone.safetensors --data-dir crops
 
-Standardises the features, fits a multinomial logistic regression on the train split for each weight decay of
-a grid, takes the one that is best on the valid split and prints top-1 accuracy on the test split.
+The features are standardised. For each weight decay of a grid, a multinomial logistic regression is fitted to
+the train split, and the one with the best accuracy on valid is taken. The command prints its top-1 accuracy
+on test, and the mean of the accuracies of the classes. It refuses a class folder without crops:
+`find crops -type d -empty -delete` removes those of classes that do not occur in a split.
+
+On two x86-64 cores with OMP_NUM_THREADS=1, a ResNet-18 at 64 px takes 26 s for 3,785 crops of
+firefighting devices. Random weights reach top-1 0.80 there, the backbone that `make demo` pretrains on
+synthetic sheets for 50 steps 0.91 (one seed).
 """
 
 from dataclasses import dataclass
@@ -21,11 +27,11 @@ from pretraining.probe import accuracy, fit_linear
 class LinearConfig(Config):
     # Backbone to judge: backbone.safetensors of a pretraining run.
     checkpoint: Path
-    # Folder with train, valid and test, in each one folder a class.
+    # Folder with train, valid and test, each of which has a folder for each class.
     data_dir: Path
-    # Weights of the squared norm of the layer that are tried.
+    # Weight decays to try, which are factors on the squared norm of the layer's weights.
     weight_decays: tuple[float, ...] = setting((1e-5, 1e-4, 1e-3, 1e-2), least=0)
-    # Side in pixels to which crops are brought; by default that of pretraining.
+    # Side in pixels to which crops are scaled; by default that of pretraining.
     image_size: int | None = setting(None, least=1)
     # Processes that read images.
     workers: int = setting(2, least=0)

@@ -1,4 +1,4 @@
-"""Training windows: boxes follow their pixels, draws (seed, epoch, sample); ranks share one global batch."""
+"""Training windows: boxes stay on their symbols, draws are by seed and sample, ranks share a global batch."""
 
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ from schematics.sheets import DataError
 
 
 def keys_of(windows, batch_size, first, last, rank=0, size=1):
-    """The keys of a rank's share of each batch, as finetuning takes them."""
+    """The keys of a rank's share of batches first to last - 1, as finetuning takes them."""
     order = partial(windows.order, at_least=batch_size)
     world = World(rank=rank, size=size)
     batches = Batches(windows, order, steps_per_epoch(windows, batch_size), batch_size, world)
@@ -43,7 +43,7 @@ EVERYTHING = Augment(shift=True, scale=0.2, photometric=0.5, flip=True, rot90=Tr
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    """Three sheets: a large one with filled squares of 40 px, a small one with one, a large blank one."""
+    """A large sheet with twelve filled squares of 40 px, a small one with one, and a large blank one."""
     folder = tmp_path_factory.mktemp("data") / "train"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -214,7 +214,7 @@ def test_windows_and_overlap_fit_the_symbols(split):
 
 
 def test_the_window_covers_the_sheets_with_few_pixels(split):
-    """Sheets that fit are seen whole; a few large ones don't make all windows large."""
+    """Sheets that fit into a window are whole in it, and a few large sheets don't make all windows large."""
 
     def sized(*sizes):
         return [replace(split.sheets[0], width=width, height=height) for width, height in sizes]

@@ -1,4 +1,4 @@
-"""The detector: the backbone loads whole or not at all, every norm is synced or grouped, nothing resizes."""
+"""The detector: its backbone loads whole or not at all, its norms are of one kind, nothing is resized."""
 
 import numpy as np
 import pytest
@@ -222,7 +222,7 @@ def test_a_box_of_one_class_teaches_the_regression_of_all():
     predictor = Detector(spec_of()).roi_heads.box_predictor
     features = torch.randn(5, 1024, generator=torch.Generator().manual_seed(0))
     before = predictor(features)[1].reshape(5, 3, 4)
-    loss = (before[:, 1] - 1).square().sum()  # of class 1 alone
+    loss = (before[:, 1] - 1).square().sum()  # only the boxes of class 1 enter this loss
     (grad,) = torch.autograd.grad(loss, [predictor.bbox_pred.bias])
     with torch.no_grad():
         predictor.bbox_pred.bias -= 0.01 * grad
@@ -232,7 +232,7 @@ def test_a_box_of_one_class_teaches_the_regression_of_all():
 
 
 def test_anchors_are_where_they_are_without_bf16():
-    """Under BatchNorm the maps are bf16, in which 700 and 703 are one number."""
+    """With BatchNorm the feature maps are bf16, a type in which 700 and 701 are the same number."""
     detector, places = Detector(spec_of()), []
     generate = detector.rpn.anchor_generator.forward
     detector.rpn.anchor_generator.forward = lambda *inputs: places.append(generate(*inputs)) or places[-1]
@@ -245,7 +245,7 @@ def test_anchors_are_where_they_are_without_bf16():
 
 @pytest.mark.parametrize("arch", ["resnet10t", "efficientnet_b0"])
 def test_every_trained_parameter_gets_a_gradient(arch):
-    """Several processes wait in vain for those that don't. EfficientNet has a norm layer behind its maps."""
+    """DDP would wait in vain for one without. EfficientNet has a norm layer behind its last feature map."""
     detector = Detector(spec_of(arch, norm="group")).train()
     sum(detector(windows(), TWO, seeds=[0, 1]).values()).backward()
     idle = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
@@ -322,7 +322,7 @@ def test_a_checkpoint_of_another_version_s_detector_is_one_line():
     old = {**detector.state_dict(), "roi_heads.box_predictor.bbox_pred.weight": torch.zeros(12, 1024)}
     progress = Progress(detector, torch.optim.SGD(detector.parameters()), Guard())
     with pytest.raises(
-        UserError, match=r"not of this version's detector \(size mismatch for .*bbox_pred"
+        UserError, match=r"holds the detector of another version \(size mismatch for .*bbox_pred"
     ) as said:
         progress.restore({"model": old})
     assert "\n" not in str(said.value)

@@ -1,4 +1,4 @@
-"""An exported detector finds what torch finds, on sheets large and small, or it is not written."""
+"""An exported detector finds what torch finds on large and on small sheets, or else it is not written."""
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory):
-    """Two sheets of noise: on blank paper a random network is equally sure of many places."""
+    """Two sheets of noise. On blank paper a random network would give many places the same score."""
     folder = tmp_path_factory.mktemp("noise")
     for n, shape in enumerate([(150, 260), (128, 120)]):
         image = np.random.default_rng(n).integers(0, 256, shape, dtype=np.uint8)
@@ -29,7 +29,7 @@ def noise(tmp_path_factory):
 
 
 def save(folder, norm, seed=0):
-    """A model.pt with random weights and running statistics."""
+    """Write a model.pt with random weights and with the running statistics of one batch of noise."""
     torch.manual_seed(seed)
     spec = Spec(
         arch="resnet10t",
@@ -64,7 +64,7 @@ def export_to(out, file, *sheets):
 
 @pytest.fixture(scope="module")
 def grouped(one_thread, noise, tmp_path_factory):
-    """model.pt and detector.onnx in one folder."""
+    """A detector.onnx with GroupNorm, beside the model.pt of which it was made."""
     folder = tmp_path_factory.mktemp("grouped")
     return export_to(folder / "detector.onnx", save(folder, "group"), noise)
 
@@ -130,7 +130,7 @@ def test_bad_input_is_one_line(grouped, noise, tmp_path, monkeypatch):
         export_to(grouped.with_name("model.pt"), grouped.with_name("model.pt"), noise)
     cv2.imwrite(str(tmp_path / "blank.png"), np.full((40, 40), 255, np.uint8))
     monkeypatch.setattr(export, "LEAST_SCORE", 1.0)
-    with pytest.raises(UserError, match="torch finds nothing there"):
+    with pytest.raises(UserError, match=r"torch finds nothing on the sheets with a score of 1\.0 or more"):
         export_to(tmp_path / "a.onnx", grouped.with_name("model.pt"), tmp_path / "blank.png")
     out = tmp_path / "b.onnx"
     checkpoint.atomic.replace(out, lambda file: file.write(b"no model"), hashed=True)

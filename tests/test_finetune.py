@@ -1,4 +1,7 @@
-"""Finetuning learns, resumes to the last bit, says what is wrong before it begins; evaluate.py reports it."""
+"""Finetuning learns, resumes to the last bit and refuses bad input before it begins.
+
+Also evaluate.py and predict on the detector that it made.
+"""
 
 import json
 import os
@@ -32,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Four synthetic sheets to train on; the same four, less one, to validate: this is about fitting them."""
+    """Four synthetic sheets in train and test, three of them in valid: the tests are about fitting them."""
     folder = tmp_path_factory.mktemp("sheets") / "data"
     draw = [sys.executable, "-m", "schematics.synthetic", "--out", str(folder)]
     subprocess.run([*draw, "--sheets", "4", "--seed", "1", "--size", "256", "256"], check=True, env=CLEAN)
@@ -88,7 +91,7 @@ def test_two_and_two_steps_are_four_to_the_last_bit(data, four_steps, tmp_path):
 
 
 def two_ranks(*command):
-    """Run a Python command as two ranks on this machine; returns what rank 0 printed."""
+    """Run a Python command as two ranks on this machine. Returns what rank 0 printed."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     ranks = []
@@ -102,7 +105,7 @@ def two_ranks(*command):
 
 
 def finetune_over_two_ranks(data, exp_dir, steps):
-    """`four_steps`, for as many steps."""
+    """The finetuning of the fixture `four_steps`, with `steps` steps on two ranks."""
     flags = f"""--backbone none --arch resnet10t --norm group --fpn-channels 64 --window 256 --overlap 64
         --steps {steps} --ema-decay 0.9 --batch-size 2 --lr 0.02 --scheduler constant --warmup-steps 0
         --validate-every 20 --log-every 1 --workers 0 --device cpu"""
@@ -117,7 +120,7 @@ def test_two_processes_take_the_gradient_of_one(data, four_steps, tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(data, four_steps, tmp_path):
-    """Its next step sees the same windows under the same rate, and takes the same gradient."""
+    """Its next step has the windows, the learning rate and the gradient of the run on one rank."""
     main(config_of(data, tmp_path / "run", **{**FOUR, "steps": 2}))
     printed = finetune_over_two_ranks(data, tmp_path / "run", 4)
     assert "going on at step 2" in printed
@@ -143,7 +146,8 @@ distributed.stop()
 
 
 def test_ranks_with_unequal_shares_validate_as_one_process(data, trained, tmp_path):
-    printed = two_ranks("-c", VALIDATE, str(trained / "model.pt"), str(data / "valid"))  # three sheets
+    # Of the three sheets one rank gets two and the other one.
+    printed = two_ranks("-c", VALIDATE, str(trained / "model.pt"), str(data / "valid"))
     alone = checkpoint.read(trained / "model.pt")
     coco, thresholds = json.loads(printed.splitlines()[-1])
     assert coco == pytest.approx(list(alone["valid"]["coco"].values()), abs=1e-3)
@@ -203,7 +207,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(data, tmp_path, changes, err
 def test_a_run_is_not_continued_with_other_settings(data, four_steps):
     with pytest.raises(UserError, match=r"--fpn-channels 32: the run in .* has 64"):
         main(config_of(data, four_steps, **{**FOUR, "fpn_channels": 32}))
-    with pytest.raises(UserError, match="other classes"):
+    with pytest.raises(UserError, match="was begun with other classes; give the data that it was begun with"):
         other = four_steps.parent / "other"
         shutil.copytree(data, other)
         for split in ("train", "valid", "test"):

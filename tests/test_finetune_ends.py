@@ -1,4 +1,4 @@
-"""How a finetuning ends and goes on: signals in a validation, patience, checkpoints around skipped steps."""
+"""How finetuning ends and goes on: signals in a validation, patience, checkpoints around skipped steps."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from detection import validation
 from detection.finetune import main, refuse_unsynced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EPOCH = 4  # steps: eight windows, two a step
+EPOCH = 4  # steps in an epoch: it has eight windows, and a step takes two
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_signal_in_a_validation_saves_at_once_and_the_validation_is_made_up_fo
     def detect_and_signal(*arguments):
         if next(calls) == 1:  # the second sheet of the first validation
             os.kill(os.getpid(), signal.SIGUSR2)
-            time.sleep(0.5)  # for the thread that takes it
+            time.sleep(0.5)  # gives the thread that handles the signal time to see it
         return detect(*arguments)
 
     detect = validation.detect
@@ -65,7 +65,7 @@ def test_patience_ends_a_run_where_it_stands_and_more_patience_goes_on(config, c
 
 
 def test_nothing_is_saved_while_steps_are_skipped(config, monkeypatch):
-    """Every step is due for a checkpoint, but the state to go back to must not be the bad one."""
+    """A checkpoint is due after every step, but the state that a run goes back to must not be a bad one."""
     calls = iter(range(1000))
     clip = training.clip_grad_norm_
 
@@ -87,14 +87,14 @@ def test_nothing_is_saved_while_steps_are_skipped(config, monkeypatch):
 
 
 def test_a_finished_run_that_is_made_longer_equals_the_long_one(config, monkeypatch):
-    """Also where a signal stops it in a validation: the marker of its shorter end must not be in the way."""
+    """That holds even if a signal stops it in a validation: by then the earlier final.json must be gone."""
     long = dataclasses.replace(config, exp_dir=config.exp_dir.with_name("long"))
     main(long)
     main(dataclasses.replace(config, steps=EPOCH))
     detect, calls = validation.detect, iter(range(1000))
 
     def detect_and_signal(*arguments):
-        if next(calls) == 5:  # in the second validation, after four sheets that made sure of the first
+        if next(calls) == 5:  # in the second validation; calls 0 to 3 repeated the first, on its four sheets
             os.kill(os.getpid(), signal.SIGUSR2)
             time.sleep(0.5)
         return detect(*arguments)
@@ -110,7 +110,7 @@ def test_a_finished_run_that_is_made_longer_equals_the_long_one(config, monkeypa
 
 
 def test_patience_counts_from_the_best_model_of_a_finished_run(config):
-    """Its last checkpoint is from before the validation that found the best."""
+    """Its last checkpoint was written before the validation that found the best model."""
     main(dataclasses.replace(config, steps=EPOCH))
     main(dataclasses.replace(config, steps=4 * EPOCH, patience=1))
     assert checkpoint.check_final(config.exp_dir)["step"] > EPOCH

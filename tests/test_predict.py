@@ -1,4 +1,4 @@
-"""Detections of windows become detections of the sheet: cut ones give way, nested ones stay."""
+"""Detections of windows are merged to those of the sheet: cut ones are dropped, nested ones kept."""
 
 import csv
 import os
@@ -21,11 +21,11 @@ from schematics.sheets import Sheet
 from schematics.windows import tile_sheet
 
 WIDTH, HEIGHT = 180, 100
-TILES = tile_sheet(WIDTH, HEIGHT, side=100, overlap=20)  # x 0..100 and 80..180
+TILES = tile_sheet(WIDTH, HEIGHT, side=100, overlap=20)  # two: x from 0 to 100 and from 80 to 180
 
 
 def merged(*rows):
-    """rows: (box, score, label, window) -> indices that stay, sorted."""
+    """The indices of the detections that are kept, sorted. rows: (box, score, label, window) of each."""
     boxes, scores, labels, windows = (np.array(column) for column in zip(*rows, strict=True))
     return sorted(merge(boxes.astype(float), scores, labels, windows, TILES, WIDTH, HEIGHT).tolist())
 
@@ -164,7 +164,7 @@ def test_what_is_no_model_file_is_refused(detector, tmp_path):
     with pytest.raises(UserError, match="truncated or damaged"):
         load_detector(file)
     checkpoint.write_file(file, {**whole, "spec": {**whole["spec"], "fpn_channels": 32}})
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="its weights and the detector that it describes do not fit together"):
         load_detector(file)
 
 
@@ -196,7 +196,7 @@ def test_pictures_name_classes_in_other_scripts():
 
 @pytest.fixture
 def found_on(detector, tmp_path):
-    """Predict into tmp_path/drawings/found, beside a drawing, as a user may."""
+    """A function that predicts into drawings/found, a folder beside the drawings, and returns counts.csv."""
     state = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "thresholds": {4: 0.0, 9: 0.0}}
     checkpoint.write_file(tmp_path / "model.pt", state)
     drawings = tmp_path / "drawings"
