@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cluster.batches import Key
+from detection.model import as_tensor
 from schematics.coco import Split
 from schematics.draws import Use, draw
 from schematics.sheets import DataError, read_sheet, to_color
@@ -177,12 +178,6 @@ def collate(items: Sequence[tuple[Tensor, dict[str, Tensor], int]]) -> tuple[Ten
     """B samples -> windows uint8 [B, 3, side, side], a list of B targets, a list of B seeds."""
     images, targets, seeds = zip(*items, strict=True)
     return torch.stack(images), list(targets), list(seeds)
-
-
-def as_tensor(window: np.ndarray) -> Tensor:
-    """uint8 [H, W] or [H, W, 3] -> uint8 [3, H, W]. A gray window becomes three equal channels."""
-    tensor = torch.from_numpy(np.ascontiguousarray(window))
-    return tensor.expand(3, -1, -1) if tensor.ndim == 2 else tensor.permute(2, 0, 1)
 
 
 def crop_boxes(

@@ -21,8 +21,7 @@ from torchvision.ops import nms
 
 from cluster import checkpoint
 from cluster.errors import UserError
-from detection.data import as_tensor
-from detection.model import Detector, Spec
+from detection.model import Detector, Spec, as_tensor
 from detection.onnx_detector import OnnxDetector
 from schematics.sheets import to_color
 from schematics.windows import cut, paper_color, tile_sheet

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import BatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
@@ -121,6 +122,12 @@ class Pyramid(nn.Module):
         for module in self.frozen:
             module.eval()
         return self
+
+
+def as_tensor(window: np.ndarray) -> Tensor:
+    """uint8 [H, W] or [H, W, 3] -> uint8 [3, H, W]. A gray window becomes three equal channels."""
+    tensor = torch.from_numpy(np.ascontiguousarray(window))
+    return tensor.expand(3, -1, -1) if tensor.ndim == 2 else tensor.permute(2, 0, 1)
 
 
 class Windows(nn.Module):

@@ -16,7 +16,6 @@ from detection.data import (
     Augment,
     SheetReader,
     TrainingWindows,
-    as_tensor,
     collate,
     crop_boxes,
     photometric,
@@ -24,6 +23,7 @@ from detection.data import (
     steps_per_epoch,
     turn,
 )
+from detection.model import as_tensor
 from detection.plan import fit_colors, fit_overlap, fit_window, large_side, plan_detector
 from detection.schedule import Phase, continue_phases, lr_at
 from schematics.coco import Category, read_split, write_split
