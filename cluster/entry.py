@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from cluster import rendezvous
 from cluster.config import flag, rules
-from cluster.errors import CRASH, FAILED, INTERRUPTED, USAGE
+from cluster.errors import CRASH, INTERRUPTED, USAGE
 
 Config = TypeVar("Config")
 
@@ -43,6 +43,8 @@ def live(work: Callable[[], Any]) -> None:
     except SystemExit as stop:
         if not isinstance(stop.code, int):  # None, or a text: the interpreter handles both
             raise
+        if stop.code == 0:  # perhaps because rank 0 has found an error and waits for the others to leave
+            rendezvous.leave()
         end(stop.code)
     except KeyboardInterrupt:
         end(INTERRUPTED)
@@ -55,12 +57,12 @@ def live(work: Callable[[], Any]) -> None:
         if "Original Traceback" in said:  # raised in a DataLoader worker: the last line is the error itself
             said = said.strip().splitlines()[-1].partition(": ")[2]
         told = rendezvous.tell_once(f"error: {' '.join(said.split())}")
+        rendezvous.leave()
         end(status if told else 0)  # only the rank that has printed the error has a status other than 0
 
 
 def end(status: int) -> NoReturn:
     """Exit, at once if a DataLoader worker or a process group could keep the interpreter from exiting."""
-    rendezvous.leave(after_mistake=status == FAILED)
     sys.stdout.flush()
     sys.stderr.flush()
     multiprocessing = sys.modules.get("multiprocessing")

@@ -106,13 +106,14 @@ def tell_once(line: str) -> bool:
     return True
 
 
-def leave(after_mistake: bool) -> None:
-    """Count this rank as ended. After an error rank 0, which serves the store, first waits for the others.
+def leave() -> None:
+    """Count this rank as ended, after an error. Rank 0, which serves the store, first waits for the others.
 
     They ask the store whether their error has been printed. Rank 0 waits at most LINGER seconds for them.
+    A rank that ends for another reason does not come here: the host of rank 0 may no longer answer.
     """
     _count("left")
-    if after_mistake and _met and _met[0].rank == 0:
+    if _met and _met[0].rank == 0:
         size = _met[0].size
         _wait(lambda: _count("left", 0) >= size)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from processes import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster import distributed, rendezvous
+from cluster import distributed, entry, rendezvous
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.rendezvous import Place, place
@@ -160,6 +161,41 @@ def test_ranks_meet_agree_and_give_the_gradient_of_one_process(size, tmp_path):
         assert found["objects"] == [list(range(other)) for other in range(size)]
         assert found["main"] == "from 0"
     assert [path.name for path in meeting.iterdir()] == [".rendezvous-12-0-1-0"]
+
+
+def find_errors(found: dict[int, str], late: int) -> None:
+    """Run one rank of a command whose ranks find these errors, rank `late` half a second after the others."""
+
+    def work() -> None:
+        world = distributed.start("cpu")
+        time.sleep(0.5 * (world.rank == late))
+        if world.rank in found:
+            raise UserError(found[world.rank])
+        raise SystemExit(0)
+
+    entry.live(work)
+
+
+ALL = dict.fromkeys(range(3), "a.png: truncated; copy it again")
+
+
+@pytest.mark.parametrize(
+    ("found", "late", "statuses"),
+    [
+        (ALL, -1, [1, 0, 0]),
+        (ALL, 0, [1, 0, 0]),
+        (ALL, 2, [1, 0, 0]),
+        ({0: "full disk"}, 1, [1, 0, 0]),
+        ({2: "no such GPU"}, -1, [0, 0, 1]),
+        ({0: "full disk", 1: "no such GPU", 2: "full disk"}, 0, [1, 1, 0]),
+    ],
+)
+def test_an_error_is_printed_once_however_many_ranks_find_it(found, late, statuses, tmp_path):
+    began = time.monotonic()
+    with Ranks(find_errors, found, late, size=3, logs=tmp_path) as ranks:
+        assert ranks.statuses() == statuses
+        assert sorted(ranks.errors()) == sorted(f"error: {text}" for text in set(found.values()))
+    assert time.monotonic() - began < 30
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
