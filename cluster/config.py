@@ -6,7 +6,8 @@ the field:
     # Learning rate at the peak.
     lr: float = setting(0.005, least=0, may_change=True)
 
-A derived class may give a field another default and comment; it inherits the rest.
+A derived class may give a field another default and comment by an assignment without `setting`; it inherits
+the rules. With `setting` it replaces them.
 """
 
 from __future__ import annotations

@@ -56,13 +56,14 @@ def start(
     """
     global _flags
     me = place()
+    # The ranks meet first, so that what they all refuse next is printed once.
+    store = meet(me, rendezvous, timeout) if me.size > 1 else None
     chosen = pick_device(device, me, torch.cuda.device_count(), os.environ)
     world = World(me.rank, me.size, me.local_rank, chosen, me.launcher)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if me.size == 1:
+    if store is None:
         return world
-    store = meet(me, rendezvous, timeout)
     _refuse_shared_gpus(world, store)
     limit = timedelta(seconds=collective_timeout)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -77,6 +78,14 @@ def start(
     # The others may wait for hours while rank 0 works in on_main; cluster.heartbeat finds a rank that hangs.
     _flags = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return world
+
+
+def lone_device(device: str) -> torch.device:
+    """The device of a program that is one process, however many of it a launcher has started.
+
+    device: auto, cpu, cuda or cuda:N. Raises UserError for a GPU that torch does not see.
+    """
+    return pick_device(device, Place(), torch.cuda.device_count(), {})
 
 
 def stop() -> None:

@@ -20,12 +20,12 @@ from typing import Any, NoReturn, TypeVar
 
 from cluster import rendezvous
 from cluster.config import flag, rules
-from cluster.errors import CRASH, INTERRUPTED, USAGE
+from cluster.errors import CRASH, FAILED, INTERRUPTED, USAGE, UserError
 
-Config = TypeVar("Config")
+ConfigType = TypeVar("ConfigType")
 
 
-def run(config_class: type[Config], main: Callable[[Config], Any]) -> None:
+def run(config_class: type[ConfigType], main: Callable[[ConfigType], Any]) -> None:
     """Parse sys.argv into `config_class` and call `main` with it. Every entry point calls this."""
     live(lambda: main(parse(config_class, sys.argv[1:])))
 
@@ -51,7 +51,8 @@ def live(work: Callable[[], Any]) -> None:
     except BaseException as error:
         status = getattr(error, "exit_status", None)
         if status is None:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # standard error may be a pipe whose reader has left
+                traceback.print_exc()
             end(CRASH)
         said = str(error)
         if "Original Traceback" in said:  # raised in a DataLoader worker: the last line is the error itself
@@ -63,8 +64,9 @@ def live(work: Callable[[], Any]) -> None:
 
 def end(status: int) -> NoReturn:
     """Exit, at once if a DataLoader worker or a process group could keep the interpreter from exiting."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     multiprocessing = sys.modules.get("multiprocessing")
     distributed = sys.modules.get("torch.distributed")
     if (multiprocessing and multiprocessing.active_children()) or (
@@ -74,10 +76,11 @@ def end(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def parse(config_class: type[Config], args: Sequence[str]) -> Config:
-    """Parse flags into a `config_class`. A wrong flag gives one line on stderr that names it, and status 2.
+def parse(config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
+    """Parse flags into a `config_class`.
 
-    Raises UserError for a number outside the bounds of its field.
+    A wrong flag gives one line on stderr that names it, and status 2; a number outside the bounds of its
+    field gives such a line and status 1.
     """
     import tyro  # imported here, so that reading a config file does not need tyro
 
@@ -88,7 +91,7 @@ def parse(config_class: type[Config], args: Sequence[str]) -> Config:
     if not {"--help", "-h"} & {*given, *args}:
         for name in given:
             if name not in flags and "--" + name.removeprefix("--no-") not in flags:
-                _refuse(f"unknown flag {name}{_nearest(name, list(flags))}")
+                _refuse(f"unknown flag {name}{_nearest(name, [*flags, *older])}")
         for name, field in flags.items():
             if field.default is field.default_factory is dataclasses.MISSING and name not in given:
                 _refuse(f"{name} is required")
@@ -96,6 +99,8 @@ def parse(config_class: type[Config], args: Sequence[str]) -> Config:
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(config_class, args=args, prog=_program())
+    except UserError as error:
+        _refuse(str(error), FAILED)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -131,7 +136,9 @@ def _first_paragraph(box: str) -> str:
     return " ".join(text) or "the command line could not be read; --help lists the flags"
 
 
-def _refuse(reason: str) -> NoReturn:
-    if not rendezvous.place().rank:  # all ranks have the same command line, so rank 0 prints the error
-        print(f"error: {reason}", file=sys.stderr)
-    sys.exit(USAGE)
+def _refuse(reason: str, status: int = USAGE) -> NoReturn:
+    """Exit with one line. All ranks have the same command line: only rank 0 prints it and has the status."""
+    if rendezvous.place().rank:
+        sys.exit(0)
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(status)

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -126,13 +127,21 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 
 def _count(key: str, more: int = 1) -> int:
-    """Add to a counter that all ranks share and return it; 1 on a single rank, or if rank 0 has ended."""
-    if not _met:
-        return 1
-    try:
-        return _met[1].add(key, more)
-    except RuntimeError:
-        return 1
+    """Add to a counter that all ranks share and return it; 1 on a single rank, or if rank 0 does not answer.
+
+    The store has no time-out of its own for this, so a thread asks it: rank 0 may be stopped or cut off.
+    """
+    answers = [1]
+
+    def ask(store: Store) -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(store.add(key, more))
+
+    if _met:
+        asking = threading.Thread(target=ask, args=(_met[1],), daemon=True)
+        asking.start()
+        asking.join(LINGER)
+    return answers[-1]
 
 
 def _meet_in(folder: Path, me: Place, timeout: float) -> Store:

@@ -21,7 +21,7 @@ from cluster.batches import Batches
 from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
-from cluster.guard import Guard
+from cluster.guard import SKIPS, Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
 
@@ -133,7 +133,9 @@ def train_guarded(
             if guard.spent:
                 last = checkpoint.step_path(run.folder, start)
                 raise UserError(guard.last_words(bad.step, sources, str(last))) from None
-            told = f"step {bad.step}: the gradient was not finite three times in a row, last on {sources[0]}"
+            told = (
+                f"step {bad.step}: the gradient was not finite {SKIPS} times in a row, last on {sources[0]}"
+            )
             journal.message(f"{told}; going back to step {start}")
             restore(saved)
             guard.roll_back(bad.step, start)

@@ -41,22 +41,28 @@ def build_backbone(arch: str) -> Any:
 
 
 class Normalise(nn.Module):
-    """Pixels uint8 [B, 3, H, W] -> (pixels / 255 - mean) / std, float32, channels last; mean, std in 0..1.
+    """Pixels uint8 [B, 3, H, W] -> (pixels / 255 - mean) / std, float32; mean and std in units of 0..1.
 
     mean and std are not in the state dict: they are stored beside the weights and given to the constructor.
+    memory_format: layout of the result; channels_last suits a network that is trained in it.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> None:
         super().__init__()
+        self.memory_format = memory_format
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        normalised = (pixels.float() / 255 - self.mean) / self.std
-        return normalised.contiguous(memory_format=torch.channels_last)
+        return ((pixels.float() / 255 - self.mean) / self.std).to(memory_format=self.memory_format)
 
 
 def write_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ from detection.plan import describe, plan_detector
 from detection.pretrained import fill_backbone
 from detection.schedule import Phase, continue_phases, lr_at
 from detection.validation import out_of_patience
+from schematics import draws
 from schematics.coco import Split, find_split, read_split
 from schematics.sheets import DataError
 
@@ -98,6 +99,9 @@ class FinetuneConfig(RunConfig):
     ema_decay: float = setting(0.0, least=0, most=1)
     # Epochs without a rise of validation AP after which the run ends; 0 never ends it early.
     patience: int = setting(0, least=0, may_change=True)
+
+    # Seconds from one checkpoint to the next; there is also one before each validation.
+    checkpoint_every: float = 600.0
 
     # Side of a window in sheet pixels, a multiple of 64; by default fitted to the sheets.
     window: int | None = setting(None)
@@ -242,8 +246,12 @@ def main(config: FinetuneConfig) -> None:
     norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)
-    given = splits[0], config.backbone, config.arch, config.seed
-    build = functools.partial(fresh_detector, *given, norm=norm, **config.choices)
+
+    def build() -> tuple[Detector, str]:
+        return fresh_detector(
+            splits[0], config.backbone, config.arch, config.seed, norm=norm, **config.choices
+        )
+
     # A new detector is built before the exp-dir is touched, so that bad input leaves no folder behind.
     fresh = None if checkpoint.listed(config.exp_dir / "checkpoints") else build()
     with Run(config.exp_dir, world, **config.saving) as run:
@@ -253,8 +261,10 @@ def main(config: FinetuneConfig) -> None:
         refuse_unsynced(detector.spec.norm, world)
         augment = Augment(True, config.scale_jitter, config.photometric, config.flip, config.rot90)
         readers = [SheetReader(split, detector.spec.color_mode).preload() for split in splits]
-        place = readers[0], detector.spec.window, detector.spec.overlap
-        windows = TrainingWindows(*place, config.seed, augment, config.negatives, config.repeat)
+        side, overlap = detector.spec.window, detector.spec.overlap
+        windows = TrainingWindows(
+            readers[0], side, overlap, config.seed, augment, config.negatives, config.repeat
+        )
         per_epoch = steps_per_epoch(windows, config.batch_size)
         total = config.epochs * per_epoch if config.steps is None else config.steps
         patience_steps = config.patience * per_epoch
@@ -278,6 +288,8 @@ def main(config: FinetuneConfig) -> None:
 
         journal = Journal(config.exp_dir, world, total, progress.step, every=config.log_every)
         journal.message(story or f"going on at step {progress.step}")
+        if saved and saved.get("draws") != draws.VERSION:
+            journal.message(draws.CHANGED)
         journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
         model = parallel(detector, world)
         lr = functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10))

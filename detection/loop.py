@@ -20,6 +20,7 @@ from detection.metrics.coco import Engine, Figures
 from detection.model import Detector
 from detection.schedule import Phase
 from detection.validation import VALIDATING, out_of_patience, validate, write_model
+from schematics import draws
 from schematics.coco import to_coco
 
 
@@ -78,6 +79,7 @@ class Progress:
             "phases": [asdict(phase) for phase in self.phases],
             "best": self.best,
             "pending": self.pending,
+            "draws": draws.VERSION,
         }
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class KnnConfig(Config):
 
 
 def main(config: KnnConfig) -> None:
-    device = distributed.start(config.device).device
+    device = distributed.lone_device(config.device)
     classes, (train, test) = split_features(
         config.checkpoint,
         config.data_dir,

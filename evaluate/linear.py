@@ -40,7 +40,7 @@ class LinearConfig(Config):
 
 
 def main(config: LinearConfig) -> None:
-    device = distributed.start(config.device).device
+    device = distributed.lone_device(config.device)
     classes, (train, valid, test) = split_features(
         config.checkpoint,
         config.data_dir,

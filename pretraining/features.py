@@ -28,7 +28,7 @@ def open_backbone(path: Path) -> tuple[nn.Module, dict]:
             f"{path}: {len(missing)} tensors of {meta['arch']} are missing, {len(unexpected)} are foreign; "
             "export the backbone again"
         )
-    return nn.Sequential(Normalise(meta["mean"], meta["std"]), backbone).eval(), meta
+    return nn.Sequential(Normalise(meta["mean"], meta["std"], torch.channels_last), backbone).eval(), meta
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from pretraining.encoder import Encoder, build_projector
 from pretraining.features import embed, square
 from pretraining.loop import Loss, train
 from pretraining.schedule import Schedule, build_optimizer, peak_lr
+from schematics import draws
 from schematics.store import WindowStore, build_store
 
 BACKBONE = "backbone.safetensors"
@@ -65,6 +66,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "guard": self.guard.state(),
             "windows": self.windows,
+            "draws": draws.VERSION,
         }
 
     def restore(self, saved: State) -> None:
@@ -112,8 +114,11 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         with run.allow(PACKING):
             folder = store_folder(config.data_dir, config.exp_dir)
             if folder != config.data_dir:
-                pool = (config.data_dir, folder, config.window, config.stride)
-                distributed.on_main(lambda: pack(*pool, config.color_mode, config.dpi))
+                distributed.on_main(
+                    lambda: pack(
+                        config.data_dir, folder, config.window, config.stride, config.color_mode, config.dpi
+                    )
+                )
             store = WindowStore(folder)
         per_epoch, total = length(len(store), config.batch_size, config.epochs, config.steps)
         if run.finished(total):
@@ -127,15 +132,26 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         encoder = build_encoder(config.arch, config.projector, method, store, world, config.seed)
         optimizer = build_optimizer(encoder, config.optimizer, config.momentum, config.weight_decay)
         training = Training(encoder, optimizer, Guard(), len(store))
-        start = begin(run, run.resume(), training.guard, training.state, training.restore)
+        saved = run.resume()
+        start = begin(run, saved, training.guard, training.state, training.restore)
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
             print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
             print(f"views by the recipe {config.recipe}, {config.image_size} px a side", flush=True)
 
         journal = Journal(config.exp_dir, world, total, start, config.log_every)
-        every = {"checkpoint_epochs": config.checkpoint_epochs, "embed_every": config.embed_every}
-        boundary = Boundary(training, run, journal, store, schedule, config.image_size, **every)
+        if saved and saved.get("draws") != draws.VERSION:
+            journal.message(draws.CHANGED)
+        boundary = Boundary(
+            training,
+            run,
+            journal,
+            store,
+            schedule,
+            config.image_size,
+            checkpoint_epochs=config.checkpoint_epochs,
+            embed_every=config.embed_every,
+        )
         pairs = Pairs(
             store, config.recipe, config.image_size, config.seed, config.strength, config.orientation
         )
@@ -151,22 +167,18 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
 
         train_guarded(train_on, batches, training.guard, run, journal, training.restore, start, total)
         journal.close()
-        backbone = encoder.backbone.state_dict()
         if world.main:
             about = {
                 "arch": config.arch,
                 "method": method.name,
-                "color_mode": store.color_mode,
-                "mean": store.mean,
-                "std": store.std,
                 "image_size": config.image_size,
                 "step": total,
-                "linework": version("linework"),
             }
-            write_backbone(config.exp_dir / BACKBONE, backbone, about)
+            export(config.exp_dir / BACKBONE, encoder, store, about)
         run.finish(total, training.state, [BACKBONE])
         if world.main:
-            print(f"{config.exp_dir / BACKBONE}: {len(backbone)} tensors of {config.arch} by {method.name}")
+            tensors = len(encoder.backbone.state_dict())
+            print(f"{config.exp_dir / BACKBONE}: {tensors} tensors of {config.arch} by {method.name}")
     distributed.stop()
 
 
@@ -210,7 +222,7 @@ def build_encoder(
     torch.manual_seed(seed)
     backbone = build_backbone(arch)
     widths = [int(backbone.num_features), *projector]
-    normalise = Normalise(store.mean, store.std)
+    normalise = Normalise(store.mean, store.std, torch.channels_last)
     encoder = Encoder(normalise, backbone, build_projector(widths, method.last_norm), method.joint)
     if world.size > 1 and world.device.type == "cuda":
         encoder = convert_sync_batchnorm(encoder)
@@ -223,8 +235,9 @@ def describe(
 ) -> str:
     """A description of the run for the log, in several lines."""
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
+    widths = [layer.out_features for layer in encoder.projector.modules() if isinstance(layer, nn.Linear)]
     lines = [
-        f"{arch} with its projector, {size:.1f}M parameters",
+        f"{arch} with projector {'-'.join(map(str, widths))}, {size:.1f}M parameters",
         f"{len(store)} {store.color_mode} windows of {store.side} px from {len(store.sheet_names)} sheets",
         f"{schedule.total} steps, {schedule.per_epoch} an epoch, batch {batch_size} = {world.size} x "
         f"{batch_size // world.size}, peak lr {schedule.peak:.4g} after {schedule.warmup} steps",
@@ -232,6 +245,13 @@ def describe(
     if world.size > 1 and world.device.type == "cpu":
         lines.append("BatchNorm's statistics are per rank: torch's SyncBatchNorm takes no CPU tensor")
     return "\n".join(lines)
+
+
+def export(path: Path, encoder: Encoder, store: WindowStore, about: dict[str, Any]) -> None:
+    """Write the backbone, with `about` and with what its images were normalised by."""
+    colors = {"color_mode": store.color_mode, "mean": store.mean, "std": store.std}
+    meta = {**about, **colors, "linework": version("linework")}
+    write_backbone(path, encoder.backbone.state_dict(), meta)
 
 
 def gallery(store: WindowStore, size: int, windows: int = 256) -> Tensor:

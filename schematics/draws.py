@@ -13,6 +13,8 @@ from enum import Enum, unique
 
 import numpy as np
 
+VERSION = 1  # to be raised when what a use draws changes; checkpoints hold it
+CHANGED = "this run was begun by a version that drew other orders and changes: its data differs from here on"
 LARGEST = 2**64 - 1  # of any argument: each is a word of Philox's key or counter
 
 

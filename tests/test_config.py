@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import stages
 
 from cluster import config, entry
 from cluster.errors import UserError
@@ -239,7 +240,8 @@ def test_only_what_may_change_may_differ_from_the_run_that_goes_on(tmp_path):
 
 
 ENTRIES = [
-    *("simclr.pretrain", "vicreg.pretrain", "detection.finetune", "detection.predict", "detection.export"),
+    *(f"{method}.pretrain" for method in stages.methods()),
+    *("detection.finetune", "detection.predict", "detection.export"),
     *("evaluate/evaluate.py", "evaluate/knn.py", "evaluate/linear.py"),
 ]
 

@@ -2,18 +2,21 @@
 
 import json
 import os
+import signal
+import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from processes import Ranks
+from processes import Ranks, until
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster import distributed, entry, rendezvous
+from cluster.config import Config, setting
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.rendezvous import Place, place
@@ -196,6 +199,77 @@ def test_an_error_is_printed_once_however_many_ranks_find_it(found, late, status
         assert ranks.statuses() == statuses
         assert sorted(ranks.errors()) == sorted(f"error: {text}" for text in set(found.values()))
     assert time.monotonic() - began < 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Config):
+    """The flags of a command."""
+
+    # Side of a window in pixels.
+    window: int = setting(64, least=1)
+
+
+def wrong_flags(flags: list[str]) -> None:
+    """Run one rank of a command with these flags; rank 0 comes to them later than the others."""
+    time.sleep(1.0 * (os.environ["RANK"] == "0"))
+    sys.argv = ["command", *flags]
+    entry.run(Options, pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "line"),
+    [
+        (["--windows", "3"], 2, "error: unknown flag --windows; the nearest is --window"),
+        (["--window", "x"], 2, "error: "),
+        (["--window", "0"], 1, "error: --window 0: give 1 or more"),
+    ],
+)
+def test_a_wrong_flag_is_printed_by_rank_0_even_if_it_is_the_last(flags, status, line, tmp_path):
+    with Ranks(wrong_flags, flags, size=3, logs=tmp_path) as ranks:
+        assert ranks.statuses() == [status, 0, 0]
+        (printed,) = ranks.errors()
+        assert printed.startswith(line)
+
+
+def refused_device() -> None:
+    entry.live(lambda: distributed.start("cuda"))
+
+
+def test_a_device_that_no_rank_has_is_one_line(tmp_path):
+    with Ranks(refused_device, size=3, logs=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""}) as ranks:
+        assert ranks.statuses() == [1, 0, 0]
+        (printed,) = ranks.errors()
+        assert printed.startswith("error: --device cuda: torch") and "--device cpu" in printed
+
+
+def find_error_late(error: BaseException, folder: Path) -> None:
+    """Run one rank of a command; rank 1 finds an error when the test says so."""
+
+    def work() -> None:
+        world = distributed.start("cpu")
+        (folder / f"here-{world.rank}").touch()
+        until(lambda: world.rank and (folder / "go").exists(), 60)
+        raise error
+
+    entry.live(work)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("no such GPU"), 1, "error: no such GPU"),
+        (SystemExit(75), 75, ""),
+        (ZeroDivisionError("a bug"), 70, "ZeroDivisionError: a bug"),
+    ],
+)
+def test_a_rank_ends_although_rank_0_no_longer_answers(error, status, line, tmp_path):
+    with Ranks(find_error_late, error, tmp_path, size=2, logs=tmp_path / "logs") as ranks:
+        until(lambda: all((tmp_path / f"here-{rank}").exists() for rank in range(2)))
+        ranks.signal(signal.SIGSTOP, 0)
+        (tmp_path / "go").touch()
+        ranks.processes[1].join(30)
+        assert ranks.processes[1].exitcode == status
+        assert line in ranks.log(1)
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):

@@ -63,12 +63,13 @@ def test_batchnorm_sees_both_views_in_simclr_and_one_in_vicreg():
 
 
 def test_pixels_are_normalised_by_the_mean_and_std_that_travel_with_the_weights():
-    normalise = Normalise([0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
+    normalise = Normalise([0.1, 0.2, 0.3], [0.5, 1.0, 2.0], torch.channels_last)
     pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
     channels = zip(pixels.unbind(1), (0.1, 0.2, 0.3), (0.5, 1.0, 2.0), strict=True)
     expected = torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], 1)
     torch.testing.assert_close(normalise(pixels), expected)
     assert normalise(pixels).is_contiguous(memory_format=torch.channels_last)
+    assert Normalise([0.0] * 3, [1.0] * 3)(pixels).is_contiguous()
     encoder = Encoder(normalise, nn.Conv2d(3, 2, 1), nn.Flatten(), joint=True)
     assert set(encoder.state_dict()) == {"backbone.weight", "backbone.bias"}
     z1, z2 = encoder(pixels, pixels)

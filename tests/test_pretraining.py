@@ -159,7 +159,7 @@ def test_three_in_a_row_go_back_and_pass_that_data_over(config, capfd):
     lines, _ = run(config, loss=at(2, lambda value: value * torch.nan, last=4))
     out = capfd.readouterr().out
     assert re.search(
-        r"step 4: the gradient was not finite three times in a row, "
+        r"step 4: the gradient was not finite 3 times in a row, "
         r"last on .*png @.*; going back to step [012]\n",
         out,
     )
