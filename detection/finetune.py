@@ -128,6 +128,11 @@ class FinetuneConfig(RunConfig):
     # (pip install 'linework[fast]').
     coco_engine: Engine = setting("pycocotools", may_change=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.freeze_stages and self.backbone == "none":
+            raise UserError(f"--freeze-stages {self.freeze_stages}: random weights would stay random; give 0")
+
     @property
     def choices(self) -> dict[str, Any]:
         """Arguments of `plan_detector` that flags set; None lets it fit a value to the sheets."""
@@ -239,8 +244,6 @@ def length_of(exp_dir: Path, patience_steps: int, total: int) -> int:
 def main(config: FinetuneConfig) -> None:
     world = distributed.start(config.device, rendezvous=config.exp_dir)
     distributed.per_rank(config.batch_size, world)
-    if config.freeze_stages and config.backbone == "none":
-        raise UserError(f"--freeze-stages {config.freeze_stages}: random weights would stay random; give 0")
     configuration.refuse_changes(config, config.exp_dir)
     coco_classes(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
