@@ -154,3 +154,19 @@ def test_metrics_need_no_torch_and_of_ours_only_schematics():
     strays = {name for name in ours if not name.startswith(("schematics", "detection.metrics"))}
     assert strays == {"detection"} and "detection.metrics.matching" in ours
     assert not {name for name in loaded if name.split(".")[0] in ("torch", "torchvision", "timm")}
+
+
+def test_a_whole_config_goes_no_further_than_an_entry():
+    """Law: below an entry its named parts are handed on. A stage is the body of the entries that share it."""
+    bodies = {("pretraining.stage", "pretrain")}
+    takers = set()
+    for file in files_of(*HOUSE):
+        module = module_of(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                given = [*node.args.args, *node.args.kwonlyargs]
+                if any(arg.annotation and ast.unparse(arg.annotation).endswith("Config") for arg in given):
+                    takers.add((module, node.name))
+    assert {("simclr.pretrain", "main"), ("detection.finetune", "main"), *bodies} < takers
+    entries = {module_of(file) for file in files_of(*HOUSE) if "__main__" in file.read_text()}
+    assert {(module, name) for module, name in takers if module not in entries or name != "main"} == bodies
