@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster import checkpoint
 from cluster.batches import Batches
 from cluster.distributed import World
 from cluster.errors import UserError
@@ -21,6 +22,7 @@ from pretraining.config import PretrainConfig
 from pretraining.data import epoch_order
 from pretraining.features import open_backbone
 from pretraining.stage import Method, pretrain
+from schematics import draws
 from schematics.sheets import DataError
 from simclr import pretrain as simclr
 from simclr.loss import nt_xent
@@ -238,3 +240,16 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks():
     epoch = [key for batch in keys_of(0, 6) for key in batch]
     assert len({sample for _, _, sample in epoch}) == len(set(epoch)) == 48
     assert list(chain(*keys_of(4, 6))) == epoch[32:]
+
+
+def test_a_run_of_a_version_with_other_draws_goes_on_and_says_so(config, capfd):
+    run(dataclasses.replace(config, steps=2))
+    newest = config.exp_dir / "checkpoints" / "step_00000002.pt"
+    state = checkpoint.read(newest)
+    assert state.pop("draws") == draws.VERSION
+    checkpoint.write_file(newest, state)
+    capfd.readouterr()
+    run(dataclasses.replace(config, steps=3))
+    assert capfd.readouterr().out.count(draws.CHANGED) == 1
+    run(config)
+    assert draws.CHANGED not in capfd.readouterr().out
