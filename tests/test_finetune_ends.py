@@ -15,6 +15,7 @@ from cluster.distributed import World
 from cluster.errors import UserError
 from detection import validation
 from detection.finetune import main, refuse_unsynced
+from schematics import draws
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCH = 4  # steps in an epoch: it has eight windows, and a step takes two
@@ -130,3 +131,14 @@ def test_batch_norm_is_not_taken_to_several_cpu_processes():
     refuse_unsynced("group", World(size=2))
     with pytest.raises(UserError, match="2 CPU processes can't sync BatchNorm"):
         refuse_unsynced("sync", World(size=2))
+
+
+def test_a_run_of_a_version_with_other_draws_goes_on_and_says_so(config, capsys):
+    main(dataclasses.replace(config, steps=EPOCH))
+    step, newest = checkpoint.listed(config.exp_dir / "checkpoints")[0]
+    state = checkpoint.read(newest)
+    assert step == EPOCH and state.pop("draws") == draws.VERSION
+    checkpoint.write_file(newest, state)
+    capsys.readouterr()
+    main(dataclasses.replace(config, steps=EPOCH + 1))
+    assert capsys.readouterr().out.count(draws.CHANGED) == 1
