@@ -45,23 +45,25 @@ def embed(network: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
 class ClassFolder(Dataset):
     """Images in a folder per class, as schematics.symbols writes them; item -> uint8 [3, size, size], label.
 
-    A label is the position of the class in `classes`, which may hold more names than this folder has.
+    A label is the position of the class in `classes`, which may hold more names than this folder has. A class
+    folder may be empty.
 
     Raises:
-        DataError: a class folder has no drawing.
+        DataError: there is no drawing in any of them.
     """
 
     def __init__(self, root: Path, classes: list[str], size: int, color_mode: str):
-        present = [(k, root / name) for k, name in enumerate(classes) if (root / name).is_dir()]
-        self.files = [(sheet.path, k) for k, folder in present for sheet in find_sheets(folder)]
+        label_of = {name: k for k, name in enumerate(classes)}
+        crops = ((sheet, sheet.path.relative_to(root).parts[0]) for sheet in find_sheets(root))
+        self.files = [(sheet, label_of[name]) for sheet, name in crops if name in label_of]
         self.size, self.color_mode = size, color_mode
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.files[index]
-        return square(to_color(read_sheet(path), self.color_mode), self.size), label
+        crop, label = self.files[index]
+        return square(to_color(read_sheet(crop), self.color_mode), self.size), label
 
 
 def square(image: np.ndarray, size: int) -> Tensor:

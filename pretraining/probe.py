@@ -79,3 +79,13 @@ def accuracy(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
     right = (predicted == labels).float()
     per_class = [right[labels == k].mean() for k in labels.unique()]
     return right.mean().item(), torch.stack(per_class).mean().item()
+
+
+def unseen(train_labels: Tensor, test_labels: Tensor, classes: list[str]) -> str:
+    """A sentence that names the classes of test that train has no example of; "" if there is none.
+
+    No classifier can be right on them, which lowers its accuracy whatever the features.
+    """
+    names = [classes[k] for k in test_labels.unique().tolist() if not (train_labels == k).any()]
+    crops = sum(int((test_labels == classes.index(name)).sum()) for name in names)
+    return f"{crops} test crops are of classes that train lacks: {', '.join(names)}" if names else ""

@@ -24,6 +24,7 @@ from schematics.sheets import read_sheet, write_png
 def cut_symbols(data_dir: Path, out: Path, margin: float = 0.0) -> Counter[tuple[str, str]]:
     """Write all symbols to `out`, whole or not at all. Returns their number by (split, class).
 
+    A class that has no symbol in a split has no folder there.
     margin: share of a box's longer side to add around it. Raises DataError if `out` exists, if there is no
     split, or if a sheet can't be read.
     """
@@ -33,8 +34,6 @@ def cut_symbols(data_dir: Path, out: Path, margin: float = 0.0) -> Counter[tuple
     with whole_folder(out) as whole:
         for name, split in splits.items():
             folders = _class_folders(split)
-            for folder in folders:
-                (whole / name / folder).mkdir(parents=True)
             for sheet in split.sheets:
                 for label in _cut_sheet(sheet, [whole / name / folder for folder in folders], margin):
                     counts[name, split.categories[label - 1].name] += 1
@@ -66,8 +65,9 @@ def _cut_sheet(sheet: LabelledSheet, folders: list[Path], margin: float) -> list
         edge = margin * max(right - left, bottom - top)
         x0, y0 = max(0, int(np.floor(left - edge))), max(0, int(np.floor(top - edge)))
         x1, y1 = int(np.ceil(right + edge)), int(np.ceil(bottom + edge))
-        name = f"{stem}_{sheet.annotation_ids[i]}.png"
-        write_png(folders[sheet.labels[i] - 1] / name, image[y0:y1, x0:x1])
+        folder = folders[sheet.labels[i] - 1]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(folder / f"{stem}_{sheet.annotation_ids[i]}.png", image[y0:y1, x0:x1])
     return [int(label) for label in sheet.labels[keep]]
 
 

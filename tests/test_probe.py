@@ -1,9 +1,13 @@
 """The figures that judge an embedding, at values known in advance."""
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
-from pretraining.probe import embedding_std, fit_linear, knn_predict, rank_me
+from pretraining.features import ClassFolder, class_names
+from pretraining.probe import embedding_std, fit_linear, knn_predict, rank_me, unseen
+from schematics.sheets import DataError
 
 
 def test_std_is_one_on_the_sphere_and_zero_at_a_point():
@@ -41,3 +45,18 @@ def test_linear_probe_finds_the_minimum_of_its_convex_loss():
     loss = torch.nn.functional.cross_entropy(linear(x), y) + 0.1 * linear.weight.square().sum()
     gradient = torch.autograd.grad(loss, [*linear.parameters()])
     assert all(g.abs().max() < 1e-3 for g in gradient)
+
+
+def test_a_class_may_be_empty_in_a_split_and_one_that_train_lacks_is_named(tmp_path):
+    for folder in ("train/valve", "train/pump", "test/valve", "test/motor"):
+        (tmp_path / folder).mkdir(parents=True)
+    for crop in ("train/valve/1", "train/valve/2", "test/valve/1", "test/motor/1"):
+        cv2.imwrite(str(tmp_path / f"{crop}.png"), np.full((8, 8), 255, np.uint8))
+    classes = class_names(tmp_path, ["train", "test"])
+    train, test = (ClassFolder(tmp_path / split, classes, 8, "gray") for split in ("train", "test"))
+    assert [label for _, label in train] == [2, 2] and [label for _, label in test] == [0, 2]
+    told = unseen(torch.tensor([2, 2]), torch.tensor([0, 2]), classes)
+    assert told == "1 test crops are of classes that train lacks: motor"
+    assert unseen(torch.tensor([0, 2]), torch.tensor([0, 2]), classes) == ""
+    with pytest.raises(DataError, match="no drawings"):
+        ClassFolder(tmp_path / "train/pump", classes, 8, "gray")

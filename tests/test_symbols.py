@@ -1,5 +1,7 @@
 """Every labelled symbol is cut out pixel for pixel into OUT/split/class/."""
 
+import json
+
 import cv2
 import numpy as np
 import pytest
@@ -63,3 +65,13 @@ def test_nothing_is_written_over_or_left_half_done(tmp_path, data):
     with pytest.raises(DataError, match="no train"):
         cut_symbols(tmp_path, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+
+def test_a_class_without_a_symbol_in_a_split_has_no_folder_there(tmp_path, data):
+    annotations = data / "val/_annotations.coco.json"
+    document = json.loads(annotations.read_text())
+    document["annotations"] = [row for row in document["annotations"] if row["category_id"] != 1]
+    annotations.write_text(json.dumps(document))
+    cut_symbols(data, tmp_path / "out")
+    assert {folder.name for folder in (tmp_path / "out/val").iterdir()} == {"a_b_2", "A_B_3", "_4"}
+    assert (tmp_path / "out/train/valve").is_dir()
