@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from schematics.coco import Category, Finding, Split, find_splits, inspect_split
+from schematics.coco import Finding, Split, find_splits, inspect_split
 from schematics.command import Parser, run
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
 
@@ -88,16 +88,17 @@ def _untrained(splits: Sequence[Split]) -> Iterator[tuple[Split, Finding]]:
 
     It is evaluated and never learned, which costs mAP whatever the model.
     """
-    trained = {c for split in splits if split.name == "train" for c in _counts(split)}
+    trained = {name for split in splits if split.name == "train" for name in _counts(split)}
     for split in splits:
-        for category, count in _counts(split).items():
-            if trained and category not in trained:
-                kind = f"class {category.name!r} has boxes here and none in train"
+        for name, count in _counts(split).items():
+            if trained and name not in trained:
+                kind = f"class {name!r} has boxes here and none in train"
                 yield split, Finding(kind, "all sheets", count, "kept")
 
 
-def _counts(split: Split) -> Counter[Category]:
-    return Counter(split.categories[label - 1] for sheet in split.sheets for label in sheet.labels)
+def _counts(split: Split) -> Counter[str]:
+    """The number of boxes by class name. The ids of a class may differ from split to split."""
+    return Counter(split.categories[label - 1].name for sheet in split.sheets for label in sheet.labels)
 
 
 def check_pool(root: Path, files: int) -> None:
@@ -169,9 +170,9 @@ def _print_splits(splits: Sequence[Split], decoded: Mapping[Sheet, Decoded]) -> 
     _table(rows)
     _table(sides)
     counts = [_counts(split) for split in splits]
-    classes = sorted({c for split in splits for c in split.categories}, key=lambda c: (c.id, c.name))
+    classes = splits[0].categories  # all splits have the same names
     rows = [["id", "class", *(split.name for split in splits)]]
-    _table(rows + [[str(c.id), c.name, *(str(count[c]) for count in counts)] for c in classes])
+    _table(rows + [[str(c.id), c.name, *(str(count[c.name]) for count in counts)] for c in classes])
 
 
 def _print_findings(findings: Iterable[tuple[Split, Finding]], files: int) -> None:

@@ -207,13 +207,17 @@ def find_split(data_dir: Path, split: str) -> Path:
     The folder may have any name that `split_of` knows, and without annotations in it there may be
     annotations/instances_NAME.json. Raises DataError if there is none.
     """
-    data_dir = Path(data_dir)
-    if place := _named(data_dir, split_of(split) or split):
+    data_dir, split = Path(data_dir), split_of(split) or split
+    if place := _named(data_dir, split):
         return place
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder")
-    wanted = " or ".join(f"{name}/{ANNOTATIONS}" for name in SPLITS.get(split_of(split) or "", (split,)))
-    raise DataError(f"{data_dir}: no {wanted}; {_cure(data_dir)}")
+    cure = _cure(data_dir)
+    if _named(data_dir, "train") or _lone(data_dir):
+        share = "--test" if split == "test" else "--valid"
+        cure = f"draw it from what is there: python -m schematics.convert {data_dir} OUT {share} 0.2"
+    wanted = " or ".join(f"{name}/{ANNOTATIONS}" for name in SPLITS.get(split, (split,)))
+    raise DataError(f"{data_dir}: no {wanted}; {cure}")
 
 
 def find_splits(data_dir: Path) -> list[Path]:
@@ -226,12 +230,18 @@ def find_splits(data_dir: Path) -> list[Path]:
         return [data_dir]
     there = [split for split in SPLITS if _files(data_dir, split) or _split_folders(data_dir, split)]
     inside = any(file.parent == data_dir for split in there for file in _files(data_dir, split))
-    if data_dir.is_dir() and not inside and annotation_file(data_dir):
-        return [data_dir]
-    lone = sorted(data_dir.glob("annotations/instances_*.json"))
-    if not there and len(lone) == 1:
-        return lone
+    lone = None if inside or not data_dir.is_dir() else _lone(data_dir)
+    if lone and (lone == data_dir or not there):
+        return [lone]
     return [find_split(data_dir, split) for split in there or ["train"]]
+
+
+def _lone(data_dir: Path) -> Path | None:
+    """`data_dir` if it is a split itself, or its one annotations/instances_NAME.json, or None."""
+    if annotation_file(data_dir):
+        return data_dir
+    files = sorted(data_dir.glob("annotations/instances_*.json"))
+    return files[0] if len(files) == 1 else None
 
 
 def _named(data_dir: Path, split: str) -> Path | None:

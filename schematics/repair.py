@@ -17,12 +17,12 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from schematics.sheets import SUFFIXES, DataError, Sheet, looks_truncated, read_sheet, sheet_header
+from schematics.sheets import SUFFIXES, DataError, Sheet, looks_truncated, read_sheet, sheet_header, walk
 from schematics.windows import ink_mask
 
 # A thinner box is a slip of the mouse, and torchvision stops a whole run at a box without area.
 MIN_SIDE = 0.1  # px
-# So many boxes more must hold ink after a repair than before it, or the repair is a guess.
+# So many boxes more, and half of all, must hold ink where a repair puts them than elsewhere.
 CLEAR = 3
 
 Tally = Counter[tuple[str, str, str]]  # (kind, where, action) -> count
@@ -60,31 +60,8 @@ def match_classes(
 
     Classes are matched by name, and an id is that of the split `own`, whose file alone is tallied. The order
     is that of the ids in the first document that lists the class, so it is the same for every `own`.
-
-    Roboflow's placeholder is left out: category 0, which has the project's name and no boxes, and which is
-    the supercategory of the others.
     """
-    listed: dict[str, dict[int, str]] = {split: {} for split in documents}
-    for split, document in documents.items():
-        for row in document["categories"]:
-            number, name = (
-                _whole(row.get("id")),
-                unicodedata.normalize("NFC", printable(row.get("name")).strip()),
-            )
-            if number is None or not name:
-                if split == own:
-                    tally["class without a whole-number id or a name", file_name, "dropped"] += 1
-            elif (known := listed[split].setdefault(number, name)) != name:
-                clash = f"category id {number} is both {known!r} and {name!r} in {split}"
-                tally[f"{clash}; give each class one id", file_name, "fatal"] += 1
-    for name in _placeholders(documents, listed):
-        if name in listed[own].values():
-            tally[f"placeholder category 0 {name!r}", file_name, "dropped"] += 1
-        for split, names in listed.items():
-            listed[split] = {number: other for number, other in names.items() if other != name}
-    for clash in _doubtful_ids(listed):
-        tally[f"{clash}; give each class one id", file_name, "fatal"] += 1
-
+    listed = _listed(documents, own, file_name, tally)
     first: dict[str, tuple[int, int]] = {}  # name -> its id in the first split that lists it, number of that
     for place, names in enumerate(listed.values()):
         for number, name in sorted(names.items()):
@@ -110,18 +87,50 @@ def match_classes(
             kind = f"class {name!r} has id {ids[0]} here and {number} in {split}: matched by name"
             tally[kind, file_name, "repaired"] += 1
         classes.append((ids[0], name))
-    for name, other in (
-        itertools.combinations(order, 2) if len({n.casefold() for n in order}) < len(order) else ()
-    ):
-        if name.casefold() == other.casefold():
-            tally[f"classes {name!r} and {other!r} differ in case only: kept apart", file_name, "kept"] += 1
+    by_case = defaultdict(list)
+    for name in order:
+        by_case[name.casefold()].append(repr(name))
+    for alike in by_case.values():
+        if len(alike) > 1:
+            kind = f"classes {' and '.join(alike)} differ in case only: kept apart"
+            tally[kind, file_name, "kept"] += 1
     label_of = {name: label for label, name in enumerate(order, start=1)}
     return classes, {number: label_of[name] for number, name in listed[own].items()}
+
+
+def _listed(
+    documents: Mapping[str, dict[str, Any]], own: str, file_name: str, tally: Tally
+) -> dict[str, dict[int, str]]:
+    """By split, the names of its classes by id, without Roboflow's placeholder."""
+    listed: dict[str, dict[int, str]] = {split: {} for split in documents}
+    for split, document in documents.items():
+        for row in document["categories"]:
+            number, name = _whole(row.get("id")), row.get("name")
+            name = "" if name is None or isinstance(name, list | dict) else str(name).strip()
+            name = unicodedata.normalize("NFC", printable(name))
+            if number is None or not name:
+                if split == own:
+                    tally["class without a whole-number id or a name", file_name, "dropped"] += 1
+            elif (known := listed[split].setdefault(number, name)) != name:
+                clash = f"category id {number} is both {known!r} and {name!r} in {split}"
+                tally[f"{clash}; give each class one id", file_name, "fatal"] += 1
+    for name in _placeholders(documents, listed):
+        if name in listed[own].values():
+            tally[f"placeholder category 0 {name!r}", file_name, "dropped"] += 1
+        for split, names in listed.items():
+            listed[split] = {number: other for number, other in names.items() if other != name}
+    for clash in _doubtful_ids(listed):
+        tally[f"{clash}; give each class one id", file_name, "fatal"] += 1
+    return listed
 
 
 def _placeholders(
     documents: Mapping[str, dict[str, Any]], listed: Mapping[str, Mapping[int, str]]
 ) -> set[str]:
+    """The names of Roboflow's placeholder: category 0, which has the project's name and no boxes.
+
+    It is the supercategory of the others.
+    """
     rows = [row for document in documents.values() for row in document["categories"]]
     parents = {str(row.get("supercategory")) for row in rows if _whole(row.get("id")) != 0}
     found = {names[0] for names in listed.values() if names.get(0) in parents}
@@ -250,15 +259,10 @@ def _by_form(folders: Sequence[Path], taken: Set[Path]) -> dict[str, set[Path]]:
     """The drawings in the folders that are not taken, by the form of their path there."""
     fits = defaultdict(set)
     for folder in folders:
-        for path in _pictures(folder):
-            if path not in taken:
+        for path in walk(folder):
+            if path.suffix.lower() in SUFFIXES and path not in taken:
                 fits[_form(path.relative_to(folder).as_posix())].add(path)
     return fits
-
-
-def _pictures(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        yield from (Path(parent, name) for name in names if name.lower().endswith(SUFFIXES))
 
 
 def _page(name: str) -> tuple[str, int | None]:
@@ -308,9 +312,8 @@ def _sheet_file(
     elif _on_ink(file, boxes * [*scale, *scale], [boxes]):
         tally[f"{labelled}: boxes scaled along each axis, where they hold ink", where, "repaired"] += 1
     else:
-        tally[
-            f"{labelled}: of another shape, and its boxes don't tell how; label it again", where, "dropped"
-        ] += 1
+        kind = f"{labelled}: of another shape, and its boxes don't tell how; label it again"
+        tally[kind, where, "dropped"] += 1
         return None
     return replace(sheet, scale=scale)
 
@@ -321,12 +324,9 @@ def _swapped(file: Sheet, boxes: np.ndarray, sheet: SheetFile) -> bool:
     They do where one is centred beyond the sides as listed and all are within those of the file, or by ink.
     """
     x, y, width, height = boxes.T
-    inside = (
-        (boxes >= -1).all()
-        and (x + width <= sheet.width + 1).all()
-        and (y + height <= sheet.height + 1).all()
-    )
-    beyond = (x + width / 2 > sheet.height + 1) | (y + height / 2 > sheet.width + 1)
+    right, bottom = sheet.width + 1, sheet.height + 1  # of the file, with a pixel for rounding
+    inside = (boxes >= -1).all() and (x + width <= right).all() and (y + height <= bottom).all()
+    beyond = (x + width / 2 > bottom) | (y + height / 2 > right)
     if inside and beyond.any():
         return True
     clockwise = np.stack([sheet.width - y - height, x, height, width], axis=1)
@@ -428,9 +428,8 @@ def renumber(rows: Sequence[Row], file_name: str, tally: Tally) -> None:
             row.id = number
 
 
-def printable(text: Any) -> str:
+def printable(text: str) -> str:
     r"""A name that can be written in one line: "\n" and the halves of surrogate pairs are escaped."""
-    text = "" if text is None else str(text)
     return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda bad: repr(bad[0])[1:-1], text)
 
 
@@ -454,15 +453,10 @@ def _number(value: Any) -> float | None:
 
 def _box(row: Mapping[str, Any]) -> tuple[Box | None, str]:
     """x, y, width, height in px as labelled, or None if the row has no box; and how the box was repaired."""
-    corner_and_sides = _numbers(row.get("bbox"))
-    box = None
-    if len(corner_and_sides) == 4:
-        x, y, width, height = box = (
-            corner_and_sides[0],
-            corner_and_sides[1],
-            corner_and_sides[2],
-            corner_and_sides[3],
-        )
+    numbers, box = _numbers(row.get("bbox")), None
+    if len(numbers) == 4:
+        x, y, width, height = numbers
+        box = x, y, width, height
         if width > 0 and height > 0:
             return box, ""
         if width and height:

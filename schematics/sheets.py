@@ -61,14 +61,14 @@ def find_sheets(root: Path) -> list[Sheet]:
     root = Path(root)
     if not root.exists():
         raise DataError(f"{root}: no such file or folder")
-    files = [root] if root.is_file() else sorted(_walk(root))
+    files = [root] if root.is_file() else sorted(walk(root))
     sheets = [sheet for file in files if file.suffix.lower() in SUFFIXES for sheet in _pages(file)]
     if not sheets:
         raise DataError(f"{root}: no drawings found; give png, jpg, tif, bmp, webp or pdf files")
     return sheets
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def walk(root: Path) -> Iterator[Path]:
     """Yield all files below `root` that are not hidden, through links too."""
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
