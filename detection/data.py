@@ -75,10 +75,10 @@ class SheetReader:
         if index in self.cache:
             return self.cache[index]
         sheet = self.split.sheets[index]
-        image = to_color(read_sheet(sheet.path), self.color_mode)
+        image = to_color(read_sheet(sheet.file), self.color_mode)
         if image.shape[:2] != (sheet.height, sheet.width):
             raise DataError(
-                f"{sheet.path}: {image.shape[1]} x {image.shape[0]} px, its header says {sheet.width} x "
+                f"{sheet.file.name}: {image.shape[1]} x {image.shape[0]} px, its header says {sheet.width} x "
                 f"{sheet.height}; export it again"
             )
         sheet_and_paper = image, paper_color(image)

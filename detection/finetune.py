@@ -47,7 +47,6 @@ from detection.schedule import Phase, continue_phases, lr_at
 from detection.validation import out_of_patience
 from schematics import draws
 from schematics.coco import Split, find_split, read_split
-from schematics.sheets import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +146,8 @@ class FinetuneConfig(RunConfig):
 
 
 def read_splits(data_dir: Path) -> tuple[Split, Split]:
-    """The training and the validation split. Raises DataError if one is absent or their classes differ."""
-    train_split, valid_split = (read_split(find_split(data_dir, name)) for name in ("train", "valid"))
-    if train_split.categories != valid_split.categories:
-        raise DataError(
-            f"{valid_split.folder}: its classes are not those of {train_split.folder}; export them together"
-        )
-    return train_split, valid_split
+    """The training and the validation split. Raises DataError if one is absent."""
+    return read_split(find_split(data_dir, "train")), read_split(find_split(data_dir, "valid"))
 
 
 def fresh_detector(

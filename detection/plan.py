@@ -161,7 +161,7 @@ def fit_proposals(window: int) -> int:
 
 def fit_color_mode(sheets: Sequence[LabelledSheet]) -> str:
     """ "rgb" if any of up to SAMPLED sheets has color, else "gray"."""
-    return "rgb" if any(read_sheet(sheets[n].path).ndim == 3 for n in _sampled(len(sheets))) else "gray"
+    return "rgb" if any(read_sheet(sheets[n].file).ndim == 3 for n in _sampled(len(sheets))) else "gray"
 
 
 def fit_colors(split: Split, color_mode: str) -> tuple[list[float], list[float]]:

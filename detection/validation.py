@@ -28,9 +28,10 @@ def validate(
 ) -> tuple[Figures, dict[int, float]] | None:
     """COCO figures in sheet coordinates, and by category id the score threshold with the highest F1.
 
-    Call it on every rank: each takes a share of the sheets, and all get the same result. leave: asked on each
-    rank before each of its sheets; if it returns True on any rank, the validation ends and the result is
-    None.
+    The split's classes are the detector's, but their ids may differ: the figures have those of the split, the
+    thresholds those of the detector. Call it on every rank: each takes a share of the sheets, and all get the
+    same result. leave: asked on each rank before each of its sheets; if it returns True on any rank, the
+    validation ends and the result is None.
     """
     training = detector.training
     detector.eval()
@@ -43,11 +44,14 @@ def validate(
     if distributed.agree(leave())[0]:
         return None
     found = {image_id: d for share in distributed.gather_objects(mine) for image_id, d in share.items()}
-    results = to_results(found, [category_id for category_id, _ in detector.spec.categories])
+    ids = [category.id for category in reader.split.categories]
+    results = to_results(found, ids)
 
     def judge() -> tuple[Figures, dict[int, float]]:
         figures, matches = measure(truth, results, engine=engine)
-        return figures, fit_thresholds(matches)
+        thresholds = fit_thresholds(matches)
+        known = zip(detector.spec.categories, ids, strict=True)
+        return figures, {category_id: thresholds[own] for (category_id, _), own in known}
 
     return distributed.on_main(judge)
 

@@ -84,7 +84,7 @@ def main(config: EvaluateConfig) -> None:
     ids, names = zip(*spec.categories, strict=True)
     found = {}
     for n, sheet in enumerate(tqdm(split.sheets, unit="sheet", disable=None)):
-        image = read_sheet(sheet.path)
+        image = read_sheet(sheet.file)
         found[sheet.image_id] = detect(detector, image, config.batch_size)
         if n < config.pictures:
             shown = found[sheet.image_id].above(np.array(thresholds))

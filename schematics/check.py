@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from schematics.coco import Category, Finding, Split, find_splits, inspect_split
+from schematics.coco import Finding, Split, find_splits, inspect_split
 from schematics.command import Parser, run
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
 
@@ -49,33 +49,33 @@ def check(data_dir: Path, files: int) -> None:
         splits = [inspect_split(folder) for folder in find_splits(data_dir)]
     except DataError as error:
         raise DataError(f"{error}; for drawings without labels: --unlabeled") from None
-    sheets = [Sheet(sheet.path) for split in splits for sheet in split.sheets]
-    decoded = {sheet.path: result for sheet, result in zip(sheets, _decode_all(sheets), strict=True)}
+    sheets = [sheet.file for split in splits for sheet in split.sheets]
+    decoded = dict(zip(sheets, _decode_all(sheets), strict=True))
     findings = [(split, finding) for split in splits for finding in split.findings]
     findings += [(split, finding) for split in splits for finding in _on_files(split, splits, decoded)]
     findings += _untrained(splits)
     _print_splits(splits, decoded)
     _print_findings(findings, files)
-    fatal = [f"{split.folder / f.where}: {f.kind}" for split, f in findings if f.action == "fatal"]
+    fatal = [f"{split.place(f)}: {f.kind}" for split, f in findings if f.action == "fatal"]
     if fatal:
         raise DataError(fatal[0] + (f" (and {len(fatal) - 1} more, above)" if len(fatal) > 1 else ""))
 
 
-def _on_files(split: Split, splits: Sequence[Split], decoded: Mapping[Path, Decoded]) -> Iterator[Finding]:
+def _on_files(split: Split, splits: Sequence[Split], decoded: Mapping[Sheet, Decoded]) -> Iterator[Finding]:
     """Yield the findings that show only when the files are decoded and compared."""
     elsewhere = defaultdict(set)
     for other in splits:
         if other is not split:
             for sheet in other.sheets:
-                elsewhere[decoded[sheet.path].digest].add(other.folder.name)
+                elsewhere[decoded[sheet.file].digest].add(other.name)
     for sheet in split.sheets:
-        result = decoded[sheet.path]
+        result = decoded[sheet.file]
         if result.error:
             kind = "image damaged: replace it, or delete it to go on without"
             yield Finding(kind, sheet.file_name, 1, "fatal")
         if homes := elsewhere[result.digest]:
             yield Finding(f"the same file is also in {', '.join(sorted(homes))}", sheet.file_name, 1, "kept")
-    known = {sheet.path.resolve() for sheet in split.sheets}
+    known = {sheet.path.resolve() for other in splits for sheet in other.sheets}
     dropped = {finding.where for finding in split.findings if finding.action == "dropped"}
     for path in _drawings_in(split.folder):
         name = path.relative_to(split.folder).as_posix()
@@ -88,16 +88,17 @@ def _untrained(splits: Sequence[Split]) -> Iterator[tuple[Split, Finding]]:
 
     It is evaluated and never learned, which costs mAP whatever the model.
     """
-    trained = {c for split in splits if split.folder.name == "train" for c in _counts(split)}
+    trained = {name for split in splits if split.name == "train" for name in _counts(split)}
     for split in splits:
-        for category, count in _counts(split).items():
-            if trained and category not in trained:
-                kind = f"class {category.name!r} has boxes here and none in train"
+        for name, count in _counts(split).items():
+            if trained and name not in trained:
+                kind = f"class {name!r} has boxes here and none in train"
                 yield split, Finding(kind, "all sheets", count, "kept")
 
 
-def _counts(split: Split) -> Counter[Category]:
-    return Counter(split.categories[label - 1] for sheet in split.sheets for label in sheet.labels)
+def _counts(split: Split) -> Counter[str]:
+    """The number of boxes by class name. The ids of a class may differ from split to split."""
+    return Counter(split.categories[label - 1].name for sheet in split.sheets for label in sheet.labels)
 
 
 def check_pool(root: Path, files: int) -> None:
@@ -154,30 +155,30 @@ def _sizes(shapes: Sequence[tuple[int, ...]]) -> list[str]:
     return [str(color), *(f"{shape[1]} x {shape[0]}" for shape in (by_area[len(by_area) // 2], by_area[-1]))]
 
 
-def _print_splits(splits: Sequence[Split], decoded: Mapping[Path, Decoded]) -> None:
+def _print_splits(splits: Sequence[Split], decoded: Mapping[Sheet, Decoded]) -> None:
     rows = [["split", "sheets", "without boxes", "boxes", *SIZE_HEADER]]
     sides = [["box side px", "least", "5 %", "median", "95 %", "most"]]
     for split in splits:
         boxes = np.concatenate([sheet.boxes for sheet in split.sheets] or [np.zeros((0, 4))])
         empty = sum(len(sheet.boxes) == 0 for sheet in split.sheets)
-        shapes = [shape for sheet in split.sheets if (shape := decoded[sheet.path].shape)]
-        rows.append([split.folder.name, *map(str, (len(split.sheets), empty, len(boxes))), *_sizes(shapes)])
+        shapes = [shape for sheet in split.sheets if (shape := decoded[sheet.file].shape)]
+        rows.append([split.name, *map(str, (len(split.sheets), empty, len(boxes))), *_sizes(shapes)])
         if len(boxes):
             side = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
             quantiles = np.quantile(side, [0, 0.05, 0.5, 0.95, 1])
-            sides.append([split.folder.name, *(f"{quantile:.0f}" for quantile in quantiles)])
+            sides.append([split.name, *(f"{quantile:.0f}" for quantile in quantiles)])
     _table(rows)
     _table(sides)
     counts = [_counts(split) for split in splits]
-    classes = sorted({c for split in splits for c in split.categories}, key=lambda c: (c.id, c.name))
-    rows = [["id", "class", *(split.folder.name for split in splits)]]
-    _table(rows + [[str(c.id), c.name, *(str(count[c]) for count in counts)] for c in classes])
+    classes = splits[0].categories  # all splits have the same names
+    rows = [["id", "class", *(split.name for split in splits)]]
+    _table(rows + [[str(c.id), c.name, *(str(count[c.name]) for count in counts)] for c in classes])
 
 
 def _print_findings(findings: Iterable[tuple[Split, Finding]], files: int) -> None:
     groups = defaultdict(list)
     for split, finding in findings:
-        groups[finding.action, split.folder.name, finding.kind].append(finding)
+        groups[finding.action, split.name, finding.kind].append(finding)
     print(f"{len(groups)} findings" if groups else "nothing to repair")
     for (action, split_name, kind), group in sorted(groups.items(), key=lambda g: ACTIONS.index(g[0][0])):
         print(f"  {action:8} {sum(f.count for f in group):6}  {split_name}: {kind}")

@@ -61,14 +61,14 @@ def find_sheets(root: Path) -> list[Sheet]:
     root = Path(root)
     if not root.exists():
         raise DataError(f"{root}: no such file or folder")
-    files = [root] if root.is_file() else sorted(_walk(root))
+    files = [root] if root.is_file() else sorted(walk(root))
     sheets = [sheet for file in files if file.suffix.lower() in SUFFIXES for sheet in _pages(file)]
     if not sheets:
         raise DataError(f"{root}: no drawings found; give png, jpg, tif, bmp, webp or pdf files")
     return sheets
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def walk(root: Path) -> Iterator[Path]:
     """Yield all files below `root` that are not hidden, through links too."""
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -123,14 +123,19 @@ def sheet_size(sheet: Sheet | Path, dpi: int = 200) -> tuple[int, int]:
 
     Raises DataError if the file is missing, its header can't be read or it is above 400 megapixels.
     """
+    return sheet_header(sheet, dpi)[:2]
+
+
+def sheet_header(sheet: Sheet | Path, dpi: int = 200) -> tuple[int, int, int]:
+    """Like `sheet_size`, and the EXIF orientation that `read_sheet` undoes: 1 to 8, where 1 is upright."""
     sheet = sheet if isinstance(sheet, Sheet) else Sheet(Path(sheet))
     with _errors_named(sheet):
         if sheet.path.suffix.lower() == ".pdf":
             with pypdfium2.PdfDocument(sheet.path) as document:
-                return _page_size(sheet, document, dpi)
+                return (*_page_size(sheet, document, dpi), 1)
         with _open(sheet.path, sheet.page) as picture:
-            width, height = picture.size
-            return (height, width) if _orientation(picture) >= 5 else (width, height)
+            (width, height), turn = picture.size, _orientation(picture)
+            return (height, width, turn) if turn >= 5 else (width, height, turn)
 
 
 def to_color(image: np.ndarray, color_mode: str) -> np.ndarray:

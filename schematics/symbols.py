@@ -29,7 +29,7 @@ def cut_symbols(data_dir: Path, out: Path, margin: float = 0.0) -> Counter[tuple
     split, or if a sheet can't be read.
     """
     refuse_existing(out)
-    splits = {folder.resolve().name: read_split(folder) for folder in find_splits(data_dir)}
+    splits = {split.name: split for split in map(read_split, find_splits(data_dir))}
     counts: Counter[tuple[str, str]] = Counter()
     with whole_folder(out) as whole:
         for name, split in splits.items():
@@ -58,7 +58,7 @@ def _cut_sheet(sheet: LabelledSheet, folders: list[Path], margin: float) -> list
     keep = np.flatnonzero(~sheet.crowd)
     if not len(keep):
         return []
-    image = read_sheet(sheet.path)
+    image = read_sheet(sheet.file)
     stem = re.sub(r"[^\w.+-]+", "_", Path(sheet.file_name.replace("\\", "/")).with_suffix("").as_posix())
     for i in keep:
         left, top, right, bottom = sheet.boxes[i]

@@ -15,12 +15,15 @@ import pytest
 import torch
 from small_finetuning import config_of, lines_of, weights_of
 
-from cluster import checkpoint
+from cluster import checkpoint, distributed
 from cluster.errors import UserError
-from detection.finetune import main
+from detection.data import SheetReader
+from detection.finetune import main, read_splits
+from detection.inference import load_detector
 from detection.metrics.coco import NAMES, evaluate
 from detection.predict import PredictConfig
 from detection.predict import main as predict
+from detection.validation import validate
 from schematics.coco import find_split, read_split, to_coco
 from schematics.sheets import DataError, read_sheet
 
@@ -153,6 +156,25 @@ def test_ranks_with_unequal_shares_validate_as_one_process(data, trained, tmp_pa
     assert coco == pytest.approx(list(alone["valid"]["coco"].values()), abs=1e-3)
     assert coco[1] >= 0.5
     assert dict(thresholds) == pytest.approx(alone["thresholds"], abs=1e-3)
+
+
+def test_a_validation_split_with_ids_of_its_own_is_judged_as_the_same_classes(data, trained, tmp_path):
+    for split in ("train", "valid"):
+        shutil.copytree(data / split, tmp_path / split)
+    annotations = tmp_path / "valid/_annotations.coco.json"
+    document = json.loads(annotations.read_text())
+    for row in document["categories"]:
+        row["id"] = 90 - row["id"]  # the order is another one too
+    for row in document["annotations"]:
+        row["category_id"] = 90 - row["category_id"]
+    annotations.write_text(json.dumps(document))
+    _, split = read_splits(tmp_path)
+    assert split.categories[0].id == 89
+    detector, world = load_detector(trained / "model.pt", torch.device("cpu")), distributed.start("cpu")
+    figures, thresholds = validate(detector, SheetReader(split, "gray"), to_coco(split), world)
+    known = checkpoint.read(trained / "model.pt")
+    assert figures.coco == pytest.approx(list(known["valid"]["coco"].values()), abs=1e-3)
+    assert thresholds == pytest.approx(known["thresholds"], abs=1e-3)
 
 
 def test_a_resumed_run_takes_the_new_rate_and_goes_back_to_steps(data, tmp_path):

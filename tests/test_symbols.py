@@ -36,12 +36,12 @@ def test_symbols_are_cut_pixel_for_pixel(tmp_path, data):
     assert counts["train", "valve"] == 1 and sum(counts.values()) == 8  # the crowd box is no symbol
     files = {path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.glob("out/**/*.png")}
     names = {"valve/images_1_1.png", "a_b_2/images_1_2.png", "A_B_3/images_1_3.png", "_4/images_1_4.png"}
-    assert files == {f"{split}/{name}" for split in ("train", "val") for name in names}
-    for split in ("train", "val"):
+    assert files == {f"{split}/{name}" for split in ("train", "valid") for name in names}
+    for split, home in (("train", "train"), ("val", "valid")):
         image = read_sheet(data / split / "images/1.png")
-        symbol = read_sheet(tmp_path / "out" / split / "valve/images_1_1.png")
+        symbol = read_sheet(tmp_path / "out" / home / "valve/images_1_1.png")
         np.testing.assert_array_equal(symbol, image[20:36, 10:41])
-        corner = read_sheet(tmp_path / "out" / split / "a_b_2/images_1_2.png")
+        corner = read_sheet(tmp_path / "out" / home / "a_b_2/images_1_2.png")
         np.testing.assert_array_equal(corner, image[70:, 90:])
 
 

@@ -76,7 +76,7 @@ def make_card(split: Split, analysis: Analysis, sheet: int, group: str) -> Card:
     truth, found = matches.truth, matches.found
     on_sheet = np.flatnonzero((truth.sheet == sheet) & (kinds.truth != LEFT_OUT))
     made = np.flatnonzero((found.sheet == sheet) & (kinds.found != LEFT_OUT))
-    image = read_sheet(labelled.path)
+    image = read_sheet(labelled.file)
     return Card(
         name=labelled.file_name,
         group=group,
