@@ -167,6 +167,8 @@ def main(args: argparse.Namespace) -> None:
         )
     for path in sorted(args.out.iterdir()):
         print(_text(f"wrote {path}"))
+    if not (args.out / "valid").is_dir():
+        print("no valid split, which finetuning needs: give --valid 0.2 to draw one")
     print(f"next: python -m schematics.check {args.out}")
 
 

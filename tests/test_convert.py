@@ -1,5 +1,6 @@
 """VOC and YOLO folders become COCO splits with the same boxes; nothing is written over or left half done."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from schematics.coco import read_split
-from schematics.convert import convert
+from schematics.convert import convert, main
 from schematics.sheets import DataError
 
 BOXES = [("valve", 10, 20, 30, 60), ("pump", 50, 5, 90, 25)]  # x0 y0 x1 y1 on a sheet of 100 x 80
@@ -164,3 +165,18 @@ def test_nothing_is_written_over(tmp_path):
     with pytest.raises(DataError, match="exists already"):
         convert(tmp_path / "src", tmp_path / "out")
     assert json.loads((tmp_path / "out/train/_annotations.coco.json").read_text()) == before
+
+
+def test_what_was_left_out_is_printed_by_its_kind(tmp_path, capsys):
+    src = tmp_path / "src"
+    for number in range(5):
+        sheet(src / f"{number}.png")
+        yolo(src / f"{number}.txt", ["valve", "pump"], extra="9 .5 .5 .1 .1\n")
+    (src / "classes.txt").write_text("valve\npump\n")
+    main(argparse.Namespace(src=src, out=tmp_path / "out", valid=0.0, test=0.0, seed=0, format=None))
+    assert capsys.readouterr().out.splitlines() == [
+        "dropped: 5 line of a class that is not listed: 0.txt, 1.txt, 2.txt and 2 more",
+        f"wrote {tmp_path / 'out/train'}",
+        "no valid split, which finetuning needs: give --valid 0.2 to draw one",
+        f"next: python -m schematics.check {tmp_path / 'out'}",
+    ]

@@ -290,7 +290,7 @@ def test_class_names_are_what_stands_there(tmp_path):
         "names: " + "[" * 5000,
         "names: " + "{a: " * 5000,
         "names: [" + "1" * 5000 + "]\nx: [",
-        "names: [valve]\n" + "#" * 2**20,
+        "names: [valve]\n" + "#" * 2**18,
         b"names: [v\xe4lve]",
         'names: ["\\ud800"]',
         "? [names]\n: valve",

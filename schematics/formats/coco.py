@@ -1,6 +1,7 @@
 """COCO splits, from which others are to be drawn: read and repaired as every command reads them."""
 
 import json
+import mmap
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -13,8 +14,11 @@ from schematics.sheets import DataError, Sheet
 
 def is_there(tree: Tree) -> bool:
     """Whether a json file has COCO's keys."""
-    files = (path for path in tree.files if path.suffix.lower() == ".json")
-    return any(b'"annotations"' in (data := path.read_bytes()) and b'"images"' in data for path in files)
+    for path in (path for path in tree.files if path.suffix.lower() == ".json" and path.stat().st_size):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data.find(b'"annotations"') >= 0 and data.find(b'"images"') >= 0:
+                return True
+    return False
 
 
 def read(tree: Tree, tally: Tally) -> tuple[dict[int, str], list[Labelled]]:

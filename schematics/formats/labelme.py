@@ -6,7 +6,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from schematics.formats.source import Box, Labelled, Tree, assign, box_between, class_name, extent, read_text
+from schematics.formats.source import (
+    LARGEST,
+    Box,
+    Labelled,
+    Tree,
+    assign,
+    box_between,
+    class_name,
+    extent,
+    read_text,
+)
 from schematics.repair import Tally
 from schematics.sheets import DataError, Sheet
 
@@ -39,6 +49,7 @@ def read(tree: Tree, tally: Tally) -> tuple[dict[int, str], list[Labelled]]:
         if size := tree.usable_size(image, tally):
             labelled, boxes = files[path]
             sheets.append(Labelled(Sheet(image), splits[image], labelled or size, boxes))
+    # Of a json file above the limit only this is known, that its image has no labels.
     for image in set(tree.images) - set(pairs.values()):
         tally["image without a label file", tree.name(image), "dropped"] += 1
     classes = sorted({box.name for sheet in sheets for box in sheet.boxes})
@@ -47,6 +58,8 @@ def read(tree: Tree, tally: Tally) -> tuple[dict[int, str], list[Labelled]]:
 
 def _document(path: Path) -> dict[str, Any] | None:
     """The contents of a json file that labelme wrote, None for another. Raises DataError if it is broken."""
+    if path.stat().st_size > LARGEST:
+        return None
     text = read_text(path)
     if '"shapes"' not in text:
         return None

@@ -74,7 +74,7 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
     Raises DataError if it is another encoding or above `largest` bytes.
     """
     if path.stat().st_size > largest:
-        raise DataError(f"{path}: above {largest // 2**20} MB; this can't be a file of labels")
+        raise DataError(f"{path}: above {largest // 2**10} kB; this can't be a file of labels")
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:

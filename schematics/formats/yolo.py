@@ -30,7 +30,7 @@ from schematics.repair import Tally
 from schematics.sheets import DataError, Sheet
 
 NAME_FILES = ("classes.txt", "obj.names")
-LARGEST_YAML = 2**20  # bytes: PyYAML reads no more than a few hundred kB a second
+LARGEST_YAML = 2**18  # bytes: PyYAML reads some ten kB a second and takes a kB of memory for each three
 LARGEST_INDEX = 10**6  # of a class
 # What a line may start with: a class's number and four more, or the name that someone wrote in its place.
 LABEL_LINE = re.compile(r"\s*\S+(\s+[-+]?[\d.][\d.eE+-]*){4}")
