@@ -1,5 +1,6 @@
 """VOC and YOLO folders become COCO splits with the same boxes; nothing is written over or left half done."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from schematics.coco import read_split
-from schematics.convert import convert
+from schematics.convert import convert, main
 from schematics.sheets import DataError
 
 BOXES = [("valve", 10, 20, 30, 60), ("pump", 50, 5, 90, 25)]  # x0 y0 x1 y1 on a sheet of 100 x 80
@@ -83,11 +84,10 @@ def test_voc_beside_the_sheets_with_flaws(tmp_path):
     sheet(src / "valid/cut.png")
     (src / "valid/cut.png").write_bytes((src / "valid/cut.png").read_bytes()[:-20])
     voc(src / "valid/cut.xml", "cut.png")
-    left_out = convert(src, tmp_path / "out")
-    assert left_out == {
-        "object without a name and four numbers: a.xml": 2,
-        "image missing beside lost.xml": 1,
-        "image truncated or unreadable: cut.png": 1,
+    assert convert(src, tmp_path / "out") == {
+        ("object without a name and four numbers", "train/a.xml", "dropped"): 2,
+        ("label file without its image", "valid/lost.xml", "dropped"): 1,
+        ("image truncated or unreadable", "valid/cut.png", "dropped"): 1,
     }
     assert boxes_of(tmp_path / "out/train") == {"a.png": BOXES}
     assert boxes_of(tmp_path / "out/valid") == {"b.png": [(name, *np.array(box) / 2) for name, *box in BOXES]}
@@ -101,7 +101,9 @@ def test_yolo_layouts(tmp_path, layout, names):
     yolo(src / (layout.format("labels") + ".txt"), ["pump", "valve"])
     sheet(src / (layout.format("images") + "_empty.png"))
     (src / "data.yaml").write_text(f"path: /nowhere\nnc: 2\n{names}\n")
-    assert convert(src, tmp_path / "out") == {}
+    empty = layout.format("images") + "_empty.png"
+    kept = ("sheet without a label file: taken as one without boxes", empty, "kept")
+    assert convert(src, tmp_path / "out") == {kept: 1}
     split = "valid" if "val" in layout else "train"
     assert boxes_of(tmp_path / "out" / split) == {"a.png": BOXES, "a_empty.png": []}
     assert [category.name for category in read_split(tmp_path / "out" / split).categories] == [
@@ -118,31 +120,13 @@ def test_yolo_side_by_side_with_outlines_scores_and_broken_lines(tmp_path):
     )
     yolo(src / "a.txt", ["valve", "pump"], extra=extra)
     (src / "classes.txt").write_text("valve\npump\n")
-    assert convert(src, tmp_path / "out") == {"line without a known class and a box: a.txt": 3}
+    assert convert(src, tmp_path / "out") == {
+        ("line of a class that is not listed", "a.txt", "dropped"): 1,
+        ("line that is not all numbers", "a.txt", "dropped"): 1,
+        ("line of 3 numbers is neither a box nor an outline (poses need kpt_shape)", "a.txt", "dropped"): 1,
+    }
     want = [*BOXES, ("valve", 10, 8, 30, 40), ("pump", 40, 32, 60, 48)]
     assert boxes_of(tmp_path / "out/train") == {"a.png": want}
-
-
-def test_shares_draw_the_same_splits_each_time(tmp_path):
-    src = tmp_path / "src"
-    for number in range(10):
-        sheet(src / f"images/{number}.png")
-        yolo(src / f"labels/{number}.txt", ["valve", "pump"])
-    (src / "classes.txt").write_text("valve\npump\n")
-    drawn = []
-    for out, seed in (("one", 3), ("two", 3), ("three", 4)):
-        convert(src, tmp_path / out, valid=0.2, test=0.3, seed=seed)
-        drawn.append({split: set(boxes_of(tmp_path / out / split)) for split in ("train", "valid", "test")})
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert [len(members) for members in drawn[0].values()] == [5, 2, 3]
-    assert set.union(*drawn[0].values()) == {f"{number}.png" for number in range(10)}
-    with pytest.raises(DataError, match="shares"):
-        convert(src, tmp_path / "four", valid=0.6, test=0.4)
-    (src / "val").mkdir()
-    with pytest.raises(DataError, match="splits of its own"):
-        for folder in ("images", "labels"):
-            (src / folder).rename(src / "val" / folder)
-        convert(src, tmp_path / "four", valid=0.5)
 
 
 def test_sheets_of_one_name_in_two_folders_both_arrive(tmp_path):
@@ -181,3 +165,18 @@ def test_nothing_is_written_over(tmp_path):
     with pytest.raises(DataError, match="exists already"):
         convert(tmp_path / "src", tmp_path / "out")
     assert json.loads((tmp_path / "out/train/_annotations.coco.json").read_text()) == before
+
+
+def test_what_was_left_out_is_printed_by_its_kind(tmp_path, capsys):
+    src = tmp_path / "src"
+    for number in range(5):
+        sheet(src / f"{number}.png")
+        yolo(src / f"{number}.txt", ["valve", "pump"], extra="9 .5 .5 .1 .1\n")
+    (src / "classes.txt").write_text("valve\npump\n")
+    main(argparse.Namespace(src=src, out=tmp_path / "out", valid=0.0, test=0.0, seed=0, format=None))
+    assert capsys.readouterr().out.splitlines() == [
+        "dropped: 5 line of a class that is not listed: 0.txt, 1.txt, 2.txt and 2 more",
+        f"wrote {tmp_path / 'out/train'}",
+        "no valid split, which finetuning needs: give --valid 0.2 to draw one",
+        f"next: python -m schematics.check {tmp_path / 'out'}",
+    ]

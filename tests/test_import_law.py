@@ -13,7 +13,8 @@ import stages
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "schematics": set(),
+    "schematics": {"schematics.formats"},
+    "schematics.formats": {"schematics"},
     "cluster": set(),
     "pretraining": {"schematics", "cluster"},
     "detection": {"detection.metrics", "detection.report", "schematics", "cluster"},

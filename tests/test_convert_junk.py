@@ -1,0 +1,122 @@
+"""Whatever labels hold, converting them ends with splits that can be read, or with one line."""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from schematics.coco import inspect_split
+from schematics.convert import convert
+from schematics.sheets import DataError
+
+PNG = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (80, 100), np.uint8))[1].tobytes()
+XML = (
+    '<?xml version="1.0" encoding="utf-8"?><annotation><filename>a.png</filename><size><width>100</width>'
+    "<height>80</height></size><object><name>valve</name><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>30</xmax>"
+    "<ymax>60</ymax></bndbox></object></annotation>"
+)
+YAML = "path: ../x\ntrain: images/train\nval: [images/val, v.txt]\nnames: {0: valve, 1: pump}\n"
+YAML += "kpt_shape: [1, 2]\n"
+LABELME = json.dumps(
+    {
+        "shapes": [{"label": "valve", "points": [[10, 20], [30, 60]], "shape_type": "circle", "group_id": 1}],
+        "imagePath": "a.png",
+        "imageHeight": 80,
+        "imageWidth": 100,
+    }
+)
+CSV = 'filename,width,height,class,xmin,ymin,xmax,ymax\na.png,100,80,valve,10,20,30,60\n"a.png",,,,,,,\n'
+YOLO = "0 .5 .5 .2 .2\n1 .1 .1 .3 .1 .2 .5\n0 .5 .5 .2 .2 .9\n0 .5 .5 .2 .2 .5 .5\n"
+WORDS = r"-1 0 1e308 -1e309 nan \ud800 ../../a.png [[ {} null true <a> &a; *a !!python/name:os %2e%2e%2f é"
+VALUES = WORDS.split()
+VALUES += ["٣", "\ud800", "\0", "", "9" * 5000, "/etc/x" * 60, "\N{BYTE ORDER MARK}", "e\u0301", "#page=2"]
+VALUES += [*"\"',:|%\n\t", "&a ", "- ", "? "]
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, whole: str) -> bytes:
+    """A file in which words were exchanged for others or hostile values, cut, doubled, in any encoding."""
+    words = re.split(r"(\w+|\W)", whole)
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(words) - 1))
+        words[place] = draw(st.sampled_from([*VALUES, *words]) | st.text(max_size=5))
+    if draw(st.booleans()):
+        start, end = sorted(draw(st.tuples(*[st.integers(0, len(words))] * 2)))
+        words = words[:start] + words[end:] if draw(st.booleans()) else words[:end] + words[start:]
+    encoding = draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-be", "latin-1"]))
+    return "".join(words).encode(encoding, errors="replace" if encoding == "latin-1" else "surrogatepass")
+
+
+def ends_well(**files: bytes) -> None:
+    """Convert a folder with images/train/a.png and labels: it succeeds or raises DataError of one line."""
+    with tempfile.TemporaryDirectory() as name:
+        src, out = Path(name, "src"), Path(name, "out")
+        for path, content in {"images/train/a.png": PNG, **files}.items():
+            (src / path).parent.mkdir(parents=True, exist_ok=True)
+            (src / path).write_bytes(content)
+        try:
+            convert(src, out)
+        except DataError as error:
+            assert "\n" not in str(error) and not out.exists()
+        else:
+            splits = [inspect_split(folder) for folder in out.iterdir()]
+            assert any(len(sheet.boxes) for split in splits for sheet in split.sheets) or splits[0].findings
+
+
+JUNK = st.binary(max_size=60)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(spoiled(XML) | JUNK.map(lambda junk: b"<annotation>" + junk))
+@example(XML.replace("10", "1e400").encode())
+def test_voc(content):
+    ends_well(**{"labels/train/a.xml": content})
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(spoiled(YAML) | JUNK.map(lambda junk: b"names: " + junk))
+@example(b"names: {9999999999: x}")
+@example(b"names: &a [*a]")
+def test_yaml(content):
+    ends_well(**{"data.yaml": content, "labels/train/a.txt": YOLO.encode()})
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(spoiled(YOLO) | JUNK, spoiled("images/train/a.png\n./a.png\n"))
+@example(b"0 1e308 1e308 1e308 1e308", b"")
+def test_yolo(content, listed):
+    ends_well(**{"classes.txt": b"valve\npump", "labels/train/a.txt": content, "train.txt": listed})
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(spoiled(LABELME) | JUNK.map(lambda junk: b'{"shapes": [' + junk))
+@example(b'{"shapes": ' + b"[" * 100_000)
+@example(LABELME.replace("10", "1e308").replace("30", "-1e308").encode())
+def test_labelme(content):
+    ends_well(**{"labels/train/a.json": content})
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(spoiled(CSV) | JUNK.map(lambda junk: CSV.encode() + junk))
+@example((CSV + '"' + "a" * 200_000).encode())
+def test_table(content):
+    ends_well(**{"images/train/_annotations.csv": content})
+
+
+@pytest.mark.parametrize("name", ["a.xml", "data.yaml", "_annotations.csv"])
+def test_a_file_that_is_too_large_is_named_and_not_read(tmp_path, name):
+    """A sparse file of 8 GB."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.png").write_bytes(PNG)
+    head = {"a.xml": XML, "_annotations.csv": CSV}.get(name, "")
+    (tmp_path / "src" / name).write_text(head)
+    with open(tmp_path / "src" / name, "r+b") as file:
+        file.truncate(2**33)
+    with pytest.raises(DataError, match=rf"{name}: above .* this can't be a file of labels"):
+        convert(tmp_path / "src", tmp_path / "out")
