@@ -114,6 +114,28 @@ def inspect_split(folder: Path) -> Split:
     return Split(folder, [Category(number, name) for number, name in names.items()], sheets, findings)
 
 
+def losses(split: Split) -> str:
+    """One line on what reading the split left out or changed, or "" where it did neither.
+
+    "train: 6 boxes and 1 sheet dropped, 2 sheets repaired; see python -m schematics.check DATA/train"
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for finding in split.findings:
+        thing = {"box": "box", "image": "sheet", "labelled": "sheet"}.get(finding.kind.split()[0])
+        if thing and finding.action in ("dropped", "repaired"):
+            counts[finding.action, thing] += finding.count
+    parts = []
+    for action in ("dropped", "repaired"):
+        boxes, sheets = counts[action, "box"], counts[action, "sheet"]
+        things = [f"{boxes} box{'es' * (boxes != 1)}"] * (boxes > 0)
+        things += [f"{sheets} sheet{'s' * (sheets != 1)}"] * (sheets > 0)
+        if things:
+            parts.append(f"{' and '.join(things)} {action}")
+    if not parts:
+        return ""
+    return f"{split.folder.name}: {', '.join(parts)}; see python -m schematics.check {split.folder}"
+
+
 def _labelled(sheet: SheetFile, rows: Sequence[Row], label_of: dict[int, int]) -> LabelledSheet:
     xywh = np.array([row.bbox for row in rows], np.float64).reshape(-1, 4)
     corners = np.minimum(xywh[:, :2] + xywh[:, 2:], [sheet.width, sheet.height])

@@ -9,7 +9,16 @@ from coco_documents import box, document, write
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from schematics.coco import Category, find_split, find_splits, inspect_split, read_split, to_coco, write_split
+from schematics.coco import (
+    Category,
+    find_split,
+    find_splits,
+    inspect_split,
+    losses,
+    read_split,
+    to_coco,
+    write_split,
+)
 from schematics.sheets import DataError
 
 
@@ -355,3 +364,14 @@ def test_what_is_written_is_read_back(tmp_path):
     with pytest.raises(DataError, match="exists already"):
         write_split(folder, images, [], [])
     assert [path.name for path in folder.iterdir() if path.suffix == ".json"] == ["_annotations.coco.json"]
+
+
+def test_one_line_says_what_a_split_lost(tmp_path):
+    content = document()
+    content["annotations"] += [box(4, bbox=()), box(5, bbox=(50, 10, -1, 9)), box(6, bbox=(90, 70, 20, 20))]
+    content["images"].append({"id": 3, "file_name": "gone.png", "width": 9, "height": 9})
+    content["annotations"].append(box(7, image=3))
+    split = read_split(write(tmp_path / "train", content))
+    said = "train: 3 boxes and 1 sheet dropped, 1 box repaired; see python -m schematics.check"
+    assert losses(split) == f"{said} {tmp_path / 'train'}"
+    assert losses(read_split(write(tmp_path / "clean", document()))) == ""
