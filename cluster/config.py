@@ -31,13 +31,15 @@ class Rule:
     """The rules of a flag besides its type and default.
 
     least, most: bounds of the number, or of each number of a tuple. may_change: whether a resumed run may be
-    given another value. also: an older spelling of the flag that is still accepted, such as "--wd".
+    given another value. also: an older spelling of the flag that is still accepted, such as "--wd". exists:
+    whether the default is a file or folder without which the flag is required.
     """
 
     least: float | None = None
     most: float = math.inf
     may_change: bool = False
     also: str | None = None
+    exists: bool = False
 
 
 def setting(
@@ -47,9 +49,10 @@ def setting(
     most: float = math.inf,
     may_change: bool = False,
     also: str | None = None,
+    exists: bool = False,
 ) -> Any:
     """A dataclass field that carries a `Rule`. A flag without a default is required."""
-    return dataclasses.field(default=default, metadata={"rule": Rule(least, most, may_change, also)})
+    return dataclasses.field(default=default, metadata={"rule": Rule(least, most, may_change, also, exists)})
 
 
 def rules(config_class: type) -> dict[str, Rule]:
@@ -87,7 +90,7 @@ class RunConfig(Config):
     """The flags that every training stage has."""
 
     # Folder with the drawings to train on.
-    data_dir: Path = setting(may_change=True)
+    data_dir: Path = setting(may_change=True, exists=True)
     # Folder of this run; the same command again goes on from its newest valid checkpoint.
     exp_dir: Path = setting(may_change=True)
 

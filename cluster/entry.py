@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -92,9 +93,11 @@ def parse(config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
         for name in given:
             if name not in flags and "--" + name.removeprefix("--no-") not in flags:
                 _refuse(f"unknown flag {name}{_nearest(name, [*flags, *older])}")
-        for name, field in flags.items():
-            if field.default is field.default_factory is dataclasses.MISSING and name not in given:
-                _refuse(f"{name} is required")
+        missing = [
+            name for name, field in flags.items() if name not in given and _required(config_class, field)
+        ]
+        if missing:
+            _refuse(f"{_listed(missing)} required{_example(args, missing)}")
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -111,6 +114,28 @@ def _respell(arg: str, older: dict[str, str]) -> str:
     """Replace an older spelling of a flag by the current one."""
     name, equals, value = arg.partition("=")
     return older.get(name, name) + equals + value
+
+
+def _required(config_class: type, field: dataclasses.Field) -> bool:
+    if field.default is field.default_factory is dataclasses.MISSING:
+        return True
+    rule = rules(config_class).get(field.name)
+    return rule is not None and rule.exists and not os.path.exists(str(field.default))
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last} are" if others else f"{last} is"
+
+
+def _example(args: Sequence[str], missing: list[str]) -> str:
+    """The command as it was given, with the missing flags as the entry's docstring has them."""
+    lines = (line.split() for line in (sys.modules["__main__"].__doc__ or "").splitlines())
+    words = next((line for line in lines if set(missing) <= {*line}), [])
+    if not words:
+        return "; --help says what each is"
+    values = [part for name in missing for part in (name, words[words.index(name) + 1])]
+    return f", as in: {shlex.join([*_program().split(), *args, *values])}"
 
 
 def _program() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import functools
 from collections import Counter
 from collections.abc import Sequence
@@ -19,14 +18,34 @@ from cluster import atomic
 LONGEST = (1000, 2400)  # a sheet is scaled so that its longer side has at least and at most this many pixels
 # The font to try first. It has Latin, Greek and Cyrillic letters.
 DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+COLORS = 48  # classes that have a color of their own
 NAMED = 150  # with more boxes than this, only the legend names classes; with fewer, each box does too
 
 
 def color_of(label: int) -> tuple[int, int, int]:
-    """The RGB color of label 1, 2, ...: hues a golden ratio apart, dark enough for white text on them."""
-    hue = (label * 0.618034) % 1.0
-    red, green, blue = colorsys.hls_to_rgb(hue, 0.36 if 0.1 < hue < 0.5 else 0.45, 0.9)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    """The RGB color of label 1, 2, ...; labels that are COLORS apart share one."""
+    red, green, blue = _palette()[(label - 1) % COLORS].tolist()
+    return red, green, blue
+
+
+@functools.cache
+def _palette() -> np.ndarray:
+    """uint8 [COLORS, 3] RGB: colors that differ, dark enough for white text on them and no gray or black.
+
+    Each is the one that is farthest from those before it in CIELAB, where distances are about as large as
+    they look.
+    """
+    steps = np.arange(0, 256, 15, np.uint8)
+    colors = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 1, 3)
+    lab = cv2.cvtColor(colors.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[:, 0]
+    usable = (lab[:, 0] > 25) & (lab[:, 0] < 62) & (np.hypot(lab[:, 1], lab[:, 2]) > 30)
+    colors, lab = colors[usable, 0], lab[usable]
+    chosen = [int(np.hypot(lab[:, 1], lab[:, 2]).argmax())]
+    apart = np.full(len(lab), np.inf)
+    while len(chosen) < COLORS:
+        apart = np.minimum(apart, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(apart.argmax()))
+    return colors[chosen]
 
 
 def annotate(

@@ -79,7 +79,11 @@ def to_onnx(detector: Detector) -> bytes:
             dynamo=False,  # the newer exporter fails on torchvision's NMS (torch 2.14)
         )
     model = onnx.load_from_string(file.getvalue())
-    about = {"spec": detector.spec.to_dict(), "thresholds": detector.thresholds}
+    about = {
+        "spec": detector.spec.to_dict(),
+        "thresholds": detector.thresholds,
+        "train_boxes": detector.train_boxes,
+    }
     onnx.helper.set_model_props(model, {PROPERTY: json.dumps(about)})
     return model.SerializeToString()
 

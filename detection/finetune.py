@@ -37,6 +37,7 @@ from cluster.journal import Journal
 from cluster.lifecycle import Run
 from cluster.training import GuardedStep, begin, parallel, train_guarded
 from cluster.weights import read_weights
+from detection.classes import boxes_by_class
 from detection.data import Augment, SheetReader, TrainingWindows, collate, steps_per_epoch
 from detection.loop import Boundary, Progress, train
 from detection.metrics.matching import Engine, coco_classes
@@ -46,16 +47,18 @@ from detection.pretrained import fill_backbone
 from detection.schedule import Phase, continue_phases, lr_at
 from detection.validation import out_of_patience
 from schematics import draws
-from schematics.coco import Split, find_split, read_split
+from schematics.coco import Split, find_split, losses, read_split
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
     # Labelled sheets: train/ and valid/ with COCO annotations.
-    data_dir: Path
+    data_dir: Path = Path("data")
+    # Folder of this run; the same command again goes on from its newest valid checkpoint.
+    exp_dir: Path = Path("checkpoints/detector")
     # Backbone to start from: backbone.safetensors of a finished pretraining, a .pth with torchvision's keys,
     # or none (random weights).
-    backbone: str = setting(may_change=True)
+    backbone: str = setting("checkpoints/vicreg/backbone.safetensors", may_change=True, exists=True)
 
     # Name of the backbone in timm; by default the one that backbone.safetensors names, else resnet50.
     arch: str | None = setting(None)
@@ -243,6 +246,9 @@ def main(config: FinetuneConfig) -> None:
     norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)
+    for line in filter(None, map(losses, splits)):
+        if world.main:
+            print(line, flush=True)
 
     def build() -> tuple[Detector, str]:
         return fresh_detector(
@@ -300,6 +306,7 @@ def main(config: FinetuneConfig) -> None:
             readers[1],
             per_epoch,
             total,
+            train_boxes=boxes_by_class(splits[0]),
             validate_every=config.validate_every,
             patience=patience_steps,
             engine=config.coco_engine,

@@ -65,10 +65,12 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     try:
         spec = Spec.from_dict(state["spec"])
         thresholds = [float(state["thresholds"][number]) for number, _ in spec.categories]
+        counts = state.get("train_boxes", {})  # an earlier version kept none
+        train_boxes = [int(counts[number]) for number, _ in spec.categories] if counts else []
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {NO_FIT} ({str(error).splitlines()[0]})") from None
     detector = Detector(spec)
-    detector.thresholds = thresholds
+    detector.thresholds, detector.train_boxes = thresholds, train_boxes
     try:
         detector.load_state_dict(state["model"])
     except RuntimeError as error:

@@ -115,6 +115,7 @@ class Boundary:
     per_epoch: int
     total: int
     validate_every: int  # epochs
+    train_boxes: dict[int, int]  # by category id, of the training split
     patience: int  # steps without a better validation AP that end the run; 0 never ends it early
     engine: Engine
 
@@ -157,7 +158,7 @@ class Boundary:
         # A run that is made longer later repeats its last validation, which its last checkpoint doesn't know.
         progress.pending = not go_on
         for name in ["model.pt"] * better + ["last.pt"] * (not go_on):
-            write_model(self.run.exp_dir / name, progress.judged, step, figures, thresholds)
+            write_model(self.run.exp_dir / name, progress.judged, step, figures, thresholds, self.train_boxes)
         self.tell(step, figures, better)
         return go_on
 

@@ -275,6 +275,8 @@ class Detector(FasterRCNN):
         self.spec = spec
         # For each class the score from which a detection counts; `load_detector` puts the fitted ones here.
         self.thresholds = [0.5] * len(spec.categories)
+        # And how many boxes of it training had; empty where that is not known.
+        self.train_boxes: list[int] = []
         self.transform = Windows(spec.mean, spec.std)
         self.rpn.fg_bg_sampler = SeededSampler(256, 0.5, salt=0x5EED)
         self.roi_heads.fg_bg_sampler = SeededSampler(spec.rois, 0.25, salt=0xB0C5)

@@ -37,6 +37,7 @@ class OnnxDetector:
             about = json.loads(self.session.get_modelmeta().custom_metadata_map[PROPERTY])
             self.spec = Spec.from_dict(about["spec"])
             self.thresholds = [float(value) for value in about["thresholds"]]
+            self.train_boxes = [int(value) for value in about.get("train_boxes", [])]
         except Exception as error:  # onnxruntime's exception classes are not public
             reason = (str(error) or type(error).__name__).splitlines()[0][:120]
             raise UserError(f"{path}: not a file of `python -m detection.export` ({reason})") from None

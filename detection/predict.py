@@ -2,9 +2,10 @@
 
     python -m detection.predict --checkpoint OUT/model.pt --out FOUND SHEETS_OR_FOLDERS...
 
-FOUND gets predictions.json (a COCO document with scores), counts.csv (a row for each sheet, a column for each
-class) and pictures/ (an annotated PNG of each sheet). A file that can't be read is skipped and named on
-stderr, and the exit status is then 1. `detection.inference` does the same for arrays, in Python.
+FOUND gets predictions.json (a COCO document with scores, for labelling tools and as labels), counts.csv
+(a row for each sheet, a column for each class) and pictures/ (an annotated PNG of each sheet). A file that
+can't be read is skipped and named on stderr, and the exit status is then 1. `detection.inference` does the
+same for arrays, in Python.
 
 On two x86-64 cores with OMP_NUM_THREADS=1, the detector of `make demo` (ResNet-18, windows of 256 px) takes
 20 s for the demo's 16 test sheets of 512 x 512 px. It finds 253 symbols, where 244 are labelled.
@@ -23,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from cluster import atomic, distributed
 from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import FAILED, UserError
+from cluster.progress import progress
 from detection.draw import annotate, write_png
 from detection.inference import Detections, detect, load_detector, to_results
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
@@ -38,9 +39,9 @@ from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(Config):
     # Detector to use: model.pt of a finetuning, or an exported .onnx.
-    checkpoint: Path
+    checkpoint: Path = setting(Path("checkpoints/detector/model.pt"), exists=True)
     # Folder for what is written.
-    out: Path
+    out: Path = Path("found")
     # Drawings to look at: image files, PDFs, folders of them.
     sheets: Positional[tuple[Path, ...]] = ()
     # Score from which a detection counts; by default each class's own, the best on the validation split.
@@ -65,11 +66,14 @@ def main(config: PredictConfig) -> None:
     pictures = config.out / "pictures"
     if (config.out / "predictions.json").exists() and not config.overwrite:
         raise UserError(f"--out {config.out}: holds predictions; name another folder, or give --overwrite")
-    device = distributed.start(config.device).device
+    device = distributed.lone_device(config.device)
     sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
     # If --out lies among the sheets, the pictures of an earlier run are not drawings to look at.
     own = pictures.resolve()
     sheets = [sheet for sheet in sheets if sheet.path.resolve().parent != own]
+    if not sheets:
+        raise UserError(f"{pictures}: holds the pictures of an earlier run; name the drawings")
+    home = Path(os.path.commonpath([sheet.path.resolve().parent for sheet in sheets]))
     detector = load_detector(config.checkpoint, device)
     names = [name for _, name in detector.spec.categories]
     thresholds = np.array(detector.thresholds) if config.threshold is None else config.threshold
@@ -77,14 +81,14 @@ def main(config: PredictConfig) -> None:
     for picture in pictures.glob("[0-9][0-9][0-9][0-9]*.png"):
         picture.unlink()
     images, read, found, skipped = [], list[str](), {}, []
-    for number, sheet in enumerate(tqdm(sheets, unit="sheet", disable=None), start=1):
+    for number, sheet in enumerate(progress(sheets, "prediction"), start=1):
         try:
             image = read_sheet(sheet, config.dpi)
         except DataError as error:
             skipped.append(str(error))
             continue
         height, width = image.shape[:2]
-        place = replace(sheet, path=Path(os.path.relpath(sheet.path.resolve(), config.out.resolve()))).name
+        place = replace(sheet, path=sheet.path.resolve().relative_to(home)).name
         images.append({"id": number, "file_name": place, "width": width, "height": height})
         read.append(sheet.name)
         found[number] = detect(detector, image, config.batch_size).above(thresholds)
@@ -98,6 +102,7 @@ def main(config: PredictConfig) -> None:
     else:
         total = sum(len(detections) for detections in found.values())
         print(f"{total} symbols on {len(images)} sheets; written: {config.out}")
+        print(f"predictions.json names sheets as they lie in {home}; labels are read from beside them")
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
     if skipped:
@@ -109,8 +114,8 @@ def to_document(
 ) -> dict[str, Any]:
     """A COCO document of the detections: annotations with a score, which can be corrected and used as labels.
 
-    images: COCO's entries; file_name is relative to the folder of the document. found: detections by image
-    id. categories: (id, name) of the labels 1..K.
+    images: COCO's entries; file_name is relative to the folder of all sheets, where labelling tools look for
+    them. found: detections by image id. categories: (id, name) of the labels 1..K.
     """
     rows = to_results(found, [category_id for category_id, _ in categories])
     annotations = [

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster import checkpoint, distributed
 from cluster.distributed import World
+from cluster.progress import progress
 from detection.data import SheetReader
 from detection.inference import detect, to_results
 from detection.metrics.analysis import fit_thresholds
@@ -36,7 +37,9 @@ def validate(
     training = detector.training
     detector.eval()
     sheets, mine = reader.split.sheets, {}
-    for n in range(world.rank, len(sheets), world.size):
+    share = range(world.rank, len(sheets), world.size)
+    doing = "validation" if world.size == 1 else f"validation, rank 0 of {world.size}"
+    for n in progress(share, doing, shown=world.main):
         if leave():
             break
         mine[sheets[n].image_id] = detect(detector, reader[n][0])
@@ -65,11 +68,17 @@ def out_of_patience(best: Mapping[str, float], step: int, patience: int) -> bool
 
 
 def write_model(
-    path: Path, detector: Detector, step: int, figures: Figures, thresholds: dict[int, float]
+    path: Path,
+    detector: Detector,
+    step: int,
+    figures: Figures,
+    thresholds: dict[int, float],
+    train_boxes: dict[int, int],
 ) -> None:
     """Write model.pt or last.pt, which evaluate and predict read: the detector, its figures, its thresholds.
 
-    figures, thresholds: as `validate` gives them for `detector` after `step` steps.
+    figures, thresholds: as `validate` gives them for `detector` after `step` steps. train_boxes: by category
+    id, how many boxes of it the training split has.
     """
     state = {
         "spec": detector.spec.to_dict(),
@@ -77,5 +86,6 @@ def write_model(
         "step": step,
         "valid": figures.to_dict(),
         "thresholds": thresholds,
+        "train_boxes": train_boxes,
     }
     distributed.on_main(lambda: checkpoint.write_file(path, state))

@@ -2,9 +2,10 @@
 
     python evaluate/evaluate.py --checkpoint OUT/model.pt --data-dir DATA --split test --out REPORT
 
-REPORT gets report.html (see docs/report.md), validation_results.txt (the 12 COCO figures and what they leave
-out), metrics.json, predictions.json (COCO results with the data set's own ids) and pictures/ (truth beside
-prediction).
+By default DATA is what the detector was finetuned on. Classes are matched by name; what the detector does not
+know is counted beside the figures. REPORT gets report.html (see docs/report.md), validation_results.txt (the
+12 COCO figures and what they leave out), metrics.json, predictions.json (COCO results with the data set's own
+ids) and pictures/ (truth beside prediction). `evaluate/compare.py` compares two such folders.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cluster import atomic, checkpoint, distributed
 from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import UserError
+from cluster.progress import progress
+from detection.classes import match_classes
 from detection.draw import annotate, side_by_side, write_png
 from detection.inference import Detections, detect, load_detector, to_results
 from detection.metrics.analysis import analyse
 from detection.metrics.coco import measure
 from detection.metrics.matching import Engine, coco_classes
-from detection.model import Spec
 from detection.report.page import CHOSEN_HERE, write_report
-from schematics.coco import Category, LabelledSheet, find_split, read_split, to_coco
-from schematics.sheets import read_sheet
+from schematics.coco import SPLITS, LabelledSheet, Split, find_split, losses, read_split, to_coco
+from schematics.sheets import DataError, read_sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
     # Detector to measure: model.pt of a finetuning, or an exported .onnx.
-    checkpoint: Path
-    # Labelled sheets, as for finetuning.
-    data_dir: Path
-    # Split to measure on: train, valid or test.
-    split: str = "valid"
+    checkpoint: Path = setting(Path("checkpoints/detector/model.pt"), exists=True)
+    # Labelled sheets, as for finetuning; by default those that the detector was finetuned on.
+    data_dir: Path | None = None
+    # Split to measure on: train, valid or test; by default test, or valid where there is no test.
+    split: str | None = None
     # Folder for what is written; by default evaluate-SPLIT beside the checkpoint.
     out: Path | None = None
     # Number of sheets to draw, from the first.
@@ -61,41 +62,63 @@ class EvaluateConfig(Config):
 def main(config: EvaluateConfig) -> None:
     if not config.unfinished:
         refuse_unfinished(config.checkpoint)
-    device = distributed.start(config.device).device
+    device = distributed.lone_device(config.device)
     coco_classes(config.coco_engine)
-    split = read_split(find_split(config.data_dir, config.split))
     detector = load_detector(config.checkpoint, device)
     spec = detector.spec
-    refuse_other_classes(config.checkpoint, spec, split.folder, split.categories)
-    thresholds = (
-        detector.thresholds if config.threshold is None else [config.threshold] * len(spec.categories)
-    )
+    data_dir = config.data_dir or finetuned_on(config.checkpoint)
+    split_name = config.split or default_split(data_dir)
+    whole = read_split(find_split(data_dir, split_name))
+    matched = match_classes(spec.categories, whole)
+    split = matched.split
+    if not any(len(sheet.boxes) for sheet in split.sheets):
+        raise UserError(
+            f"{whole.folder}: no box of a class that {config.checkpoint} knows; it has boxes of "
+            f"{', '.join(matched.unknown)}, not of {', '.join(name for _, name in spec.categories)}"
+        )
+    sheets = f"{len(split.sheets)} sheet{'s' * (len(split.sheets) != 1)}"
+    print(f"{config.checkpoint} on {split.folder}, {sheets}", flush=True)
+    given = detector.thresholds if config.threshold is None else [config.threshold] * len(spec.categories)
+    # Of several labels that are one class here, the first has the threshold.
+    first = [matched.labels.tolist().index(label, 1) - 1 for label in range(1, len(split.categories) + 1)]
+    thresholds = np.array(given)[first]
     if config.threshold is not None:
         thresholds_from = f"--threshold {config.threshold:g} for all classes"
-    elif config.split == "valid":
+    elif split_name in SPLITS["valid"]:
         thresholds_from = f"the detector's, {CHOSEN_HERE}"
     else:
         thresholds_from = "the detector's, of the highest F1 on its validation sheets"
-    out = config.out or config.checkpoint.parent / f"evaluate-{config.split}"
+    out = config.out or config.checkpoint.parent / f"evaluate-{split_name}"
     atomic.make_folder(out / "pictures")
     for picture in (out / "pictures").glob("[0-9][0-9].png"):  # an earlier run may have drawn more sheets
         picture.unlink()
 
-    ids, names = zip(*spec.categories, strict=True)
-    found = {}
-    for n, sheet in enumerate(tqdm(split.sheets, unit="sheet", disable=None)):
+    ids, names = zip(*((category.id, category.name) for category in split.categories), strict=True)
+    found: dict[int, Detections] = {}
+    counted = np.zeros(len(spec.categories), np.int64)  # above its threshold, by label of the detector
+    for n, sheet in enumerate(progress(split.sheets, "evaluation")):
         image = read_sheet(sheet.file)
-        found[sheet.image_id] = detect(detector, image, config.batch_size)
+        detections = detect(detector, image, config.batch_size)
+        counted += np.bincount(detections.above(np.array(given)).labels - 1, minlength=len(counted))
+        found[sheet.image_id] = matched.relabel(detections)
         if n < config.pictures:
-            shown = found[sheet.image_id].above(np.array(thresholds))
+            shown = found[sheet.image_id].above(thresholds)
             draw(out / "pictures" / f"{n + 1:02}.png", image, sheet, shown, names)
     truth, results = to_coco(split), to_results(found, ids)
     figures, matches = measure(truth, results, engine=config.coco_engine)
-    analysis = analyse(matches, thresholds=dict(zip(ids, thresholds, strict=True)))
+    analysis = analyse(matches, thresholds=dict(zip(ids, thresholds.tolist(), strict=True)))
+    unlisted = {
+        name: int(number)
+        for (_, name), number, label in zip(spec.categories, counted, matched.labels[1:], strict=True)
+        if not label
+    }
+    known = detector.train_boxes
+    in_train = dict(zip(ids, np.array(known)[first].tolist(), strict=True)) if known else {}
+    notes = notes_on(whole, matched.unknown, unlisted)
     settings = {
         "checkpoint": str(config.checkpoint),
-        "data_dir": str(config.data_dir),
-        "split": config.split,
+        "data_dir": str(data_dir),
+        "split": split_name,
         "window": spec.window,
         "overlap": spec.overlap,
         "score_threshold": spec.score_threshold,
@@ -106,24 +129,81 @@ def main(config: EvaluateConfig) -> None:
     }
     metrics = {
         "settings": {**settings, "thresholds": thresholds_from},
+        "notes": notes,
+        "left_out": {
+            "sheets": lost_sheets(whole),
+            "boxes_of_unknown_classes": matched.unknown,
+            "detections_of_unlisted_classes": unlisted,
+        },
+        "sheets": {sheet.image_id: sheet.file_name for sheet in split.sheets},
         **figures.to_dict(),
         "analysis": analysis.to_dict(),
     }
-    summary = f"{figures.table()}\n\n{figures.details()}\n"
+    summary = "\n".join([figures.table(), "", *notes, analysis.summary(), figures.details(), ""])
     atomic.write_text(out / "predictions.json", json.dumps(results))
     atomic.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     atomic.write_text(out / "validation_results.txt", summary)
-    title = f"{config.data_dir.resolve().name}, {config.split}"
     report = write_report(
         out / "report.html",
         split,
         figures,
         analysis,
-        title=title,
+        title=f"{data_dir.resolve().name}, {split_name}",
         thresholds_from=thresholds_from,
+        notes=notes,
+        in_train=in_train,
         settings=settings,
     )
     print(f"{summary}\nreport: {report}\nbeside it: figures, predictions and pictures")
+
+
+def finetuned_on(checkpoint: Path) -> Path:
+    """The data folder that the finetuning of a detector was given. Raises UserError unless it is here."""
+    path = checkpoint.parent / "config.json"
+    try:
+        folder = Path(json.loads(path.read_text())["data_dir"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--data-dir is required: no {path} says on what {checkpoint.name} was finetuned"
+        ) from None
+    if not folder.is_dir():
+        raise UserError(f"--data-dir is required: {path} names {folder}, which is not there (any more)")
+    return folder
+
+
+def default_split(data_dir: Path) -> str:
+    """ "test" if the folder has such a split, else "valid"."""
+    try:
+        find_split(data_dir, "test")
+    except DataError:
+        return "valid"
+    return "test"
+
+
+def lost_sheets(split: Split) -> list[str]:
+    """The sheets that the annotations name and that could not be used."""
+    dropped = (finding for finding in split.findings if finding.action == "dropped")
+    return [finding.where for finding in dropped if finding.kind.startswith("image ")]
+
+
+def notes_on(split: Split, unknown: dict[str, int], unlisted: dict[str, int]) -> list[str]:
+    """What is not in the figures, a line each.
+
+    unknown: boxes of the classes that the detector does not know. unlisted: detections above their thresholds
+    of the classes that the split does not list.
+    """
+    notes = [line] if (line := losses(split)) else []
+    if lost := lost_sheets(split):
+        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+        notes.append(f"sheets that are not in the figures: {', '.join(lost[:10])}{more}")
+    for said, classes in (
+        ("boxes of classes that the detector does not know, in no figure", unknown),
+        ("detections of classes that the data does not list, in no figure", unlisted),
+    ):
+        if classes:
+            named = ", ".join(f"{name} {number}" for name, number in classes.items())
+            notes.append(f"{sum(classes.values())} {said}: {named}")
+    return notes
 
 
 def refuse_unfinished(path: Path) -> None:
@@ -138,18 +218,6 @@ def refuse_unfinished(path: Path) -> None:
         raise UserError(
             f"{path}: is none of the results that {path.parent / 'final.json'} signs; give model.pt"
         )
-
-
-def refuse_other_classes(checkpoint: Path, spec: Spec, folder: Path, categories: Sequence[Category]) -> None:
-    """Raise UserError unless the detector's classes are those of the data, by id and name."""
-    of_data = tuple((category.id, category.name) for category in categories)
-    if spec.categories == of_data:
-        return
-    odd = sorted(set(spec.categories) ^ set(of_data)) or list(of_data)
-    raise UserError(
-        f"{checkpoint}: finds {len(spec.categories)} classes, {folder} has {len(of_data)} and they differ "
-        f"(id {odd[0][0]}, {odd[0][1]!r}); evaluate on the data set it was finetuned on"
-    )
 
 
 def draw(

@@ -10,7 +10,7 @@ from cluster.config import RunConfig, setting
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     # Pool of unlabelled drawings: a folder (or tree) of images and PDFs, a COCO split, or a packed store.
-    data_dir: Path
+    data_dir: Path = Path("data/unlabeled")
 
     # Backbone by its name in timm; a ResNet's keys are torchvision's.
     arch: str = setting("resnet50")

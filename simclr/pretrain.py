@@ -13,6 +13,7 @@ minutes for 1,400 steps on two x86-64 cores; finetuned on 80 circuits it had twi
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from cluster.config import setting
 from cluster.entry import run
@@ -23,6 +24,8 @@ from simclr.loss import nt_xent
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig(PretrainConfig):
+    # Folder of this run; the same command again goes on from its newest valid checkpoint.
+    exp_dir: Path = Path("checkpoints/simclr")
     # Widths of the projector's layers.
     projector: tuple[int, ...] = (2048, 128)
     # Temperature tau of NT-Xent, in units of cosine similarity.

@@ -106,6 +106,34 @@ def test_a_mistake_is_one_line_and_exit_2(args, words, capsys):
         assert word in err
 
 
+@dataclass(frozen=True, kw_only=True)
+class Needy(config.Config):
+    # Drawings.
+    data_dir: Path = config.setting(Path("drawings"), exists=True)
+    # Weights.
+    weights: Path
+    # Number of steps.
+    steps: int = 3
+
+
+def test_all_that_is_missing_is_told_at_once_with_a_command(tmp_path, monkeypatch, capsys):
+    """A default that is a folder counts where the folder is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "Train.\n\n    run --data-dir D --weights W.pt\n")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        entry.parse(Needy, ["--steps", "5"])
+    said = "python train.py --steps 5 --data-dir D --weights W.pt"
+    assert capsys.readouterr().err == f"error: --data-dir and --weights are required, as in: {said}\n"
+    assert stop.value.code == 2
+    (tmp_path / "drawings").mkdir()
+    with pytest.raises(SystemExit):
+        entry.parse(Needy, [])
+    assert "error: --weights is required, as in: " in capsys.readouterr().err
+    assert entry.parse(Needy, ["--weights", "w"]).data_dir == Path("drawings")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
@@ -242,7 +270,7 @@ def test_only_what_may_change_may_differ_from_the_run_that_goes_on(tmp_path):
 ENTRIES = [
     *(f"{method}.pretrain" for method in stages.methods()),
     *("detection.finetune", "detection.predict", "detection.export"),
-    *("evaluate/evaluate.py", "evaluate/knn.py", "evaluate/linear.py"),
+    *("evaluate/evaluate.py", "evaluate/compare.py", "evaluate/knn.py", "evaluate/linear.py"),
 ]
 
 
@@ -287,7 +315,7 @@ def test_the_help_of_each_flag_is_the_sentence_of_its_own_field(name, monkeypatc
         assert sentence[0].isupper() and sentence.endswith(".") and len(sentence.split()) >= 3, (
             flag + sentence
         )
-        name = r"\[PATH \.\.\.\]" if field.name == "sheets" else flag  # the one argument without a flag
+        name = r"\[PATH \.\.\.\]" if field.name in ("sheets", "runs") else flag  # arguments without a flag
         until_the_next = r"(?:(?!\(default|\(required).)*"
         assert re.search(f" {name}{until_the_next} {re.escape(sentence)} \\((default|required)", text), flag
     assert len(set(comments.values())) == len(comments), "two flags share their help"

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,7 @@ import torch
 from cluster import checkpoint
 from cluster.errors import UserError
 from detection.anchors import fit_anchors
-from detection.draw import annotate, side_by_side
+from detection.draw import annotate, color_of, side_by_side
 from detection.inference import Detections, detect, load_detector, merge, to_results
 from detection.model import Detector, Spec
 from detection.predict import PredictConfig, main, picture_name
@@ -227,7 +228,11 @@ def test_an_earlier_run_is_neither_overwritten_unasked_nor_read_as_drawings(foun
 
 def test_what_was_found_is_a_split_that_our_own_reader_takes(found_on):
     total = int(found_on()[1][-1])
-    split = read_split(found_on.drawings / "found")
+    shutil.copy(
+        found_on.drawings / "found" / "predictions.json", found_on.drawings / "_annotations.coco.json"
+    )
+    split = read_split(found_on.drawings)
+    assert [one.file_name for one in split.sheets] == ["a.png"]
     assert [one.path.resolve() for one in split.sheets] == [(found_on.drawings / "a.png").resolve()]
     assert len(split.sheets[0].boxes) == total
 
@@ -248,3 +253,11 @@ def test_a_threshold_is_a_score(found_on, threshold):
     with pytest.raises(UserError, match=r"--threshold .*: give [01] or"):
         found_on(threshold=threshold)
     assert not (found_on.drawings / "found").exists()
+
+
+def test_the_colors_of_classes_differ():
+    """Distances in CIELAB, where 2.3 is just noticeable side by side."""
+    colors = np.array([color_of(label) for label in range(1, 42)], np.float32).reshape(-1, 1, 3) / 255
+    lab = cv2.cvtColor(colors, cv2.COLOR_RGB2LAB)[:, 0]
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1000 * np.eye(len(lab))
+    assert apart[:12, :12].min() > 40 and apart.min() > 15

@@ -126,6 +126,33 @@ def test_the_page_says_the_figures_and_the_settings(made):
     assert "never drawn (1)" in text
 
 
+def test_the_kind_class_and_the_confusions_do_not_contradict_each_other(made, tmp_path):
+    """A symbol found twice, once under another name: an error of class, but no mistaken symbol."""
+    _, _, _, split = made
+    first = to_coco(split)["annotations"][0]
+    row = {key: first[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+    twice = [row, {**row, "category_id": 3, "score": 0.8}]
+    figures, matches = measure(to_coco(split), twice)
+    analysis = analyse(matches, thresholds=dict.fromkeys(range(1, 6), 0.5), resamples=10)
+    assert analysis.kinds.counts()["class"] == 1
+    page = write_report(tmp_path / "r.html", split, figures, analysis, title="twice")
+    text = " ".join(Reader(page).text.split())
+    assert "No symbol was found by the name of another class alone." in text
+    assert "1 detections are errors of the kind class; here 0 symbols are taken for another class." in text
+
+
+def test_what_was_left_out_and_what_to_label_more_of(made, tmp_path):
+    _, figures, analysis, split = made
+    known = {number: 5 if number < 3 else 50 for number in analysis.matches.category_ids.tolist()}
+    weak = min(range(2), key=lambda k: analysis.class_ap50[k].value)
+    options = {"notes": ["test: 3 boxes <dropped>"], "in_train": known}
+    text = Reader(write_report(tmp_path / "r.html", split, figures, analysis, title="t", **options)).text
+    assert "test: 3 boxes <dropped>" in text and "in train" in text
+    advice = text.partition("Label more of these")[2].partition("\n")[0]
+    assert f"{NAMES[weak]} (5 boxes in train, AP50 {analysis.class_ap50[weak].value:.2f})" in advice
+    assert "capacitor" not in advice
+
+
 def test_names_are_text(made):
     tags = Reader(made[0]).tags
     assert sum(tag == "script" for tag, _ in tags) == 1

@@ -13,6 +13,7 @@ have not been timed yet; on two CPU cores use --arch resnet18, --projector 512 5
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from cluster.config import setting
 from cluster.entry import run
@@ -23,6 +24,8 @@ from vicreg.loss import vicreg_loss
 
 @dataclass(frozen=True, kw_only=True)
 class VICRegConfig(PretrainConfig):
+    # Folder of this run; the same command again goes on from its newest valid checkpoint.
+    exp_dir: Path = Path("checkpoints/vicreg")
     # Widths of the expander's layers.
     projector: tuple[int, ...] = (8192, 8192, 8192)
     # Learning rate at the end of the cosine, as a share of the peak.

@@ -42,6 +42,19 @@ class Analysis:
         right, made, boxes = _sheet_totals(self.matches, self.matches.above(self.thresholds))
         return np.divide(2.0 * right, made + boxes, out=np.full(len(boxes), np.nan), where=made + boxes > 0)
 
+    def summary(self) -> str:
+        """The intervals and the counts, in two lines."""
+        counts, at = self.counts, self.intervals
+        figures = ", ".join(f"{name} {at[name]}" for name in ("AP", "AP50", "AP75", "F1"))
+        pairs, sheets = int(counts.pairs.sum()), len(counts.truth)
+        right = int(counts.exact.sum()), int((counts.error == 0).all(1).sum())
+        return (
+            f"95 % of {self.resamples} resamples of the {sheets} sheets: {figures}\n"
+            f"at the thresholds {counts.found.sum()} symbols are counted, {counts.truth.sum()} are labelled; "
+            f"{right[0]} of {pairs} classes on a sheet counted right {at['exact_pairs']}, "
+            f"{right[1]} of {sheets} sheets {at['exact_sheets']}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curves and single boxes, ready for JSON; None stands for NaN."""
         ids = self.matches.category_ids.tolist()

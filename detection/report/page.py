@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from schematics.coco import Split
 TEMPLATE, STYLE, SCRIPT = (
     Path(__file__).with_name(name) for name in ("template.html.j2", "style.css", "script.js")
 )
+FEW = 20  # boxes in training, below which a weak class is named as one to label more of
 LISTED = 200  # the table of counts has at most so many sheets, those with the largest errors
 
 CHOSEN_HERE = (
@@ -34,7 +35,7 @@ CHOSEN_HERE = (
 
 MEANING = {
     "found": "Right class, in its place (IoU 0.5 or more).",
-    "class": "In its place, but called by another class.",
+    "class": "On a symbol of another class (IoU 0.5 or more), be that found as well or not.",
     "localisation": "Right class, badly placed (IoU 0.1 to 0.5).",
     "both": "Badly placed on a symbol of another class.",
     "duplicate": "A second detection of a symbol already found.",
@@ -51,6 +52,8 @@ def write_report(
     *,
     title: str,
     thresholds_from: str = "",
+    notes: Sequence[str] = (),
+    in_train: Mapping[int, int] = {},
     settings: Mapping[str, object] = {},
     most_sheets: int = 12,
 ) -> Path:
@@ -58,6 +61,8 @@ def write_report(
 
     figures, analysis: of the same `metrics.coco.measure` of detections on `split`.
     thresholds_from: where the thresholds of the analysis come from, in words.
+    notes: what is not in the figures, a line each. in_train: by category id, how many boxes of it training
+    had; {} where that is not known.
     settings: what a reader needs to get the same figures again, shown as given and in this order.
     most_sheets: how many sheets the gallery has, half of them the worst by F1 and half the best.
     Raises DataError for a sheet that can't be read and UserError where the file can't be written.
@@ -72,6 +77,7 @@ def write_report(
         "short": _as_coordinate,
     }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    rows = _class_rows(figures, analysis)
     page = template.render(
         title=title,
         style=Markup(STYLE.read_text(encoding="utf-8")),
@@ -80,12 +86,15 @@ def write_report(
         figures=figures,
         analysis=analysis,
         thresholds_from=thresholds_from or ("given" if analysis.thresholds_given else CHOSEN_HERE),
+        notes=notes,
+        advice=_advice(rows, in_train),
+        in_train=in_train,
         settings=settings,
         kinds=KINDS,
         meaning=MEANING,
         headline=_headline_figures(figures, analysis),
         errors=_error_rows(analysis),
-        classes=_class_rows(figures, analysis),
+        classes=rows,
         absent=[row for row in figures.classes if not row.boxes],
         charts=_curve_charts(analysis),
         confusion=_confusion_table(analysis),
@@ -149,6 +158,7 @@ def _class_rows(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
         rows.append(
             {
                 "label": k,
+                "id": number,
                 "name": analysis.matches.names[k],
                 "boxes": int(at.boxes[k]),
                 "ap": known[number].ap,
@@ -164,6 +174,13 @@ def _class_rows(figures: Figures, analysis: Analysis) -> list[dict[str, Any]]:
             }
         )
     return sorted((row for row in rows if row["boxes"]), key=lambda row: -row["boxes"])
+
+
+def _advice(rows: list[dict[str, Any]], in_train: Mapping[int, int]) -> list[dict[str, Any]]:
+    """Classes below the mean AP50 of which training had fewer than FEW boxes, the rarest there first."""
+    mean = np.nanmean([row["ap50"].value for row in rows]) if rows else np.nan
+    weak = (row for row in rows if in_train.get(row["id"], FEW) < FEW and row["ap50"].value < mean)
+    return sorted(weak, key=lambda row: in_train[row["id"]])
 
 
 # Where the plot of either chart lies in its picture of 440 x 320 units. Both axes go from 0 to 1.
@@ -241,6 +258,8 @@ def _confusion_table(analysis: Analysis) -> dict[str, Any]:
             {"name": names[k], "cells": list(zip(row.tolist(), share.tolist(), strict=True))}
             for k, row, share in zip(kept, rows, shares, strict=True)
         ],
+        "mistaken": int(matrix[:-1, :-1].sum() - np.trace(matrix[:-1, :-1])),
+        "of_class": analysis.kinds.counts()["class"],
         "worst": [
             {"true": names[a], "said": names[b], "times": n, "of": int(matrix[a].sum())}
             for a, b, n in confusions(matrix, 8)
