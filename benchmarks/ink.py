@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from schematics.coco import read_split
 from schematics.recipes import two_views
 from schematics.sheets import read_sheet
-from schematics.windows import cut, ink_mask, ink_windows, paper_color, sheet_ink, uneven_paper
+from schematics.windows import cut, ink_mask, ink_windows, paper_color, uneven_paper
 
 MIN_INK = 0.002  # of a window, as in schematics.store
 
@@ -86,7 +86,12 @@ def main() -> None:
             same += np.array_equal(*corners.values())
             paper = uneven_paper(image)
             uneven += paper is not None
-            for name, ink in (("one color", ink_mask(image)), ("nearby", sheet_ink(image))):
+            inks = {"one color": ink_mask(image)}
+            inks["nearby"] = inks["one color"]
+            if paper:
+                everywhere = paper.paper(0, sheet.height, sheet.width)
+                inks["nearby"] = ink_mask(image, everywhere, paper.tolerance)
+            for name, ink in inks.items():
                 for column, new in zip(
                     results[name], ([ink.mean()], *touch(corners[name], side, ink, symbol)), strict=True
                 ):

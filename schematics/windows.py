@@ -115,14 +115,6 @@ def nearby_paper(window: Image) -> Image:
     return Uneven(blocks, INK_TOLERANCE).paper(0, *window.shape[:2])
 
 
-def sheet_ink(image: Image) -> NDArray[np.bool_]:
-    """Bool [H, W]: the ink of a sheet [H, W] or [H, W, 3], whether its paper is even or not."""
-    paper = paper_color(image)
-    if uneven := uneven_paper(image, paper):
-        return ink_mask(image, uneven.paper(0, *image.shape[:2]), uneven.tolerance)
-    return ink_mask(image, paper)
-
-
 def line_width(ink: NDArray[np.bool_]) -> float:
     """Width in px of the lines on bool [H, W], about; 0 where there is no ink.
 

@@ -96,7 +96,7 @@ def test_long_lists_of_files_are_cut(capsys, monkeypatch, data):
     for number in range(7):
         sheet(data / f"train/stray{number}.png")
     out = command(capsys, monkeypatch, "check", data)[1]
-    assert "stray4.png" in out and "stray5.png" not in out and "2  in 2 more files" in out
+    assert "stray4.png" in out and "stray5.png" not in out and "2  in 2 more\n" in out
     assert "stray6.png" in command(capsys, monkeypatch, "check", data, "--files", 9)[1]
 
 
