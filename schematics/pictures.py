@@ -32,7 +32,8 @@ rect {{ fill: transparent; stroke-width: 2; vector-effect: non-scaling-stroke; }
 rect.bare {{ fill: #d003; stroke: #d00; stroke-width: 4; stroke-dasharray: 8 4; }}
 rect:hover {{ fill: #0003; }}
 b, li {{ color: #b00; }}
-i {{ display: inline-block; width: .8em; height: .8em; margin: 0 .25em 0 .8em; }}
+small span {{ display: inline-block; margin-right: .8em; }}
+i {{ display: inline-block; width: .8em; height: .8em; margin-right: .25em; }}
 </style>
 <h1>{total} labelled sheets</h1>
 <p>{suspicious} with something to look at come first. Boxes without ink are red and dashed. Point at a box
@@ -102,7 +103,7 @@ def _figure(card: Card, file: str, width: int, height: int, colors: dict[str, st
         rects.append(f"<rect {place} {kind}><title>{escape(name)}{', no ink' * bare}</title></rect>")
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in card.reasons)
     legend = "".join(
-        f'<i style="background:{colors[name]}"></i>{escape(name)} {count}'
+        f'<span><i style="background:{colors[name]}"></i>{escape(name)} {count}</span>'
         for name, count in Counter(card.names).most_common()
     )
     return (
