@@ -39,6 +39,8 @@ class PretrainConfig(RunConfig):
     recipe: Literal["drawing", "simclr", "vicreg"] = setting("drawing")
     # Side of a view in pixels.
     image_size: int = setting(224, least=1)
+    # Pixels of the sheet that a drawing view shows at most; by default as many as leave lines a pixel wide.
+    view: int | None = setting(None, least=1)
     # Side of a window in pixels of the sheet.
     window: int = setting(512, least=1)
     # Pixels from one window to the next; by default half a window.

@@ -22,12 +22,13 @@ from cluster.lifecycle import Run
 from cluster.training import GuardedStep, begin, parallel, train_guarded
 from cluster.weights import Normalise, build_backbone, write_backbone
 from pretraining.config import PretrainConfig
-from pretraining.data import Pairs, epoch_order
+from pretraining.data import Pairs, describe_views, epoch_order
 from pretraining.encoder import Encoder, build_projector
 from pretraining.features import embed, square
 from pretraining.loop import Loss, train
 from pretraining.schedule import Schedule, build_optimizer, peak_lr
 from schematics import draws
+from schematics.recipes import default_extent
 from schematics.store import WindowStore, build_store
 
 BACKBONE = "backbone.safetensors"
@@ -120,6 +121,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
                     )
                 )
             store = WindowStore(folder)
+        extent = view_extent(config.view, config.recipe, config.image_size, store)
         per_epoch, total = length(len(store), config.batch_size, config.epochs, config.steps)
         if run.finished(total):
             return
@@ -137,7 +139,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
             print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
-            print(f"views by the recipe {config.recipe}, {config.image_size} px a side", flush=True)
+            print(describe_views(config.recipe, config.image_size, extent), flush=True)
 
         journal = Journal(config.exp_dir, world, total, start, config.log_every)
         if saved and saved.get("draws") != draws.VERSION:
@@ -153,7 +155,13 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             embed_every=config.embed_every,
         )
         pairs = Pairs(
-            store, config.recipe, config.image_size, config.seed, config.strength, config.orientation
+            store,
+            config.recipe,
+            config.image_size,
+            extent,
+            config.seed,
+            config.strength,
+            config.orientation,
         )
         order = epoch_order(config.seed, len(store))
         batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers)
@@ -202,6 +210,19 @@ def pack(data_dir: Path, folder: Path, window: int, stride: int | None, color_mo
     store = build_store(data_dir, folder, window, stride, color_mode=color_mode, dpi=dpi)
     for line in store.skipped:
         print(f"skipped {line}")
+
+
+def view_extent(view: int | None, recipe: str, size: int, store: WindowStore) -> int:
+    """Side of what a view shows at most, in px of the sheet. Raises UserError for one that can't be had."""
+    if view and recipe != "drawing":
+        raise UserError(
+            f"--view {view}: the recipe {recipe} crops the whole window; leave it out, or give --window"
+        )
+    if view and view > store.side:
+        raise UserError(
+            f"--view {view}: a window has {store.side} px; give at most that, or a larger --window"
+        )
+    return view or min(store.side, default_extent(size, store.line))
 
 
 def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Say what is in a data folder, what is repaired when it is read, and whether it can be used.
 
     python -m schematics.check DIR               labelled sheets in train/, valid/, test/, or in one of these
+    python -m schematics.check DIR --pictures OUT            also a page of the sheets with their boxes
     python -m schematics.check --unlabeled DIR   a pool of drawings without labels, for pretraining
 
 Every sheet is decoded, so that a damaged file shows here and not in the middle of a training run. Nothing is
@@ -8,8 +9,11 @@ changed on disk. On two x86-64 cores, 148 labelled sheets of about 800 x 700 px 
 about 700 x 450 px take 5 s, and a pool of 599 drawings takes 2 s.
 
 The report has the sizes of sheets and boxes, the number of boxes of each class, and the findings: what is
-fatal, what is dropped or repaired, and what is kept but worth a look. If the data can't be used, the exit
-status is 1 and one line on stderr names the cure. docs/data-format.md shows a report and lists all findings.
+fatal, what is dropped or repaired, and what is kept but worth a look, such as boxes on bare paper. If the
+data can't be used, or has no split to train on or to validate by, the exit status is 1 and one line on stderr
+names the cure. docs/data-format.md shows a report and lists all findings.
+
+--pictures makes a new folder with a page, index.html: the sheets with a finding first, then all others.
 """
 
 import argparse
@@ -18,61 +22,101 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
-from schematics.coco import Finding, Split, find_splits, inspect_split
+from schematics.coco import SPLITS, Finding, Split, find_splits, inspect_split
 from schematics.command import Parser, run
+from schematics.folders import refuse_existing
+from schematics.pictures import Card, write_page
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
+from schematics.windows import ink_mask, paper_color, uneven_paper
 
 ACTIONS = ("fatal", "dropped", "repaired", "kept")
+BLANK = (
+    1e-4  # a sheet with less ink than this share of its pixels is blank or nearly so; drawings have over .005
+)
 SIZE_HEADER = ("in color", "median px", "largest px")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The outcome of reading one sheet: a digest of its file, and the image's shape or else the error."""
+    """The outcome of reading one sheet: a digest of its file, and the image's shape or else the error.
+
+    ink: share of its pixels. bare: bool [N], the boxes that were given with it and hold no ink.
+    """
 
     digest: str
     shape: tuple[int, ...] = ()
     error: str = ""
+    ink: float = 1.0
+    bare: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
 
-def check(data_dir: Path, files: int) -> None:
+def check(data_dir: Path, files: int, pictures: Path | None = None) -> None:
     """Print the report on labelled data, with the names of at most `files` files under each finding.
 
-    Raises DataError, after the report, if the data can't be used.
+    pictures: a new folder for a page of the sheets with their boxes. Raises DataError, after the report, if
+    the data can't be used, and before it if `pictures` exists.
     """
+    if pictures:
+        refuse_existing(pictures)
     try:
         splits = [inspect_split(folder) for folder in find_splits(data_dir)]
     except DataError as error:
         raise DataError(f"{error}; for drawings without labels: --unlabeled") from None
-    sheets = [sheet.file for split in splits for sheet in split.sheets]
-    decoded = dict(zip(sheets, _decode_all(sheets), strict=True))
+    labelled = [sheet for split in splits for sheet in split.sheets]
+    results = _decode_all([sheet.file for sheet in labelled], [sheet.boxes for sheet in labelled])
+    # By identity, as two splits may list one file with other boxes.
+    decoded = {id(sheet): result for sheet, result in zip(labelled, results, strict=True)}
     findings = [(split, finding) for split in splits for finding in split.findings]
     findings += [(split, finding) for split in splits for finding in _on_files(split, splits, decoded)]
     findings += _untrained(splits)
+    findings += _unmeasured(splits)
     _print_splits(splits, decoded)
     _print_findings(findings, files)
+    if pictures:
+        write_page(pictures, [card for split in splits for card in _cards(split, decoded)])
+        print(f"pictures: {pictures / 'index.html'}")
     fatal = [f"{split.place(f)}: {f.kind}" for split, f in findings if f.action == "fatal"]
     if fatal:
         raise DataError(fatal[0] + (f" (and {len(fatal) - 1} more, above)" if len(fatal) > 1 else ""))
+    _refuse_missing(data_dir, splits)
 
 
-def _on_files(split: Split, splits: Sequence[Split], decoded: Mapping[Sheet, Decoded]) -> Iterator[Finding]:
+def _refuse_missing(data_dir: Path, splits: Sequence[Split]) -> None:
+    """Raise DataError if finetuning would miss a split. A folder that is a split is checked for itself."""
+    there = {split.name for split in splits}
+    if splits[0].folder == data_dir and there <= SPLITS.keys():
+        return
+    if missing := [name for name in ("train", "valid") if name not in there]:
+        raise DataError(
+            f"{data_dir}: no {' and no '.join(missing)} split, without which there is no finetuning;"
+            f" draw one: python -m schematics.convert {data_dir} OUT --valid 0.2"
+        )
+
+
+def _on_files(split: Split, splits: Sequence[Split], decoded: Mapping[int, Decoded]) -> Iterator[Finding]:
     """Yield the findings that show only when the files are decoded and compared."""
     elsewhere = defaultdict(set)
     for other in splits:
         if other is not split:
             for sheet in other.sheets:
-                elsewhere[decoded[sheet.file].digest].add(other.name)
+                elsewhere[decoded[id(sheet)].digest].add(other.name)
     for sheet in split.sheets:
-        result = decoded[sheet.file]
+        result = decoded[id(sheet)]
         if result.error:
             kind = "image damaged: replace it, or delete it to go on without"
             yield Finding(kind, sheet.file_name, 1, "fatal")
+        if bare := int(np.count_nonzero(result.bare)):
+            yield Finding(
+                "boxes that hold no ink", f"{sheet.file_name}: {bare} of {len(sheet.boxes)}", bare, "kept"
+            )
+        if result.ink < BLANK:
+            yield Finding("sheet blank or nearly so", sheet.file_name, 1, "kept")
         if homes := elsewhere[result.digest]:
             yield Finding(f"the same file is also in {', '.join(sorted(homes))}", sheet.file_name, 1, "kept")
     known = {sheet.path.resolve() for other in splits for sheet in other.sheets}
@@ -101,6 +145,40 @@ def _counts(split: Split) -> Counter[str]:
     return Counter(split.categories[label - 1].name for sheet in split.sheets for label in sheet.labels)
 
 
+def _unmeasured(splits: Sequence[Split]) -> Iterator[tuple[Split, Finding]]:
+    """Yield a finding for each class that has boxes in train but none in a split that measures."""
+    trained = {name: n for split in splits if split.name == "train" for name, n in _counts(split).items()}
+    for split in splits:
+        for name in sorted(trained.keys() - _counts(split).keys()):
+            kind = "classes of train without a box here, whose AP can't be measured"
+            yield split, Finding(kind, f"{name!r}, {trained[name]} in train", 1, "kept")
+
+
+def _cards(split: Split, decoded: Mapping[int, Decoded]) -> Iterator[Card]:
+    """Yield what the page shows of each sheet that can be read, with the reasons to look at it."""
+    found = defaultdict(list)
+    for finding in split.findings:
+        found[finding.where].append(f"{finding.kind} ({finding.action}, {finding.count})")
+    for sheet in split.sheets:
+        result = decoded[id(sheet)]
+        if result.error:
+            continue
+        reasons = found[sheet.file_name]
+        if result.ink < BLANK:
+            reasons = ["sheet blank or nearly so", *reasons]
+        if bare := int(np.count_nonzero(result.bare)):
+            reasons = [f"{bare} of {len(sheet.boxes)} boxes hold no ink", *reasons]
+        names = [split.categories[label - 1].name for label in sheet.labels]
+        yield Card(
+            f"{split.name}/{sheet.file_name}",
+            sheet.file,
+            sheet.boxes,
+            names,
+            result.bare,
+            reasons,
+        )
+
+
 def check_pool(root: Path, files: int) -> None:
     """Print the report on an unlabelled pool, with at most `files` of the sheets that can't be read.
 
@@ -122,11 +200,16 @@ def check_pool(root: Path, files: int) -> None:
         raise DataError(f"{root}: none of {len(sheets)} drawings can be read; the first: {errors[0]}")
 
 
-def _decode_all(sheets: Sequence[Sheet]) -> list[Decoded]:
-    def decode(sheet: Sheet) -> Decoded:
+def _decode_all(sheets: Sequence[Sheet], boxes: Iterable[np.ndarray | None] = repeat(None)) -> list[Decoded]:
+    """Read all sheets. boxes: of each sheet, [N, 4] in px, in which ink is looked for; None asks for none."""
+
+    def decode(sheet: Sheet, boxes: np.ndarray | None) -> Decoded:
         try:
             digest = hashlib.sha256(sheet.path.read_bytes()).hexdigest()
-            return Decoded(digest, shape=read_sheet(sheet).shape)
+            image = read_sheet(sheet)
+            if boxes is None:
+                return Decoded(digest, image.shape)
+            return Decoded(digest, image.shape, "", *_ink(image, boxes))
         except OSError as error:
             return Decoded(sheet.name, error=str(error))
         except DataError as error:
@@ -136,7 +219,20 @@ def _decode_all(sheets: Sequence[Sheet]) -> list[Decoded]:
     has_pdf = any(sheet.path.suffix.lower() == ".pdf" for sheet in sheets)
     # A large sheet takes a gigabyte while it is decoded, so there are few threads even on a large machine.
     with ThreadPoolExecutor(1 if has_pdf else min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(decode, sheets))
+        return list(pool.map(decode, sheets, boxes))
+
+
+def _ink(image: np.ndarray, boxes: np.ndarray) -> tuple[float, np.ndarray]:
+    """The share of a sheet's pixels that are ink, and bool [N]: which boxes hold none.
+
+    Whatever differs from the paper nearby is ink here, be it the lines of squared paper or a faded symbol:
+    the finding is to name labels that are wrong, and no others.
+    """
+    paper = paper_color(image)
+    uneven = uneven_paper(image, paper)
+    ink = ink_mask(image, uneven.paper(0, *image.shape[:2]) if uneven else paper)
+    corners = np.hstack([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])]).astype(int).tolist()
+    return float(ink.mean()), np.array([not ink[y0:y1, x0:x1].any() for x0, y0, x1, y1 in corners], bool)
 
 
 def _drawings_in(folder: Path) -> list[Path]:
@@ -155,13 +251,13 @@ def _sizes(shapes: Sequence[tuple[int, ...]]) -> list[str]:
     return [str(color), *(f"{shape[1]} x {shape[0]}" for shape in (by_area[len(by_area) // 2], by_area[-1]))]
 
 
-def _print_splits(splits: Sequence[Split], decoded: Mapping[Sheet, Decoded]) -> None:
+def _print_splits(splits: Sequence[Split], decoded: Mapping[int, Decoded]) -> None:
     rows = [["split", "sheets", "without boxes", "boxes", *SIZE_HEADER]]
     sides = [["box side px", "least", "5 %", "median", "95 %", "most"]]
     for split in splits:
         boxes = np.concatenate([sheet.boxes for sheet in split.sheets] or [np.zeros((0, 4))])
         empty = sum(len(sheet.boxes) == 0 for sheet in split.sheets)
-        shapes = [shape for sheet in split.sheets if (shape := decoded[sheet.file].shape)]
+        shapes = [shape for sheet in split.sheets if (shape := decoded[id(sheet)].shape)]
         rows.append([split.name, *map(str, (len(split.sheets), empty, len(boxes))), *_sizes(shapes)])
         if len(boxes):
             side = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
@@ -185,7 +281,7 @@ def _print_findings(findings: Iterable[tuple[Split, Finding]], files: int) -> No
         for finding in group[:files]:
             print(f"{finding.count:20}  {finding.where}")
         if len(group) > files:
-            print(f"{sum(f.count for f in group[files:]):20}  in {len(group) - files} more files")
+            print(f"{sum(f.count for f in group[files:]):20}  in {len(group) - files} more")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:
@@ -201,13 +297,19 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    (check_pool if args.unlabeled else check)(args.dir, args.files)
+    if args.unlabeled:
+        check_pool(args.dir, args.files)
+    else:
+        check(args.dir, args.files, args.pictures)
 
 
 if __name__ == "__main__":
     parser = Parser("schematics.check", __doc__)
     parser.add_argument("dir", type=Path, help="Folder with train/, valid/ or test/, or one of these.")
     parser.add_argument("--unlabeled", action="store_true", help="DIR is a pool of drawings without labels.")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="OUT", help="New folder for a page of the labelled sheets."
+    )
     parser.add_argument(
         "--files", type=int, default=5, help="Number of files to name under a finding (default %(default)s)."
     )

@@ -28,7 +28,7 @@ from schematics.pixels import (
     solarize,
 )
 from schematics.sheets import to_color
-from schematics.windows import Color, Image, ink_mask, paper_color
+from schematics.windows import INK_TOLERANCE, Color, Image, ink_mask, nearby_paper, paper_color
 
 RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
 
@@ -42,15 +42,22 @@ def two_views(
     sample: int,
     strength: float = 1.0,
     orientation: bool = False,
+    extent: int | None = None,
+    tolerance: int | None = None,
 ) -> tuple[Image, Image]:
     """Two views, uint8 RGB [size, size, 3] each, of a window uint8 [H, W] or [H, W, 3].
 
     recipe: one of RECIPES. size: side of a view, px. strength: multiplies the ranges of the color jitter.
     orientation: whether `drawing` mirrors and makes quarter turns too, which erases classes that are told
-    apart by their orientation; the photo recipes mirror in any case. Raises ValueError for an unknown recipe.
+    apart by their orientation; the photo recipes mirror in any case. extent: side of what the views of
+    `drawing` show of the window at most, px; that for 2-px lines if not given. tolerance: of ink on
+    uneven paper, for `drawing`; None if the paper is even. Raises ValueError for an unknown recipe.
     """
     if recipe == "drawing":
-        first, second = _drawing_pair(window, size, seed, epoch, sample, strength, orientation)
+        extent = extent or default_extent(size, None)
+        first, second = _drawing_pair(
+            window, size, seed, epoch, sample, strength, orientation, extent, tolerance
+        )
     elif recipe in PHOTO:
         first, second = (
             _photo_view(window, size, draw(Use.VIEWS, seed, epoch, sample, view), strength, photo)
@@ -138,7 +145,8 @@ def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo
 
 # --- the recipe for drawings -----------------------------------------------------------------------------
 
-# The region that both views show has at most this many times a view's side: a 2-px line stays over 1 px wide.
+# The region that both views show has this many times a view's side where lines are 2 px wide: they stay more
+# than a pixel wide.
 REACH = 1.75
 # A crop's side as a share of the region's. Even with the ratio below it is over a half: two crops overlap.
 SHARE = (0.56, 1.0)
@@ -149,28 +157,65 @@ PAIR = 2  # the number of the stream for what both views share; views 0 and 1 ha
 NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
 
 
+def default_extent(size: int, line: float | None) -> int:
+    """Side of what views of `drawing`, drawn at `size` px, show at most, in px of the sheet.
+
+    Lines of at least 2 px stay over a pixel wide. line: width in px of the pool's thinner lines, if known.
+    """
+    return round(REACH / 2 * max(2, int(line or 2)) * size)
+
+
 def _drawing_pair(
-    window: Image, size: int, seed: int, epoch: int, sample: int, strength: float, orientation: bool
+    window: Image,
+    size: int,
+    seed: int,
+    epoch: int,
+    sample: int,
+    strength: float,
+    orientation: bool,
+    extent: int,
+    tolerance: int | None,
 ) -> list[Image]:
-    """Both views show the same region around ink, whose sides are at most REACH * size px."""
+    """Both views show the same region around ink, whose sides are at most `extent` px."""
     paper = paper_color(window)
-    width, height = (min(side, round(REACH * size)) for side in window.shape[1::-1])
-    x, y = _around_ink(window, paper, width, height, draw(Use.VIEWS, seed, epoch, sample, PAIR))
-    region = window[y : y + height, x : x + width]
+    nearby = None if tolerance is None else nearby_paper(window)
+    tolerance = INK_TOLERANCE if tolerance is None else tolerance
+    width, height = (min(side, extent) for side in window.shape[1::-1])
+    rng = draw(Use.VIEWS, seed, epoch, sample, PAIR)
+    x, y = _around_ink(window, paper if nearby is None else nearby, tolerance, width, height, rng)
+    here = np.s_[y : y + height, x : x + width]
     return [
-        _drawing_view(region, paper, size, draw(Use.VIEWS, seed, epoch, sample, view), strength, orientation)
+        _drawing_view(
+            window[here],
+            paper,
+            paper if nearby is None else nearby[here],
+            tolerance,
+            size,
+            draw(Use.VIEWS, seed, epoch, sample, view),
+            strength,
+            orientation,
+        )
         for view in (0, 1)
     ]
 
 
 def _around_ink(
-    image: Image, paper: Color, width: int, height: int, rng: np.random.Generator
+    image: Image,
+    paper: Color | Image,
+    tolerance: int,
+    width: int,
+    height: int,
+    rng: np.random.Generator,
 ) -> tuple[int, int]:
-    """Corner x, y of a crop that has a random pixel of ink in its middle half, as far as the edges allow."""
+    """Corner x, y of a crop that has a random pixel of ink in its middle half, as far as the edges allow.
+
+    paper, tolerance: see `ink_mask`.
+    """
     ys, xs = (rng.integers(side, size=TRIES) for side in image.shape[:2])
-    hit = ink_mask(image[ys, xs][:, None], paper)[:, 0]
+    there = paper[ys, xs][:, None] if isinstance(paper, np.ndarray) else paper
+    hit = ink_mask(image[ys, xs][:, None], there, tolerance)[:, 0]
     if not hit.any():  # there is so little ink that every pixel must be looked at
-        ys, xs = np.nonzero(ink_mask(image, paper))
+        ys, xs = np.nonzero(ink_mask(image, paper, tolerance))
         hit = rng.permutation(len(ys)) == 0
     at = (xs[hit][0], ys[hit][0]) if hit.any() else (image.shape[1] / 2, image.shape[0] / 2)
     x, y = at - rng.uniform(0.25, 0.75, 2) * (width, height)
@@ -178,9 +223,16 @@ def _around_ink(
 
 
 def _drawing_view(
-    region: Image, paper: Color, size: int, rng: np.random.Generator, strength: float, orientation: bool
+    region: Image,
+    paper: Color,
+    nearby: Color | Image,
+    tolerance: int,
+    size: int,
+    rng: np.random.Generator,
+    strength: float,
+    orientation: bool,
 ) -> Image:
-    image = resize(_crop(region, paper, rng), size)
+    image = resize(_crop(region, paper, nearby, tolerance, rng), size)
     if orientation:
         image = np.rot90(image, int(rng.integers(4)))
         image = np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image)
@@ -193,13 +245,15 @@ def _drawing_view(
     return image
 
 
-def _crop(region: Image, paper: Color, rng: np.random.Generator) -> Image:
+def _crop(
+    region: Image, paper: Color, nearby: Color | Image, tolerance: int, rng: np.random.Generator
+) -> Image:
     """Cut a crop around ink out of the region, four times in ten turned and sheared by a few degrees."""
     height, width = region.shape[:2]
     share, ratio = rng.uniform(*SHARE), np.exp(rng.uniform(-RATIO, RATIO))
     w = max(1, min(width, round(width * share * ratio)))
     h = max(1, min(height, round(height * share / ratio)))
-    x, y = _around_ink(region, paper, w, h, rng)
+    x, y = _around_ink(region, nearby, tolerance, w, h, rng)
     if rng.random() < 0.6:
         return region[y : y + h, x : x + w]
     # The crop is turned before it is shrunk, since interpolation costs a thin line less at this resolution.

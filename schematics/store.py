@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,11 +24,23 @@ import numpy as np
 
 from schematics.folders import remove_stale, sync, unfinished_folder
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
-from schematics.windows import Image, cut, ink_windows, mean_and_std, paper_color, starts
+from schematics.windows import (
+    Image,
+    cut,
+    ink_mask,
+    ink_windows,
+    line_width,
+    mean_and_std,
+    nearby_paper,
+    paper_color,
+    starts,
+    uneven_paper,
+)
 
 COLOR_MODES = ("auto", "gray", "rgb")
 LAYOUT = 1  # to be raised when the files of a store change, so that stores of the old layout are built anew
 STATISTICS_WINDOWS = 512  # mean and std are taken over at most this many windows, evenly spread over all
+MEASURED = 8  # the width of lines is measured on each 8th of them
 MARGIN = 64 << 20  # bytes, left free on the disk
 
 
@@ -47,8 +59,8 @@ class WindowStore:
     """The store in `folder`, opened for reading. It may be pickled into the workers of a loader.
 
     color_mode is "gray" or "rgb". mean and std are three floats each in [0, 1], one a channel, over windows
-    with ink. skipped has a line for each sheet that could not be read. Raises DataError if there is no whole
-    store.
+    with ink. line is the width in px of the pool's thinner lines, None in a store of an older version.
+    skipped has a line for each sheet that could not be read. Raises DataError if there is no whole store.
     """
 
     def __init__(self, folder: Path):
@@ -57,6 +69,7 @@ class WindowStore:
         self.color_mode: str = self.index["color_mode"]
         self.mean: list[float] = self.index["mean"]
         self.std: list[float] = self.index["std"]
+        self.line: float | None = self.index.get("line")
         self.skipped: list[str] = self.index["skipped"]
         self.sheet_names: list[str] = [entry["name"] for entry in self.index["sheets"]]
         self.side: int = self.index["parameters"]["side"]
@@ -75,6 +88,13 @@ class WindowStore:
         """
         sheet, x, y = self.windows[i].tolist()
         return cut(self.sheet(sheet), x, y, self.side, self.index["sheets"][sheet]["paper"])
+
+    def tolerance(self, i: int) -> int | None:
+        """How far ink is from the paper if window i is of an uneven sheet, else None (see `uneven_paper`).
+
+        A store of an older version says None of all sheets, so that its windows are used as they were.
+        """
+        return self.index["sheets"][int(self.windows[i, 0])].get("tolerance")
 
     def sheet(self, number: int) -> Image:
         """Sheet `number`, uint8 [H, W] or [H, W, 3], as a read-only view of the file.
@@ -205,7 +225,9 @@ def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Pa
             f" or a --min-ink below {parameters.min_ink}"
         )
     np.save(folder / "windows.npy", windows)
-    mean, std = _statistics(np.memmap(pixel_file, np.uint8, mode="r"), entries, windows, parameters.side)
+    mean, std, line = _statistics(
+        np.memmap(pixel_file, np.uint8, mode="r"), entries, windows, parameters.side
+    )
     color_mode = parameters.color_mode
     if color_mode == "auto":
         color_mode = "rgb" if any(len(entry["shape"]) == 3 for entry in entries) else "gray"
@@ -215,6 +237,7 @@ def _write(sheets: Sequence[Sheet], parameters: Parameters, key: str, folder: Pa
         "color_mode": color_mode,
         "mean": mean,
         "std": std,
+        "line": line,
         "bytes": pixel_file.stat().st_size,
         "sheets": entries,
         "skipped": skipped,
@@ -244,7 +267,8 @@ def _decode(
         if parameters.color_mode == "gray":
             image = to_color(image, "gray")
         paper = paper_color(image)
-        corners = ink_windows(image, side, stride, parameters.min_ink, paper)
+        uneven = uneven_paper(image, paper)
+        corners = ink_windows(image, side, stride, parameters.min_ink, paper, uneven)
         windows.append(np.insert(corners, 0, len(entries), axis=1))
         height, width = image.shape[:2]
         blank = len(starts(width, side, stride)) * len(starts(height, side, stride)) - len(corners)
@@ -253,6 +277,7 @@ def _decode(
             "offset": file.tell(),
             "shape": image.shape,
             "paper": paper,
+            "tolerance": uneven and uneven.tolerance,
             "blank": blank,
         }
         entries.append(entry)
@@ -268,14 +293,26 @@ def _sheet_of(pixels: np.ndarray, entry: dict[str, Any]) -> Image:
 
 def _statistics(
     pixels: np.ndarray, entries: list[dict[str, Any]], windows: np.ndarray, side: int
-) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, in [0, 1], over evenly spread windows."""
+) -> tuple[list[float], list[float], float]:
+    """Of evenly spread windows: mean and standard deviation of each channel, in [0, 1], and the lines' width.
+
+    The width in px is the lower quartile over the windows, so that most lines are at least as wide.
+    """
     chosen = np.linspace(0, len(windows) - 1, min(len(windows), STATISTICS_WINDOWS)).astype(int)
-    cuts = (
-        cut(_sheet_of(pixels, entries[sheet]), x, y, side, entries[sheet]["paper"])
-        for sheet, x, y in windows[chosen].tolist()
-    )
-    return mean_and_std(cuts, len(chosen))
+    widths = []
+
+    def cuts() -> Iterator[Image]:
+        for n, (sheet, x, y) in enumerate(windows[chosen].tolist()):
+            paper, tolerance = entries[sheet]["paper"], entries[sheet]["tolerance"]
+            window = cut(_sheet_of(pixels, entries[sheet]), x, y, side, paper)
+            if n % MEASURED == 0:
+                even = tolerance is None
+                ink = ink_mask(window, paper) if even else ink_mask(window, nearby_paper(window), tolerance)
+                widths.append(line_width(ink))
+            yield window
+
+    mean, std = mean_and_std(cuts(), len(chosen))
+    return mean, std, float(np.quantile(widths, 0.25))
 
 
 def _publish(folder: Path, out: Path, key: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_long_lists_of_files_are_cut(capsys, monkeypatch, data):
     for number in range(7):
         sheet(data / f"train/stray{number}.png")
     out = command(capsys, monkeypatch, "check", data)[1]
-    assert "stray4.png" in out and "stray5.png" not in out and "2  in 2 more files" in out
+    assert "stray4.png" in out and "stray5.png" not in out and "2  in 2 more\n" in out
     assert "stray6.png" in command(capsys, monkeypatch, "check", data, "--files", 9)[1]
 
 
@@ -110,6 +111,86 @@ def damage_middle(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
+
+
+def shaded(kind: str) -> np.ndarray:
+    """Paper of 400 x 300 px: white, dark, in half a shadow, or with a panel of a second color."""
+    paper = np.full((300, 400, 3), 20 if kind == "dark" else 250, np.uint8)
+    if kind == "shadow":
+        paper = (paper * np.linspace(0.4, 1, 400)[None, :, None]).astype(np.uint8)
+    if kind == "panel":
+        paper[:, 200:] = (160, 190, 230)
+    return paper
+
+
+@pytest.mark.parametrize("kind", ["white", "dark", "shadow", "panel"])
+def test_boxes_on_bare_paper_are_counted_by_sheet(capsys, monkeypatch, tmp_path, kind):
+    image, drawn = shaded(kind), [[40, 60], [160, 200], [250, 90], [340, 230]]
+    for x, y in drawn:
+        cv2.rectangle(image, (x, y), (x + 20, y + 16), (240, 240, 240) if kind == "dark" else (20, 20, 20), 2)
+    for split, shift in (("train", 0), ("valid", 40)):  # in valid, all labels but one lie beside the symbols
+        (tmp_path / split).mkdir()
+        cv2.imwrite(str(tmp_path / split / "a.png"), image)
+        rows = [
+            {"image_id": 1, "category_id": 1, "bbox": [x - 3, y - 3 + shift * (n > 0), 27, 23]}
+            for n, (x, y) in enumerate(drawn)
+        ]
+        images = [{"id": 1, "file_name": "a.png", "width": 400, "height": 300}]
+        write_split(tmp_path / split, images, [Category(1, "valve")], rows[: 3 if shift else 4])
+    code, out, _ = command(capsys, monkeypatch, "check", tmp_path)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0 and not [line for line in lines if "train: boxes" in line]
+    assert lines[lines.index("kept 2 valid: boxes that hold no ink") + 1] == "2 a.png: 2 of 3"
+
+
+def test_sheets_that_decode_to_no_picture_are_said(capsys, monkeypatch):
+    """16-bit gray of which 12 bits are in use, and white ink on transparency."""
+    case = Path(__file__).parent / "cases/21-blank-after-decoding/train"
+    code, out, _ = command(capsys, monkeypatch, "check", case)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0 and lines[-3:] == ["kept 2 train: sheet blank or nearly so", "1 a.png", "1 b.png"]
+    assert lines[-6:-3] == ["kept 8 train: boxes that hold no ink", "4 a.png: 4 of 4", "4 b.png: 4 of 4"]
+
+
+def test_what_finetuning_would_miss_is_one_line_that_names_the_command(capsys, monkeypatch, data):
+    (data / "valid").rename(data / "elsewhere")
+    code, out, err = command(capsys, monkeypatch, "check", data)
+    assert code == 1 and "nothing to repair" in out and err.count("\n") == 1
+    assert "no valid split" in err and f"python -m schematics.convert {data} OUT --valid 0.2" in err
+    assert command(capsys, monkeypatch, "check", data / "train")[0] == 0  # one split, checked for itself
+    code, _, err = command(capsys, monkeypatch, "check", data / "elsewhere")  # one folder that is no split
+    assert code == 1 and "no train and no valid split" in err
+    (data / "train").rename(data / "test")
+    (data / "elsewhere").rename(data / "valid")
+    code, _, err = command(capsys, monkeypatch, "check", data)
+    assert code == 1 and "no train split" in err
+
+
+def test_a_class_that_cannot_be_measured_is_said(capsys, monkeypatch, data):
+    edit(data / "train", lambda content: content["annotations"][0].update(category_id=2))
+    out = command(capsys, monkeypatch, "check", data)[1]
+    assert "valid: classes of train without a box here, whose AP can't be measured" in out
+    assert "'pump', 1 in train" in out and "train: classes" not in out
+
+
+def test_a_page_of_sheets_shows_the_suspicious_ones_first(capsys, monkeypatch, data, tmp_path):
+    edit(data / "train", lambda content: content["annotations"][1].update(bbox=[60, 45, 20, 20]))
+    edit(data / "train", lambda content: content["categories"][0].update(name="<b>valve</b>"))
+    edit(data / "valid", lambda content: content["categories"][0].update(name="<b>valve</b>"))
+    out = tmp_path / "page"
+    assert command(capsys, monkeypatch, "check", data, "--pictures", out)[0] == 0
+    page = (out / "index.html").read_text()
+    cards = re.findall("<figure.*?</figure>", page, re.S)
+    titles = [re.search("<figcaption>(.*?)<ul>", card)[1] for card in cards]
+    assert titles == ["train/b.png", "train/a.png", "valid/c.png"]
+    assert "1 of 1 boxes hold no ink" in cards[0] and cards[0].count('class="bare"') == 1
+    assert 'class="bare"' not in cards[1] + cards[2] and "&lt;b&gt;valve" in page and "<b>valve" not in page
+    pictures = re.findall('src="(.*?)"', page)
+    assert sorted(path.name for path in out.iterdir()) == sorted(["index.html", *pictures])
+    assert all(cv2.imread(str(out / name)).shape == (80, 100, 3) for name in pictures)
+    before = contents(out)
+    code, text, err = command(capsys, monkeypatch, "check", data, "--pictures", out)
+    assert (code, text) == (1, "") and "page: exists already" in err and contents(out) == before
 
 
 UNUSABLE = {  # what is done to the folder -> the line

@@ -1,5 +1,6 @@
 """The store: same pixels as the sheets, built whole or not at all, reused when nothing changed."""
 
+import json
 import os
 import pickle
 import signal
@@ -187,6 +188,23 @@ def test_a_folder_of_someone_elses_is_never_replaced(pool, tmp_path):
     with pytest.raises(DataError, match="no window store"):
         build_store(pool, tmp_path / "mine", side=128)
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_uneven_sheets_are_noted_and_a_store_of_before_that_is_used_as_it_is(pool, tmp_path):
+    shaded = (draw_sheet(0, 1, 700, 400)[0] * np.linspace(0.3, 1, 700)).astype(np.uint8)
+    cv2.imwrite(str(pool / "e.png"), shaded)
+    store = build_store(pool, tmp_path / "store", side=128)
+    noted = {store.source(i).split(" @")[0][-5:]: store.tolerance(i) for i in range(len(store))}
+    assert noted.pop("e.png") >= 40 and set(noted.values()) == {None} and 1 < store.line < 4
+    index = json.loads((store.folder / "index.json").read_text())
+    del index["line"]
+    for entry in index["sheets"]:
+        del entry["tolerance"]
+    (store.folder / "index.json").write_text(json.dumps(index))
+    before = (store.folder / "index.json").stat()
+    older = build_store(pool, tmp_path / "store", side=128)
+    assert (store.folder / "index.json").stat() == before  # not built anew
+    assert older.line is None and {older.tolerance(i) for i in range(len(older))} == {None}
 
 
 def test_command_prints_a_summary(pool, tmp_path):

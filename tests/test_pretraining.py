@@ -119,6 +119,21 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_an_uninterrupted_one(confi
     assert f"finished at step {STEPS}, nothing to do" in capfd.readouterr().out
 
 
+def test_what_a_view_shows_is_said_and_a_run_of_before_the_flag_goes_on(config, capfd):
+    config = dataclasses.replace(config, steps=2)
+    run(config)
+    assert (
+        "views by the recipe drawing: each shows 31 to 56 px of the sheet, drawn at 32 px"
+        in capfd.readouterr().out
+    )
+    old = json.loads((config.exp_dir / "config.json").read_text())
+    del old["view"]
+    (config.exp_dir / "config.json").write_text(json.dumps(old))
+    run(dataclasses.replace(config, steps=3))
+    with pytest.raises(UserError, match=r"--view 80: the run in .* has None"):
+        run(dataclasses.replace(config, steps=4, view=80))
+
+
 def test_workers_change_nothing(config):
     alone, _ = run(dataclasses.replace(config, steps=3))
     two, _ = run(dataclasses.replace(config, steps=3, workers=2, exp_dir=config.exp_dir.with_name("two")))
@@ -185,6 +200,8 @@ def test_a_loss_that_stays_not_finite_ends_the_run_naming_step_files_and_checkpo
         ({"arch": "resnet5O"}, "--arch resnet5O: .*near: .*resnet50"),
         ({"steps": 0}, "--steps 0: give 1 or more"),
         ({"workers": -1}, "--workers -1: give 0 or more"),
+        ({"view": 97}, "--view 97: a window has 96 px; give at most that, or a larger --window"),
+        ({"view": 50, "recipe": "simclr"}, "--view 50: the recipe simclr crops the whole window"),
         ({"image_size": 0}, "--image-size 0: give 1 or more"),
         ({"projector": (0, 8)}, "--projector 0: give 1 or more"),
         ({"base_lr": -0.1}, "--base-lr -0.1: give 0 or more"),

@@ -1,5 +1,6 @@
 """Two views: law 1, the published operations and probabilities, and what `drawing` promises for lines."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,7 @@ from schematics.drafting import draw_sheet
 from schematics.draws import Use, draw
 from schematics.recipes import RECIPES, two_views
 from schematics.sheets import to_color
+from schematics.store import build_store
 
 torch.set_num_threads(1)
 SHEET = draw_sheet(0, 0)[0]
@@ -226,6 +228,52 @@ def test_scale_is_that_of_the_sheet_however_large_the_window():
             assert len(gaps) and 25 < np.median(gaps) < 100  # 60 px of the sheet, halved at most
 
 
+def test_what_a_view_shows_is_a_number_of_pixels_of_the_sheet_however_large_it_is_drawn():
+    window = lines(800, spacing=40)
+    for size, extent in ((96, 200), (224, 200), (224, 600)):
+        for view in (
+            view for pair in pairs(window, "drawing", 12, size=size, extent=extent) for view in pair
+        ):
+            row = to_color(view, "gray")[size // 2].astype(int)
+            is_ink = np.abs(row - np.median(row)) > 40
+            marks = (is_ink[1:] & ~is_ink[:-1]).sum()  # a crop has .5 to 1 of the extent, a line each 40 px
+            assert extent * 0.45 / 40 - 1 <= marks <= extent / 40 + 1
+
+
+def test_a_view_shows_by_default_what_leaves_lines_a_pixel_wide():
+    assert [recipes.default_extent(size, None) for size in (96, 224)] == [168, 392]  # as it always was
+    assert [recipes.default_extent(96, line) for line in (0.0, 1.4, 2.9, 3.2, 6.0)] == [
+        168,
+        168,
+        168,
+        252,
+        504,
+    ]
+    window = lines(512)
+    for one, other in zip(pairs(window, "drawing", 3), pairs(window, "drawing", 3, extent=112), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(600, 600), (600, 600, 3)])
+def test_views_of_shaded_paper_look_at_the_symbol_and_not_at_the_shadow(shape):
+    window = np.full((600, 600), 240.0)
+    cv2.circle(window, (480, 120), 24, 40, 3)  # the only symbol, in the light
+    window *= np.where(np.arange(600) < 380, 0.5, 1)[None]  # and a shadow over most of the paper
+    window[:, 370:390] = np.linspace(120, 240, 20)
+    window = window.astype(np.uint8) if len(shape) == 2 else np.dstack([window] * 3).astype(np.uint8)
+
+    def share(tolerance):
+        """Of the views, how many show the symbol: it differs from its paper by more than the shadow does."""
+        seen = [
+            np.ptp(to_color(view, "gray").astype(int)) > 135
+            for pair in pairs(window, "drawing", 40, size=96, tolerance=tolerance)
+            for view in pair
+        ]
+        return np.mean(seen)
+
+    assert share(60) > 0.7 > 0.4 > share(None)
+
+
 def test_both_views_of_a_pair_look_at_one_region():
     window = np.full((2000, 2000), 255, np.uint8)
     for k, (x, y) in enumerate([(200, 200), (1700, 300), (300, 1700), (1600, 1600)]):
@@ -285,6 +333,26 @@ def test_any_window_gives_two_rgb_views(recipe, shape):
 def test_unknown_recipe_is_refused_by_name():
     with pytest.raises(ValueError, match="'photo' is none of drawing, simclr, vicreg"):
         two_views(SHEET, "photo", 64, 0, 0, 0)
+
+
+def test_command_draws_the_very_views_of_a_run(tmp_path):
+    (tmp_path / "sheets").mkdir()
+    (tmp_path / "sheets/a.png").write_bytes(cv2.imencode(".png", SHEET)[1].tobytes())
+    store = build_store(tmp_path / "sheets", tmp_path / "run/windows", side=128)
+    settings = {"image_size": 48, "view": 100, "seed": 5, "strength": 0.5, "orientation": True}
+    config = {"data_dir": str(tmp_path / "sheets"), "recipe": "drawing", **settings}
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    out = tmp_path / "views.png"
+    command = [sys.executable, "-m", "schematics.views", "--exp-dir", str(tmp_path / "run"), str(out)]
+    done = subprocess.run([*command, "--most", "2"], check=True, capture_output=True, text=True)
+    assert "at most 100 px of the sheet, drawn at 48 px" in done.stdout
+    picture, last = cv2.imread(str(out))[..., ::-1], len(store) - 1
+    assert picture.shape == (2 * 50, 48 * 9, 3)
+    views = two_views(store.window(last), "drawing", 48, 5, 3, last, 0.5, True, extent=100)
+    np.testing.assert_array_equal(picture[50:98, -96:], np.hstack(views))
+    (tmp_path / "run/config.json").unlink()
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1 and "no config.json" in failed.stderr and failed.stderr.count("\n") == 1
 
 
 def test_command_draws_a_picture_of_the_recipes(tmp_path):

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schematics.windows import cut, ink_mask, ink_windows, paper_color, starts, tile_sheet
+from schematics.windows import (
+    cut,
+    ink_mask,
+    ink_windows,
+    line_width,
+    paper_color,
+    starts,
+    tile_sheet,
+    uneven_paper,
+)
 
 
 def jpeg(image, quality=60):
@@ -74,6 +83,56 @@ def test_cut_pads_with_paper_and_copies():
     inside = cut(image, 0, 0, 40)
     inside[:] = 0
     assert image.max() == 255
+
+
+def squared_paper(color: bool, dark: bool = False, shadow: float = 0.35) -> tuple[np.ndarray, np.ndarray]:
+    """Squared paper of 600 x 800 px with a shadow and lines drawn by a pen; and where the pen was."""
+    paper = np.full((600, 800), 235.0)
+    paper[::20], paper[:, ::20] = 190, 190
+    pen = np.zeros((600, 800), np.uint8)
+    for k in range(5):
+        cv2.circle(pen, (100 + 140 * k, 150 + 70 * k), 40, 1, 4)
+        cv2.rectangle(pen, (60 + 140 * k, 420), (150 + 140 * k, 470), 1, 3)
+    paper[pen == 1] = 50
+    paper *= np.linspace(shadow, 1, 800)[None]
+    image = (255 - paper if dark else paper).astype(np.uint8)
+    return (np.dstack([image, image // 8 * 7, image // 8 * 6]) if color else image), pen == 1
+
+
+@pytest.mark.parametrize("color", [False, True])
+@pytest.mark.parametrize("dark", [False, True])
+def test_ink_on_shaded_squared_paper_is_what_the_pen_drew(color, dark):
+    image, pen = squared_paper(color, dark)
+    assert ink_mask(image).mean() > 5 * pen.mean()  # one color of paper takes the shadow for ink
+    uneven = uneven_paper(image)
+    ink = ink_mask(image, uneven.paper(0, *image.shape[:2]), uneven.tolerance)
+    assert (ink & pen).sum() > (0.6 if dark else 0.9) * pen.sum() and (ink & ~pen).sum() < 0.1 * pen.sum()
+
+
+def test_paper_of_one_color_is_even_be_there_much_ink_or_none():
+    for image in (np.full((500, 700), 255, np.uint8), np.full((500, 700, 3), 30, np.uint8)):
+        assert uneven_paper(image) is None
+        for at in range(0, 500, 20):
+            image[at : at + 5] = 128
+        assert uneven_paper(image) is None
+
+
+def test_windows_of_an_uneven_sheet_are_those_with_ink_on_the_whole_of_it():
+    image, _ = squared_paper(color=True)
+    uneven = uneven_paper(image)
+    ink = ink_mask(image, uneven.paper(0, 600, 800), uneven.tolerance)
+    got = ink_windows(image, 90, 37, 0.003, uneven=uneven).tolist()
+    places = [[x, y] for y in starts(600, 90, 37) for x in starts(800, 90, 37)]
+    assert got == [[x, y] for x, y in places if ink[y : y + 90, x : x + 90].sum() >= 0.003 * 90 * 90]
+    assert len(got) < 0.9 * len(ink_windows(image, 90, 37, 0.003))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_the_width_of_lines(width):
+    ink = np.zeros((300, 400), bool)
+    ink[100 : 100 + width, 20:380] = ink[20:280, 200 : 200 + width] = True
+    assert abs(line_width(ink) - width) < 0.1
+    assert line_width(np.zeros((9, 9), bool)) == 0
 
 
 @settings(max_examples=60, deadline=None)
