@@ -4,6 +4,7 @@ Also evaluate.py and predict on the detector that it made.
 """
 
 import json
+import re
 import os
 import shutil
 import socket
@@ -155,7 +156,7 @@ def test_ranks_with_unequal_shares_validate_as_one_process(data, trained, tmp_pa
     assert dict(thresholds) == pytest.approx(alone["thresholds"], abs=1e-3)
 
 
-def test_a_resumed_run_takes_the_new_rate_and_goes_back_to_steps(data, tmp_path):
+def test_a_resumed_run_takes_the_new_rate_says_so_and_goes_back_to_steps(data, tmp_path, capfd):
     def step(**changes):
         main(
             config_of(
@@ -168,6 +169,8 @@ def test_a_resumed_run_takes_the_new_rate_and_goes_back_to_steps(data, tmp_path)
     step(epochs=6, scheduler="step", lr=0.001, lr_step_size=1)
     rates = [line["lr"] for line in lines_of(tmp_path / "run") if "lr" in line]
     assert rates == pytest.approx([0.005, 0.005, 0.0005, 0.002, 0.001, 0.0001])
+    told = re.findall(r"a new phase of the learning rate begins at (.*)", capfd.readouterr().out)
+    assert told == ["step 3: 0.002 where it was 0.0005", "step 4: 0.001 where it was 0.002"]
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run_and_names_the_sheets(data, tmp_path):

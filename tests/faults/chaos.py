@@ -4,9 +4,10 @@
                                [--seed 0] [--parts runs kills overhead] [--results docs/results.md]
 
 runs: one seed, on both nodes, for each number of ranks (from three on, sums depend on their order). Each
-method runs undisturbed twice, and then once for each number of workers with faults at random steps: kill -9 of a rank, kill -9 during the write of a checkpoint, USR2,
-preemption by a job of a higher partition, a node set down, a slurmd that dies, a power cut, a flipped bit in
-the newest checkpoint. Every logged number (as hex) and the sha256 of every result must equal those of the
+method runs undisturbed twice, and then once for each number of workers with faults at random steps: kill -9
+of a rank, kill -9 during the write of a checkpoint, USR2, preemption by a job of a higher partition, a node
+set down, a slurmd that dies, a power cut, a flipped bit in the newest checkpoint. Every logged number (as
+hex) and the sha256 of every result must equal those of the
 undisturbed run. kills, overhead: see writes.py.
 
 This needs Debian's slurm-wlm, munge and iproute2, and root (see docs/slurm.md). A run with faults takes about
@@ -274,9 +275,8 @@ def compare(
         began = time.monotonic()
         workers = options.workers[number % len(options.workers)]
         calm = Trial(site, folder / f"{method}-calm-{number}", method, ranks, workers, steps, "main").result()
-        print(
-            f"{named(method, ranks)}, workers {workers}, undisturbed: {steps} steps in {time.monotonic() - began:.0f} s"
-        )
+        took = time.monotonic() - began
+        print(f"{named(method, ranks)}, workers {workers}, undisturbed: {steps} steps in {took:.0f} s")
         same = wanted in (None, calm)
         wanted = wanted or calm
         shutil.rmtree(folder / f"{method}-calm-{number}")
