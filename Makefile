@@ -27,9 +27,10 @@ check: install
 	$(BIN)/mypy evaluate/*.py
 	$(BIN)/mypy slurm/*.py
 
-# This needs a real two-node Slurm on this machine (slurm-wlm, munge, root) and takes half an hour or more.
+# This needs a real two-node Slurm on this machine (slurm-wlm, munge, root) and takes hours.
 chaos: install
 	$(BIN)/python tests/faults/chaos.py
+	$(BIN)/python tests/faults/chaos.py --parts runs --ranks 3 4 --workers 2 --faults 8
 
 test: check
 	$(BIN)/python -m pytest tests

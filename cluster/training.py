@@ -143,8 +143,24 @@ def train_guarded(
 
 
 def parallel(model: nn.Module, world: World) -> nn.Module:
-    """The model wrapped so that its gradients are averaged over ranks; with one rank, the model itself."""
+    """The model wrapped so that its gradients are averaged over ranks; with one rank, the model itself.
+
+    Sums over three ranks or more depend on where a gradient lies in the buffers that are reduced. DDP lays
+    them out anew after its first backward pass, by the order in which gradients came. That pass is spent here
+    on a sum of the parameters, so that every step of every launch has the same layout, whatever its graph.
+    """
     if world.size == 1:
         return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids)
+    synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=not synced,  # they are equal on all ranks already
+        gradient_as_bucket_view=True,
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.forward = lambda zero: torch.stack([p.sum() for p in trained]).sum() * zero
+    wrapped(torch.zeros((), device=world.device)).backward()
+    del model.forward
+    model.zero_grad(set_to_none=True)
+    return wrapped

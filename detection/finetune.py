@@ -293,6 +293,12 @@ def main(config: FinetuneConfig) -> None:
         journal.message(story or f"going on at step {progress.step}")
         if saved and saved.get("draws") != draws.VERSION:
             journal.message(draws.CHANGED)
+        if begun and progress.phases != begun:
+            rates = [lr_at(progress.step, phases, 0) for phases in (begun, progress.phases)]
+            journal.message(
+                f"a new phase of the learning rate begins at step {progress.step}: "
+                f"{rates[1]:.4g} where it was {rates[0]:.4g}"
+            )
         journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
         model = parallel(detector, world)
         lr = functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10))

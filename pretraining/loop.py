@@ -33,7 +33,7 @@ def train(
         z1, z2 = all_gather(z1.float()), all_gather(z2.float())  # [N, D]
         value, terms = loss(z1, z2)
         norm = guarded.take(step, value)
-        if journal.due(step):
+        if journal.main and journal.due(step):
             spread = {"embedding_std": embedding_std(z1), "rank_me": rank_me(z1)}
             journal.log(step, loss=value.detach(), **terms, **spread, grad_norm=norm, lr=guarded.lr(step))
         boundary(step + 1)

@@ -135,6 +135,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         optimizer = build_optimizer(encoder, config.optimizer, config.momentum, config.weight_decay)
         training = Training(encoder, optimizer, Guard(), len(store))
         saved = run.resume()
+        refuse_shorter(config.epochs, config.steps, total, saved, config.exp_dir)
         start = begin(run, saved, training.guard, training.state, training.restore)
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
@@ -144,6 +145,12 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         journal = Journal(config.exp_dir, world, total, start, config.log_every)
         if saved and saved.get("draws") != draws.VERSION:
             journal.message(draws.CHANGED)
+        last = optimizer.param_groups[0]["lr"]  # of the step before `start`, by the launch that took it
+        if start and last != schedule.lr(start - 1):
+            journal.message(
+                f"the length of this run has changed: from step {start} on, the learning rate is "
+                f"{schedule.lr(start):.4g} where it was {last:.4g}"
+            )
         boundary = Boundary(
             training,
             run,
@@ -234,6 +241,15 @@ def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tup
             "take a smaller batch, or more windows by a smaller --stride"
         )
     return per_epoch, epochs * per_epoch if steps is None else steps
+
+
+def refuse_shorter(epochs: int, steps: int | None, total: int, saved: State | None, exp_dir: Path) -> None:
+    """Raise UserError if the checkpoint that is resumed has done more steps than the run is to have."""
+    if saved and saved["step"] > total:
+        raise UserError(
+            f"{f'--epochs {epochs}' if steps is None else f'--steps {steps}'}: the newest checkpoint in "
+            f"{exp_dir} has done {saved['step']} of now {total} steps; give as many, or another --exp-dir"
+        )
 
 
 def build_encoder(

@@ -5,6 +5,7 @@ Also evaluate.py and predict on the detector that it made.
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -177,7 +178,7 @@ def test_a_validation_split_with_ids_of_its_own_is_judged_as_the_same_classes(da
     assert thresholds == pytest.approx(known["thresholds"], abs=1e-3)
 
 
-def test_a_resumed_run_takes_the_new_rate_and_goes_back_to_steps(data, tmp_path):
+def test_a_resumed_run_takes_the_new_rate_says_so_and_goes_back_to_steps(data, tmp_path, capfd):
     def step(**changes):
         main(
             config_of(
@@ -190,6 +191,8 @@ def test_a_resumed_run_takes_the_new_rate_and_goes_back_to_steps(data, tmp_path)
     step(epochs=6, scheduler="step", lr=0.001, lr_step_size=1)
     rates = [line["lr"] for line in lines_of(tmp_path / "run") if "lr" in line]
     assert rates == pytest.approx([0.005, 0.005, 0.0005, 0.002, 0.001, 0.0001])
+    told = re.findall(r"a new phase of the learning rate begins at (.*)", capfd.readouterr().out)
+    assert told == ["step 3: 0.002 where it was 0.0005", "step 4: 0.001 where it was 0.002"]
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run_and_names_the_sheets(data, tmp_path):

@@ -114,7 +114,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_an_uninterrupted_one(confi
     assert weights.keys() == resumed_weights.keys()
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 
-    capfd.readouterr()
+    assert "has changed" not in capfd.readouterr().out
     run(parts, method)
     assert f"finished at step {STEPS}, nothing to do" in capfd.readouterr().out
 
@@ -190,6 +190,34 @@ def test_a_loss_that_stays_not_finite_ends_the_run_naming_step_files_and_checkpo
     ):
         run(config, loss=at(1, lambda value: value * torch.nan, last=999))
     assert not (config.exp_dir / "final.json").exists()
+
+
+def test_weights_that_overflow_end_the_run_in_the_same_way(config):
+    """The embedding is not finite then, and its figures are logged all the same."""
+    with pytest.raises(UserError, match="the gradient was not finite 3 times in a row"):
+        run(dataclasses.replace(config, base_lr=1e38, warmup_epochs=0.0, optimizer="sgd"))
+
+
+@pytest.mark.parametrize("flag", ["steps", "epochs"])
+def test_a_run_made_shorter_than_its_checkpoint_is_refused_and_signs_nothing(config, flag):
+    config = dataclasses.replace(config, checkpoint_every=0.0, batch_size=16)
+    with pytest.raises(SystemExit):
+        run(config, loss=at(3, interrupt(signal.SIGUSR2)))
+    shorter = dataclasses.replace(config, **{"steps": None, "epochs": 1, flag: 1})
+    with pytest.raises(UserError, match=rf"^--{flag} 1: the newest checkpoint in .* has done [45] of now"):
+        run(shorter)
+    assert not list(config.exp_dir.glob("final.json")) + list(config.exp_dir.glob("*.safetensors"))
+
+
+def test_a_run_made_longer_says_what_becomes_of_its_rate(config, capfd):
+    run(dataclasses.replace(config, steps=3), "simclr")
+    capfd.readouterr()
+    run(config, "simclr")
+    told = capfd.readouterr().out
+    (rate,) = re.findall(
+        r"length of this run has changed: from step 3 on, the learning rate is (\S+) where", told
+    )
+    assert float(rate) == pytest.approx(journal(config)[3]["lr"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

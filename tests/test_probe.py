@@ -22,6 +22,24 @@ def test_rank_me_counts_the_directions_used(rank):
     assert rank_me(z).item() == pytest.approx(rank, rel=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(24, 200), (200, 24)])
+def test_rank_me_is_that_of_the_singular_values(shape):
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.logspace(0, -6, shape[1])
+    )
+    p = torch.linalg.svdvals(z.double())
+    p = p / p.sum() + 1e-7
+    assert rank_me(z).item() == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=5e-6)
+    assert rank_me(torch.cat([z, z + 1]), rows=len(z)) == rank_me(z)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rank_me_is_nan_where_an_embedding_is_not_finite(bad):
+    z = torch.ones(8, 4)
+    z[3, 2] = bad
+    assert rank_me(z).isnan()
+
+
 def test_knn_and_linear_separate_what_can_be_separated():
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(5, 32, generator=generator) * 3

@@ -1,12 +1,13 @@
 """Compare runs that suffer faults with undisturbed runs, on a real two-node Slurm on this machine.
 
-    python tests/faults/chaos.py [--methods simclr vicreg finetune] [--workers 0 2] [--faults 20] [--seed 0]
-                               [--parts runs kills overhead] [--results docs/results.md]
+    python tests/faults/chaos.py [--methods simclr vicreg finetune] [--workers 0 2] [--ranks 2] [--faults 20]
+                               [--seed 0] [--parts runs kills overhead] [--results docs/results.md]
 
-runs: one seed, one rank on each node. Each method runs undisturbed twice, and then once for each number of
-workers with faults at random steps: kill -9 of a rank, kill -9 during the write of a checkpoint, USR2,
-preemption by a job of a higher partition, a node set down, a slurmd that dies, a power cut, a flipped bit in
-the newest checkpoint. Every logged number (as hex) and the sha256 of every result must equal those of the
+runs: one seed, on both nodes, for each number of ranks (from three on, sums depend on their order). Each
+method runs undisturbed twice, and then once for each number of workers with faults at random steps: kill -9
+of a rank, kill -9 during the write of a checkpoint, USR2, preemption by a job of a higher partition, a node
+set down, a slurmd that dies, a power cut, a flipped bit in the newest checkpoint. Every logged number (as
+hex) and the sha256 of every result must equal those of the
 undisturbed run. kills, overhead: see writes.py.
 
 This needs Debian's slurm-wlm, munge and iproute2, and root (see docs/slurm.md). A run with faults takes about
@@ -16,6 +17,7 @@ This needs Debian's slurm-wlm, munge and iproute2, and root (see docs/slurm.md).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -38,22 +40,32 @@ import writes  # noqa: E402
 from slurm_cluster import NODES, Cluster  # noqa: E402
 
 # Small models (checkpoints of 13 and 25 MB), since two cores have to import torch about 150 times.
-PRETRAIN = "--arch test_resnet --projector 1024 1024 --window 96 --image-size 32 --batch-size 4"
-FINETUNE = "--backbone none --arch test_resnet --fpn-channels 32 --window 128 --batch-size 2"
+PRETRAIN = "--arch test_resnet --projector 1024 1024 --window 96 --image-size 32"
+FINETUNE = "--backbone none --arch test_resnet --fpn-channels 32 --window 128"
 FLAGS = {
     "simclr": f"pretrain.slurm simclr {PRETRAIN}",
     "vicreg": f"pretrain.slurm vicreg {PRETRAIN}",
     "finetune": f"finetune.slurm {FINETUNE}",
 }
+SHARE = {"simclr": 2, "vicreg": 2, "finetune": 1}  # windows in a batch for each rank
 STEPS = {"simclr": 25, "vicreg": 25, "finetune": 8}  # for each fault; a run has a fifth more, for delays
 INTERVAL = 0.5  # seconds between checkpoints
 PRODUCTS = {"simclr": "backbone.safetensors", "vicreg": "backbone.safetensors", "finetune": "model.pt"}
 
 
 class Trial:
-    """One run, as a Slurm job on both nodes."""
+    """One run of so many ranks, as a Slurm job on both nodes."""
 
-    def __init__(self, site: Cluster, folder: Path, method: str, workers: int, steps: int, partition: str):
+    def __init__(
+        self,
+        site: Cluster,
+        folder: Path,
+        method: str,
+        ranks: int,
+        workers: int,
+        steps: int,
+        partition: str,
+    ):
         self.site = site
         self.exp_dir = folder / "exp"
         self.log = folder / "log"
@@ -62,9 +74,11 @@ class Trial:
         script, *flags = FLAGS[method].split()
         data = folder.parent / "drawn" / ("" if method == "finetune" else "unlabeled")
         flags += f"--workers {workers} --steps {steps} --log-every 1 --checkpoint-every {INTERVAL}".split()
+        flags += ["--batch-size", str(SHARE[method] * ranks)]
         folder.mkdir()
         self.job = site.sbatch(
             "-N2",
+            f"-n{ranks}",
             "-c2",
             "-p",
             partition,
@@ -129,7 +143,8 @@ class Trial:
 
 
 def kill_rank(trial: Trial, rng: random.Random) -> None:
-    os.kill(trial.site.ranks(trial.job)[rng.randrange(len(NODES))], 9)
+    pids = trial.site.ranks(trial.job)
+    os.kill(pids[rng.randrange(len(pids))], 9)
 
 
 def kill_in_write(trial: Trial, rng: random.Random) -> None:
@@ -250,26 +265,29 @@ def storm(trial: Trial, steps: int, faults: int, rng: random.Random, told: list[
         told.append(strike(trial, kind, rng))
 
 
-def compare(site: Cluster, folder: Path, method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(
+    site: Cluster, folder: Path, method: str, ranks: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Run one method undisturbed and with faults; a row of the table for each number of workers."""
     steps = STEPS[method] * options.faults * 6 // 5
     wanted = None
     for number in (0, 1):
         began = time.monotonic()
         workers = options.workers[number % len(options.workers)]
-        calm = Trial(site, folder / f"{method}-calm-{number}", method, workers, steps, "main").result()
-        print(f"{method}, workers {workers}, undisturbed: {steps} steps in {time.monotonic() - began:.0f} s")
+        calm = Trial(site, folder / f"{method}-calm-{number}", method, ranks, workers, steps, "main").result()
+        took = time.monotonic() - began
+        print(f"{named(method, ranks)}, workers {workers}, undisturbed: {steps} steps in {took:.0f} s")
         same = wanted in (None, calm)
         wanted = wanted or calm
         shutil.rmtree(folder / f"{method}-calm-{number}")
     assert wanted is not None
     rows = []
     for number, workers in enumerate(options.workers):
-        print(f"{method}, workers {workers}, seed {options.seed}", flush=True)
-        rng = random.Random(f"{options.seed} {method} {workers}")
+        print(f"{named(method, ranks)}, workers {workers}, seed {options.seed}", flush=True)
+        rng = random.Random(f"{options.seed} {named(method, ranks)} {workers}")
         began = time.monotonic()
         place = folder / f"{method}-{workers}"
-        trial = Trial(site, place, method, workers, steps, ("low", "lowgrace")[number % 2])
+        trial = Trial(site, place, method, ranks, workers, steps, ("low", "lowgrace")[number % 2])
         told: list[dict[str, Any]] = []
         try:
             storm(trial, STEPS[method], options.faults, rng, told)
@@ -279,7 +297,7 @@ def compare(site: Cluster, folder: Path, method: str, options: argparse.Namespac
             found = trial.result() if site.state(trial.job) == "COMPLETED" else ([], {})
         rows.append(
             {
-                "method": method,
+                "method": named(method, ranks),
                 "workers": workers,
                 "steps": steps,
                 "told": told,
@@ -293,6 +311,11 @@ def compare(site: Cluster, folder: Path, method: str, options: argparse.Namespac
         site.settle()
         shutil.rmtree(place)
     return rows
+
+
+def named(method: str, ranks: int) -> str:
+    """How a table calls the method, and the number of ranks where it is not two."""
+    return method if ranks == len(NODES) else f"{method} at {ranks} ranks"
 
 
 def yes(true: bool) -> str:
@@ -340,12 +363,12 @@ def runs(options: argparse.Namespace) -> Iterator[str]:
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         site = Cluster()
         try:
-            for method in options.methods:
-                rows = compare(site, folder, method, options)
+            for method, ranks in itertools.product(options.methods, options.ranks):
+                rows = compare(site, folder, method, ranks, options)
                 options.failed |= not all(
                     row["identical"] and row["twice"] and len(row["told"]) == options.faults for row in rows
                 )
-                yield f"### Struck by faults: {method}\n\n{table(rows)}"
+                yield f"### Struck by faults: {named(method, ranks)}\n\n{table(rows)}"
         finally:
             site.stop()
 
@@ -356,6 +379,9 @@ def main() -> int:
     )
     parser.add_argument("--methods", nargs="+", choices=FLAGS, default=list(FLAGS))
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, default=[len(NODES)], help="on the two nodes together"
+    )
     parser.add_argument("--faults", type=int, default=20, help="number of faults in each run, at most 20")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
     parser.add_argument(

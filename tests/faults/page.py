@@ -16,12 +16,12 @@ import stages  # noqa: E402
 HEAD = """\
 ## Reliability
 
-Struck by faults: two ranks on the two nodes of a real Slurm (`tests/slurm_cluster.py`), timm's
-test_resnet, a checkpoint of 13 MB (pretraining) or 25 MB every {interval} s. "Identical": every figure
-of metrics.jsonl as hex, and the sha256 of the final checkpoint and of all results, are those of the
-undisturbed run. The two undisturbed runs had different numbers of workers where two are listed. A
-requeue includes the waits of this site: SlurmdTimeout 6 s, KillWait 5 s, 6 s for which a requeued job is
-held."""
+Struck by faults: two ranks, or as many as a heading says, on the two nodes of a real Slurm
+(`tests/slurm_cluster.py`), timm's test_resnet, a checkpoint of 13 MB (pretraining) or 25 MB every
+{interval} s. "Identical": every figure of metrics.jsonl as hex, and the sha256 of the final checkpoint and
+of all results, are those of the undisturbed run. The two undisturbed runs had different numbers of workers
+where two are listed. A requeue includes the waits of this site: SlurmdTimeout 6 s, KillWait 5 s, 6 s for
+which a requeued job is held."""
 
 
 def machine() -> str:
