@@ -17,8 +17,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pypdfium2
 from PIL import Image
+
+from schematics import pdf
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".pdf")
 MAX_PIXELS = 20_000 * 20_000
@@ -84,8 +85,7 @@ def _pages(path: Path) -> list[Sheet]:
     """The sheets of a file, one a page. A file that can't be opened is one sheet: reading it tells why."""
     try:
         if path.suffix.lower() == ".pdf":
-            with pypdfium2.PdfDocument(path) as document:
-                return [Sheet(path, page) for page in range(1, len(document) + 1)]
+            return [Sheet(path, page) for page in range(1, pdf.page_count(path) + 1)]
         if path.suffix.lower() in (".tif", ".tiff"):
             with _open(path) as picture:
                 pages = _tiff_pages(picture)
@@ -114,8 +114,9 @@ def read_sheet(sheet: Sheet | Path, dpi: int = 200) -> np.ndarray:
     """
     sheet = sheet if isinstance(sheet, Sheet) else Sheet(Path(sheet))
     with _errors_named(sheet):
-        image = _render(sheet, dpi) if sheet.path.suffix.lower() == ".pdf" else _decode(sheet)
-        return _gray_if_equal(image)
+        if sheet.path.suffix.lower() == ".pdf":
+            return _gray_if_equal(pdf.render(sheet.path, sheet.page or 1, dpi, MAX_PIXELS))
+        return _gray_if_equal(_decode(sheet))
 
 
 def sheet_size(sheet: Sheet | Path, dpi: int = 200) -> tuple[int, int]:
@@ -131,8 +132,7 @@ def sheet_header(sheet: Sheet | Path, dpi: int = 200) -> tuple[int, int, int]:
     sheet = sheet if isinstance(sheet, Sheet) else Sheet(Path(sheet))
     with _errors_named(sheet):
         if sheet.path.suffix.lower() == ".pdf":
-            with pypdfium2.PdfDocument(sheet.path) as document:
-                return (*_page_size(sheet, document, dpi), 1)
+            return (*pdf.page_size(sheet.path, sheet.page or 1, dpi, MAX_PIXELS), 1)
         with _open(sheet.path, sheet.page) as picture:
             (width, height), turn = picture.size, _orientation(picture)
             return (height, width, turn) if turn >= 5 else (width, height, turn)
@@ -187,6 +187,8 @@ def _errors_named(sheet: Sheet) -> Iterator[None]:
         raise DataError(f"{sheet.name}: no such file") from None
     except PermissionError:
         raise DataError(f"{sheet.name}: permission denied; make it readable") from None
+    except pdf.Refused as error:
+        raise DataError(f"{sheet.name}: {error}") from None
     except Image.UnidentifiedImageError:
         raise DataError(
             f"{sheet.name}: truncated, or not a png, jpg, tif, bmp, webp or pdf file; export it again"
@@ -372,27 +374,3 @@ def _png_is_whole(data: bytes) -> bool:
 def _webp_is_whole(head: bytes, size: int) -> bool:
     """Whether a file of `size` bytes is as long as its header says."""
     return size >= 8 + int.from_bytes(head[4:8], "little")
-
-
-def _page_size(sheet: Sheet, document: pypdfium2.PdfDocument, dpi: int) -> tuple[int, int]:
-    """Width and height of a PDF page in px. Raises DataError if it doesn't exist or is too large."""
-    page = sheet.page or 1
-    if page > len(document):
-        raise DataError(f"{sheet.path}: has {len(document)} pages, not {page}")
-    width, height = (int(np.ceil(side * dpi / 72)) for side in document[page - 1].get_size())
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{sheet.name}: {width} x {height} px at {dpi} dpi; give a smaller --dpi")
-    return width, height
-
-
-def _render(sheet: Sheet, dpi: int) -> np.ndarray:
-    """Render a PDF page into uint8 RGB [H, W, 3]."""
-    data = sheet.path.read_bytes()
-    # PDFium repairs a cut file as well as it can, with blank pages. The end mark of a whole file is among its
-    # last 1024 bytes.
-    if b"%%EOF" not in data[-1024:]:
-        raise DataError(f"{sheet.name}: truncated; copy or export it again")
-    with pypdfium2.PdfDocument(data) as document:
-        _page_size(sheet, document, dpi)
-        page = document[(sheet.page or 1) - 1]
-        return np.array(page.render(scale=dpi / 72, rev_byteorder=True).to_numpy()[..., :3])
