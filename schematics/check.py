@@ -305,6 +305,8 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.unlabeled and args.pictures:
+        raise DataError("--pictures shows labelled sheets; leave out --unlabeled")
     if args.unlabeled:
         check_pool(args.dir, args.files)
     else:
