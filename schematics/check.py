@@ -5,8 +5,8 @@
     python -m schematics.check --unlabeled DIR   a pool of drawings without labels, for pretraining
 
 Every sheet is decoded, so that a damaged file shows here and not in the middle of a training run. Nothing is
-changed on disk. On two x86-64 cores, 148 labelled sheets of about 800 x 700 px take 0.6 s, 2,194 sheets of
-about 700 x 450 px take 5 s, and a pool of 599 drawings takes 2 s.
+changed on disk. On two x86-64 cores, 148 labelled sheets of about 800 x 700 px take 0.9 s, 2,194 sheets of
+about 700 x 450 px take 7 s, and a pool of 599 drawings takes 2 s.
 
 The report has the sizes of sheets and boxes, the number of boxes of each class, and the findings: what is
 fatal, what is dropped or repaired, and what is kept but worth a look, such as boxes on bare paper. If the
@@ -297,6 +297,8 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.unlabeled and args.pictures:
+        raise DataError("--pictures shows labelled sheets; leave out --unlabeled")
     if args.unlabeled:
         check_pool(args.dir, args.files)
     else:

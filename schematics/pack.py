@@ -22,6 +22,8 @@ def main(args: argparse.Namespace) -> None:
     store = build_store(args.data, args.out, args.side, args.stride, args.min_ink, args.color_mode, args.dpi)
     for line in store.skipped:
         print(f"skipped {line}")
+    if uneven := sum(entry.get("tolerance") is not None for entry in store.index["sheets"]):
+        print(f"{uneven} sheets of uneven paper (shadow, squares, panels): ink is told by the paper nearby")
     blank = sum(entry["blank"] for entry in store.index["sheets"])
     print(
         f"{len(store.sheet_names)} sheets, {len(store)} {store.color_mode} windows of {store.side} px,"

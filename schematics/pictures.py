@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from schematics.folders import whole_folder
-from schematics.sheets import Sheet, read_sheet
+from schematics.sheets import DataError, Sheet, read_sheet
 
 LONGEST = 1600  # px, of a picture's longer side
 QUALITY = 85  # of its JPEG
@@ -60,7 +60,7 @@ def write_page(out: Path, cards: Sequence[Card]) -> None:
     """Make the folder `out` with index.html and a picture of each sheet.
 
     First come the sheets with boxes without ink, by their share of the boxes, then the others that there is a
-    reason to look at. Raises DataError if `out` exists.
+    reason to look at. Raises DataError if `out` exists or the disk refuses.
     """
 
     def rank(card: Card) -> tuple[float, bool]:
@@ -69,17 +69,19 @@ def write_page(out: Path, cards: Sequence[Card]) -> None:
     order = sorted(cards, key=rank)
     classes = sorted({name for card in cards for name in card.names})
     colors = {name: f"hsl({360 * 0.618034 * k % 360:.0f} 90% 38%)" for k, name in enumerate(classes)}
-    with whole_folder(out) as folder:
-        figures = []
-        for number, card in enumerate(order, start=1):
-            image = read_sheet(card.sheet)
-            (folder / f"{number}.jpg").write_bytes(_jpeg(image))
-            figures.append(_figure(card, f"{number}.jpg", image.shape[1], image.shape[0], colors))
-        page = PAGE.format(
-            total=len(cards), suspicious=sum(bool(card.reasons) for card in cards), figures="\n".join(figures)
-        )
-        # A file's name may hold half of a surrogate pair, which no encoding can write.
-        (folder / "index.html").write_bytes(page.encode(errors="replace"))
+    try:
+        with whole_folder(out) as folder:
+            figures = []
+            for number, card in enumerate(order, start=1):
+                image = read_sheet(card.sheet)
+                (folder / f"{number}.jpg").write_bytes(_jpeg(image))
+                figures.append(_figure(card, f"{number}.jpg", image.shape[1], image.shape[0], colors))
+            suspicious = sum(bool(card.reasons) for card in cards)
+            page = PAGE.format(total=len(cards), suspicious=suspicious, figures="\n".join(figures))
+            # A file's name may hold half of a surrogate pair, which no encoding can write.
+            (folder / "index.html").write_bytes(page.encode(errors="replace"))
+    except OSError as error:
+        raise DataError(f"{out}: {error.strerror}; free some room or choose another folder") from error
 
 
 def _jpeg(image: np.ndarray) -> bytes:
