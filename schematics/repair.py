@@ -202,9 +202,9 @@ def usable_images(
             annotations[names[image_id]].append(row)
     found = find_files(list(rows), folders, tally)
     sheets: dict[str, SheetFile | None] = dict.fromkeys(rows)
-    top = Path(os.path.realpath(top))
+    homes = {os.path.realpath(folder) + os.sep for folder in (top, *folders)}  # a folder itself may be a link
     for name, file in found.items():
-        if not Path(os.path.realpath(file.path)).is_relative_to(top):
+        if not os.path.realpath(file.path).startswith(tuple(homes)):
             tally[f"image outside {top.name}/: read all the same", printable(name), "kept"] += 1
         sheets[name] = _sheet_file(ids[name], name, file, rows[name], annotations[name], tally)
     return {image_id: sheets[name] for image_id, name in names.items()}
