@@ -295,6 +295,10 @@ def test_files_outside_the_folder_are_said_or_not_opened(tmp_path):
         ("link.png", "image outside data/: read all the same"),
         (absolute, "image named but missing"),
     }
+    (folder / "_annotations.coco.json").write_text(json.dumps(named("../images/1.png")))  # within DATA
+    (tmp_path / "data/images").mkdir()
+    (folder / "1.png").rename(tmp_path / "data/images/1.png")
+    assert read_split(folder).findings == []
     os.symlink(elsewhere, tmp_path / "data/valid")  # folders may be links, as those of a set on a larger disk
     assert read_split(tmp_path / "data/valid").findings == []
 
