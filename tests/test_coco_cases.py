@@ -157,21 +157,28 @@ def test_names_that_differ_in_case_only_are_said(tmp_path):
     assert said(split) == {("kept", "classes 'valve' and 'Valve' differ in case only: kept apart")}
 
 
-def test_boxes_of_a_stretched_sheet_are_scaled_where_the_ink_shows_it():
-    split = read_split(CASES / "05-stretched-since-labelled/input/train")
+@pytest.mark.parametrize("dense", [False, True])
+def test_boxes_of_a_stretched_sheet_are_scaled_where_the_ink_shows_it(tmp_path, dense):
+    shutil.copytree(CASES / "05-stretched-since-labelled/input", tmp_path / "data")
+    path = tmp_path / "data/train/a.png"
+    if dense:
+        image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        image[::4] = 0
+        cv2.imwrite(str(path), image)
+    split = read_split(path.parent)
     assert len(split.sheets[0].boxes) == 6 and all_on_ink(split)
     np.testing.assert_allclose(split.sheets[0].xywh[0], [250 / 2, 219 / 1.5, 24 / 2, 24 / 1.5])
     assert losses(split).startswith("train: 1 sheet repaired;")
 
 
-@pytest.mark.parametrize("how", ["dense", "padded", "two boxes"])
+@pytest.mark.parametrize("how", ["noise", "padded", "two boxes"])
 def test_a_sheet_of_another_shape_is_refused_where_the_ink_does_not_show_how(tmp_path, how):
     shutil.copytree(CASES / "05-stretched-since-labelled/input", tmp_path / "data")
     folder = tmp_path / "data/train"
     image = cv2.imread(str(folder / "a.png"), cv2.IMREAD_GRAYSCALE)
     content = json.loads((folder / "_annotations.coco.json").read_text())
-    if how == "dense":
-        image[::4] = 0
+    if how == "noise":
+        image = np.random.default_rng(1).integers(0, 256, image.shape, np.uint8)
     elif how == "padded":  # the boxes as scaled along each axis miss the symbols
         image = np.pad(cv2.resize(image, (400, 300)), ((150, 0), (0, 60)), constant_values=255)
     else:
@@ -288,6 +295,12 @@ def test_files_outside_the_folder_are_said_or_not_opened(tmp_path):
         ("link.png", "image outside data/: read all the same"),
         (absolute, "image named but missing"),
     }
+    (folder / "_annotations.coco.json").write_text(json.dumps(named("../images/1.png")))  # within DATA
+    (tmp_path / "data/images").mkdir()
+    (folder / "1.png").rename(tmp_path / "data/images/1.png")
+    assert read_split(folder).findings == []
+    os.symlink(elsewhere, tmp_path / "data/valid")  # folders may be links, as those of a set on a larger disk
+    assert read_split(tmp_path / "data/valid").findings == []
 
 
 LAYOUTS = {  # annotation file, folder of the sheets
@@ -317,7 +330,7 @@ def test_layouts_of_other_tools(tmp_path, layout):
     assert [sheet.file_name for split in (train, valid) for sheet in split.sheets] == ["1.png", "2.png"]
     assert (train.categories, valid.categories) == ([Category(1, "valve")], [Category(2, "valve")])
     assert said(train) == set() and {action for action, _ in said(valid)} == {"repaired"}
-    with pytest.raises(DataError, match=r"no test/_annotations"):
+    with pytest.raises(DataError, match=r"no test/_annotations.* schematics\.convert .* OUT --test 0\.2"):
         find_split(tmp_path, "test")
 
 
