@@ -76,7 +76,7 @@ class Journal:
             self._board.add_scalar(name, value, step)
 
     def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor, names: Sequence[str]) -> None:
-        """Add N named embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in 0 to 1."""
+        """Add embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in 0 to 1."""
         if self.main:
             plain = [
                 " ".join(name.encode(errors="replace").decode().split()) for name in names

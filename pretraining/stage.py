@@ -101,9 +101,8 @@ class Boundary:
                 chosen = spread(len(self.store), 256)
                 encoder, windows = self.training.encoder, gallery(self.store, self.image_size, chosen)
                 features = embed(nn.Sequential(encoder.normalise, encoder.backbone), windows)
-                self.journal.embeddings(
-                    step, features, windows.float() / 255, [*map(self.store.source, chosen)]
-                )
+                names = [Path(self.store.source(i)).name for i in chosen]
+                self.journal.embeddings(step, features, windows.float() / 255, names)
 
 
 def pretrain(config: PretrainConfig, method: Method) -> None:
