@@ -10,12 +10,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import atomic
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from cluster.distributed import World
@@ -73,10 +75,18 @@ class Journal:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 
-    def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor) -> None:
-        """Add embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in [0, 1]."""
+    def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor, names: Sequence[str]) -> None:
+        """Add embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in 0 to 1."""
         if self.main:
-            self._board.add_embedding(tensor, label_img=thumbnails, global_step=step)
+            plain = [
+                " ".join(name.encode(errors="replace").decode().split()) for name in names
+            ]  # a line each
+            self._board.add_embedding(tensor, plain, thumbnails, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Add a picture, uint8 [H, W, 3] RGB, to TensorBoard."""
+        if self.main:
+            self._board.add_image(name, image, step, dataformats="HWC")
 
     def message(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

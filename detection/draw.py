@@ -35,7 +35,7 @@ def _palette() -> np.ndarray:
     Each is the one that is farthest from those before it in CIELAB, where distances are about as large as
     they look.
     """
-    steps = np.arange(0, 256, 15, np.uint8)
+    steps = np.array(range(0, 256, 15), np.uint8)
     colors = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 1, 3)
     lab = cv2.cvtColor(colors.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[:, 0]
     usable = (lab[:, 0] > 25) & (lab[:, 0] < 62) & (np.hypot(lab[:, 1], lab[:, 2]) > 30)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from cluster import atomic
-from cluster.config import Config
+from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import UserError
 from detection.inference import Detections, detect, load_detector
@@ -113,7 +113,7 @@ def compare(one: Detections, other: Detections) -> tuple[int, float, float]:
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Config):
     # Detector to export: model.pt of a finetuning.
-    checkpoint: Path
+    checkpoint: Path = setting(Path("checkpoints/detector/model.pt"), exists=True)
     # File to write, such as detector.onnx.
     out: Path
     # Drawings on which torch and onnxruntime must agree: image files, PDFs, folders of them.

@@ -6,22 +6,28 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from cluster import distributed
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
 from cluster.training import GuardedStep
 from detection.data import SheetReader
+from detection.draw import annotate
+from detection.inference import detect
 from detection.metrics.coco import Engine, Figures
 from detection.model import Detector
 from detection.schedule import Phase
 from detection.validation import VALIDATING, out_of_patience, validate, write_model
 from schematics import draws
 from schematics.coco import to_coco
+
+DRAWN = 2  # validation sheets that are drawn for TensorBoard
 
 
 def train(
@@ -159,8 +165,25 @@ class Boundary:
         progress.pending = not go_on
         for name in ["model.pt"] * better + ["last.pt"] * (not go_on):
             write_model(self.run.exp_dir / name, progress.judged, step, figures, thresholds, self.train_boxes)
+        if better:
+            with self.run.allow(VALIDATING):
+                distributed.on_main(lambda: self.draw(step, thresholds))  # the others wait here
         self.tell(step, figures, better)
         return go_on
+
+    def draw(self, step: int, thresholds: dict[int, float]) -> None:
+        """Draw what is found on the first sheets for TensorBoard."""
+        detector = self.progress.judged
+        training = detector.training
+        names = [name for _, name in detector.spec.categories]
+        least = np.array([thresholds[number] for number, _ in detector.spec.categories])
+        detector.eval()
+        for n, sheet in enumerate(self.reader.split.sheets[:DRAWN]):
+            image = self.reader[n][0]
+            found = detect(detector, image).above(least)
+            picture = annotate(image, found.boxes, found.labels, names, found.scores, sheet.file_name)
+            self.journal.picture(step, f"valid/{n + 1}", picture)
+        detector.train(training)
 
     def tell(self, step: int, figures: Figures, better: bool) -> None:
         """Write the figures to the journal, and print them."""

@@ -107,11 +107,10 @@ def main(config: EvaluateConfig) -> None:
     truth, results = to_coco(split), to_results(found, ids)
     figures, matches = measure(truth, results, engine=config.coco_engine)
     analysis = analyse(matches, thresholds=dict(zip(ids, thresholds.tolist(), strict=True)))
-    unlisted = {
-        name: int(number)
-        for (_, name), number, label in zip(spec.categories, counted, matched.labels[1:], strict=True)
-        if not label
-    }
+    unlisted = dict[str, int]()
+    for k in np.flatnonzero(matched.labels[1:] == 0).tolist():
+        name = spec.categories[k][1]
+        unlisted[name] = unlisted.get(name, 0) + int(counted[k])
     known = detector.train_boxes
     in_train = dict(zip(ids, np.array(known)[first].tolist(), strict=True)) if known else {}
     notes = notes_on(whole, matched.unknown, unlisted)

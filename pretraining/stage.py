@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -98,9 +99,11 @@ class Boundary:
         draw = rest == 0 and self.embed_every > 0 and epoch % self.embed_every == 0
         if self.run.world.main and (draw or step == self.schedule.total):
             with self.run.allow(DRAWING):
-                encoder, windows = self.training.encoder, gallery(self.store, self.image_size)
+                chosen = spread(len(self.store), 256)
+                encoder, windows = self.training.encoder, gallery(self.store, self.image_size, chosen)
                 features = embed(nn.Sequential(encoder.normalise, encoder.backbone), windows)
-                self.journal.embeddings(step, features, windows.float() / 255)
+                names = [Path(self.store.source(i)).name for i in chosen]
+                self.journal.embeddings(step, features, windows.float() / 255, names)
 
 
 def pretrain(config: PretrainConfig, method: Method) -> None:
@@ -172,6 +175,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         )
         order = epoch_order(config.seed, len(store))
         batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers)
+        if world.main:
+            journal.picture(start, "views", views(pairs))
         wrapped = parallel(encoder, world)
         guarded = GuardedStep(
             wrapped, optimizer, schedule.lr, training.guard, world.device, config.clip_grad, config.precision
@@ -291,7 +296,18 @@ def export(path: Path, encoder: Encoder, store: WindowStore, about: dict[str, An
     write_backbone(path, encoder.backbone.state_dict(), meta)
 
 
-def gallery(store: WindowStore, size: int, windows: int = 256) -> Tensor:
-    """A fixed set of windows, evenly spread over the pool: uint8 [min(windows, N), 3, size, size]."""
-    count = min(windows, len(store))
-    return torch.stack([square(store.window(i * len(store) // count), size) for i in range(count)])
+def spread(pool: int, count: int) -> list[int]:
+    """At most so many windows of the pool, evenly spread over it and always the same."""
+    count = min(count, pool)
+    return [i * pool // count for i in range(count)]
+
+
+def gallery(store: WindowStore, size: int, chosen: list[int]) -> Tensor:
+    """The chosen windows: uint8 [N, 3, size, size]."""
+    return torch.stack([square(store.window(i), size) for i in chosen])
+
+
+def views(pairs: Pairs, count: int = 8) -> np.ndarray:
+    """A picture of the views of some windows in the first epoch, a column each: uint8 [2 S, count * S, 3]."""
+    columns = [torch.cat(pairs[0, 0, i], 1) for i in spread(len(pairs), count)]
+    return torch.cat(columns, 2).permute(1, 2, 0).numpy()

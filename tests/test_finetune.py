@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_finetuning import config_of, lines_of, weights_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import checkpoint, distributed
 from cluster.errors import UserError
@@ -253,6 +254,9 @@ def test_what_the_splits_lost_is_said_and_training_s_boxes_stay_with_the_detecto
     ]
     counts = checkpoint.read(tmp_path / "run" / "model.pt")["train_boxes"]
     assert sum(counts.values()) == len(rows) - lost > 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == ["valid/1", "valid/2"]
 
 
 def report(trained, data, out, *flags):

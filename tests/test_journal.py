@@ -11,6 +11,7 @@ import sys
 import termios
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import Ranks, until
@@ -142,7 +143,16 @@ def test_a_terminal_gets_a_bar(tmp_path):
 
 def test_embeddings_for_the_projector(tmp_path):
     record = Journal(tmp_path, World(), 1)
-    record.embeddings(0, torch.randn(4, 3), torch.rand(4, 3, 8, 8))
+    names = ["a.png @0,0", "b\tc\nd.png @0,0", "e\udcff.png @0,0", "<f>.png @0,0"]
+    record.embeddings(0, torch.randn(4, 3), torch.rand(4, 3, 8, 8), names)
+    record.picture(0, "views", np.zeros((8, 16, 3), np.uint8))
     record.close()
+    (metadata,) = (tmp_path / "tensorboard").rglob("metadata.tsv")
+    assert metadata.read_text().splitlines() == [
+        "a.png @0,0",
+        "b c d.png @0,0",
+        "e?.png @0,0",
+        "<f>.png @0,0",
+    ]
     assert list((tmp_path / "tensorboard").rglob("tensors.tsv"))
     assert list((tmp_path / "tensorboard").rglob("sprite.png"))

@@ -155,6 +155,11 @@ def test_the_backbone_carries_what_the_next_stage_needs_and_the_embedding_is_dra
     events = EventAccumulator(str(board))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(STEPS))
+    assert events.Tags()["images"] == ["views"]
+    (names,) = {file.read_text() for file in board.rglob("metadata.tsv")}
+    assert all(
+        name.partition(" @")[0] in {file.name for file in pool.iterdir()} for name in names.splitlines()
+    )
     assert isinstance(backbone, torch.nn.Module) and not backbone.training
     pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert backbone(pixels).shape == (2, 512)
