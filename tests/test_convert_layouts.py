@@ -422,6 +422,7 @@ def test_set_lists_with_states_subfolders_and_an_image_in_two(tmp_path):
         sheet(src / f"{name}.png")
         text(src / f"{name.replace('JPEGImages', 'Annotations')}.xml", xml(Path(name).name + ".png"))
     text(src / "VOC2007/ImageSets/Main/train.txt", "a  1\n")
+    text(src / "VOC2007/ImageSets/Segmentation/test.txt", "a")
     text(src / "VOC2012/ImageSets/Main/val.txt", b"\xef\xbb\xbfa\r\nb.png\r\nlost\r\n")
     tally = convert(src, tmp_path / "out")
     assert names_of(tmp_path / "out") == {"train": {"a.png"}, "valid": {"a.png", "b.png"}}
