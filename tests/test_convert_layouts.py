@@ -404,7 +404,7 @@ def test_an_image_is_not_taken_from_another_split_or_job(tmp_path):
         sheet(src / f"{name}.png")
     text(src / "valid/2.xml", xml("2.png"))
     text(src / "train/1.xml", xml("1.png"))
-    text(src / "jobA/1.xml", xml("jobA/1.png"))
+    text(src / "jobA/1.xml", xml("C:\\jobA\\1.png"))
     tally = convert(src, tmp_path / "out")
     assert names_of(tmp_path / "out") == {"valid": {"2.png"}}
     missing = {where for kind, where, _ in tally if kind == "label file without its image"}

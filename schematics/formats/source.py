@@ -158,15 +158,9 @@ class Tree:
         return None
 
     def find(self, name: str) -> Path | None:
-        """The image that a label file names, by as much of the path as both give; None unless it is one.
-
-        Of a path that is absolute, so of another machine, the file's name alone is enough.
-        """
+        """The image that a label file names, if just one agrees with as much of the path as both give."""
         parts = plain_parts(name)
-        same_name = self._based.get(parts[-1], [])
-        fits = [path for path in same_name if self._agrees(path, parts)]
-        if not fits and re.match(r"[\\/]|\w:", name):
-            fits = same_name
+        fits = [path for path in self._based.get(parts[-1], []) if self._agrees(path, parts)]
         exact = [path for path in fits if self.name(path) == name or (len(fits) > 1 and path.name == name)]
         fits = exact or fits
         return fits[0] if len(fits) == 1 else None

@@ -165,7 +165,7 @@ def _label_lines(tree: Tree) -> dict[Path, list[str]]:
                 lines = [line for line in read_text(path).splitlines() if line.strip()]
             except DataError:
                 continue  # another text
-            if not lines or any(LABEL_LINE.match(line) for line in lines):
+            if any(LABEL_LINE.match(line) for line in lines) or (not lines and not split_named(path.stem)):
                 found[path] = lines
     return found
 
