@@ -35,11 +35,11 @@ def convert(
     valid: float = 0.0,
     test: float = 0.0,
     seed: int = 0,
-    form: str | None = None,
+    tool: str | None = None,
 ) -> Tally:
     """Write `out`/train, `out`/valid and `out`/test from a labelled folder.
 
-    valid, test: shares of the sheets of `src`'s train split to draw by `seed` for these two. form: a key of
+    valid, test: shares of the sheets of `src`'s train split to draw by `seed` for these two. tool: a key of
     FORMATS, for a folder with labels of several. Returns what was left out or changed, and how often. Raises
     DataError if `out` exists or if `src` can't be read; nothing is written then.
     """
@@ -50,10 +50,10 @@ def convert(
         raise DataError("--valid and --test are shares of the sheets and must leave some for train")
     tally: Tally = Counter()
     tree = Tree(src, tally)
-    form = form or _form(tree)
-    if form == "coco" and not valid + test:
+    tool = tool or _tool(tree)
+    if tool == "coco" and not valid + test:
         raise DataError(f"{src}: is COCO already; read it as it is, or give --valid or --test to draw these")
-    names, sheets = FORMATS[form].read(tree, tally)
+    names, sheets = FORMATS[tool].read(tree, tally)
     if not any(sheet.boxes for sheet in sheets):
         reason = "; ".join(f"{count} x {kind} ({where})" for (kind, where, _), count in tally.most_common(3))
         raise DataError(f"{src}: no sheet with a labelled box{reason and ': '}{reason}")
@@ -64,7 +64,7 @@ def convert(
     return tally
 
 
-def _form(tree: Tree) -> str:
+def _tool(tree: Tree) -> str:
     found = [name for name, module in FORMATS.items() if module.is_there(tree)]
     if len(found) > 1:
         raise DataError(f"{tree.root}: has labels of {' and '.join(found)}; give --format with one of them")

@@ -107,8 +107,8 @@ def draw(
     empty = [split for split in wanted if split not in drawn]
     if empty:
         raise DataError(
-            f"{len(sheets)} sheets, of which {len(groups)} differ, are too few to draw {', '.join(wanted)};"
-            " give larger shares or more sheets"
+            f"too few to draw {', '.join(wanted)}: pages of one document and sheets that look alike stay"
+            f" together, and of {len(sheets)} sheets {len(groups)} differ; give larger shares or more sheets"
         )
     split_of = {p: split for places, split in zip(members.values(), drawn, strict=True) for p in places}
     return [split_of[place] for place in range(len(sheets))]

@@ -505,7 +505,7 @@ def test_labels_of_two_tools_need_a_flag(tmp_path):
     text(tmp_path / "src/a.json", json.dumps({"shapes": [{**SHAPE, "label": "pump"}], "imagePath": ""}))
     with pytest.raises(DataError, match="has labels of voc and labelme; give --format"):
         convert(tmp_path / "src", tmp_path / "out")
-    splits = converted(tmp_path / "src", tmp_path / "out", form="labelme")
+    splits = converted(tmp_path / "src", tmp_path / "out", tool="labelme")
     assert splits["train"]["a.png"] == [("pump", *VALVE[1:])]
 
 
@@ -550,4 +550,4 @@ def test_pages_keep_their_names(tmp_path):
     shutil.copyfile(tmp_path / "scan.tif", tmp_path / "out/a.tif")
     text(tmp_path / "out/a.xml", xml("a.tif"))
     with pytest.raises(DataError, match="several pages"):
-        convert(tmp_path / "out", tmp_path / "again", form="voc")
+        convert(tmp_path / "out", tmp_path / "again", tool="voc")
