@@ -499,12 +499,27 @@ def test_a_table(tmp_path):
         convert(src, tmp_path / "again")
 
 
+def test_an_empty_line_between_classes_would_shift_them(tmp_path):
+    sheet(tmp_path / "src/a.png")
+    text(tmp_path / "src/a.txt", "1 0.2 0.5 0.2 0.5")
+    text(tmp_path / "src/classes.txt", "valve\n\npump\n")
+    with pytest.raises(DataError, match=r"classes\.txt: line 2 is empty"):
+        convert(tmp_path / "src", tmp_path / "out")
+    text(tmp_path / "src/classes.txt", "pump\nvalve\n\n")
+    text(tmp_path / "src/a.txt", f"\xff\n1 {LINE[2:]}".encode("latin-1"))
+    tally = convert(tmp_path / "src", tmp_path / "out")
+    assert boxes_of(tmp_path / "out")["train"]["a.png"] == [VALVE]
+    assert tally == {("line that is not all numbers", "a.txt", "dropped"): 1}
+
+
 def test_labels_of_two_tools_need_a_flag(tmp_path):
     sheet(tmp_path / "src/a.png")
     text(tmp_path / "src/a.xml", xml("a.png"))
     text(tmp_path / "src/a.json", json.dumps({"shapes": [{**SHAPE, "label": "pump"}], "imagePath": ""}))
     with pytest.raises(DataError, match="has labels of voc and labelme; give --format"):
         convert(tmp_path / "src", tmp_path / "out")
+    with pytest.raises(DataError, match="no labels of yolo"):
+        convert(tmp_path / "src", tmp_path / "out", tool="yolo")
     splits = converted(tmp_path / "src", tmp_path / "out", tool="labelme")
     assert splits["train"]["a.png"] == [("pump", *VALVE[1:])]
 
