@@ -35,11 +35,11 @@ def convert(
     valid: float = 0.0,
     test: float = 0.0,
     seed: int = 0,
-    form: str | None = None,
+    tool: str | None = None,
 ) -> Tally:
     """Write `out`/train, `out`/valid and `out`/test from a labelled folder.
 
-    valid, test: shares of the sheets of `src`'s train split to draw by `seed` for these two. form: a key of
+    valid, test: shares of the sheets of `src`'s train split to draw by `seed` for these two. tool: a key of
     FORMATS, for a folder with labels of several. Returns what was left out or changed, and how often. Raises
     DataError if `out` exists or if `src` can't be read; nothing is written then.
     """
@@ -50,10 +50,10 @@ def convert(
         raise DataError("--valid and --test are shares of the sheets and must leave some for train")
     tally: Tally = Counter()
     tree = Tree(src, tally)
-    form = form or _form(tree)
-    if form == "coco" and not valid + test:
+    tool = _tool(tree, tool)
+    if tool == "coco" and not valid + test:
         raise DataError(f"{src}: is COCO already; read it as it is, or give --valid or --test to draw these")
-    names, sheets = FORMATS[form].read(tree, tally)
+    names, sheets = FORMATS[tool].read(tree, tally)
     if not any(sheet.boxes for sheet in sheets):
         reason = "; ".join(f"{count} x {kind} ({where})" for (kind, where, _), count in tally.most_common(3))
         raise DataError(f"{src}: no sheet with a labelled box{reason and ': '}{reason}")
@@ -64,10 +64,12 @@ def convert(
     return tally
 
 
-def _form(tree: Tree) -> str:
-    found = [name for name, module in FORMATS.items() if module.is_there(tree)]
+def _tool(tree: Tree, wanted: str | None) -> str:
+    found = [name for name in ([wanted] if wanted else FORMATS) if FORMATS[name].is_there(tree)]
     if len(found) > 1:
         raise DataError(f"{tree.root}: has labels of {' and '.join(found)}; give --format with one of them")
+    if not found and wanted:
+        raise DataError(f"{tree.root}: no labels of {wanted}")
     if not found:
         raise DataError(
             f"{tree.root}: neither VOC (xml files), YOLO (data.yaml or classes.txt with class names), labelme"
@@ -117,9 +119,7 @@ def _write(out: Path, sheets: Sequence[Labelled], names: Mapping[int, str], tall
                 copies[path] = name = _free_name(path, number, taken)
                 shutil.copyfile(path, out / split / name)
                 if name != path.name:
-                    tally[
-                        f"name of a sheet taken or unfit: {name} in its place", _text(path), "repaired"
-                    ] += 1
+                    tally[f"name taken or unfit: {name} in its place", _text(path), "repaired"] += 1
             width, height = labelled.size
             page = "" if labelled.sheet.page is None else f"#page={labelled.sheet.page}"
             own = {"id": number, "file_name": copies[path] + page, "width": width, "height": height}
@@ -160,11 +160,8 @@ def main(args: argparse.Namespace) -> None:
         kinds[action, kind].append((where, count))
     for (action, kind), places in sorted(kinds.items()):
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-        print(
-            _text(
-                f"{action}: {sum(n for _, n in places)} {kind}: {', '.join(w for w, _ in places[:3])}{more}"
-            )
-        )
+        examples = ", ".join(where for where, _ in places[:3])
+        print(_text(f"{action}: {sum(count for _, count in places)} {kind}: {examples}{more}"))
     for path in sorted(args.out.iterdir()):
         print(_text(f"wrote {path}"))
     if not (args.out / "valid").is_dir():

@@ -3,9 +3,9 @@
 No worker, rank or earlier draw has any influence, so that a resumed run equals an uninterrupted one and the
 number of workers changes nothing.
 
-Two kinds of data that are drawn once keep generators of their own, so that what older versions drew stays the
-same: the sheets of schematics.synthetic and the splits of schematics.convert. The Philox streams here can't
-coincide with theirs.
+Two kinds of data that are drawn once have generators of their own: the sheets of schematics.synthetic, so
+that what older versions drew stays the same, and schematics.splits. The Philox streams here can't coincide
+with theirs.
 """
 
 import operator

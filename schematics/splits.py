@@ -42,8 +42,8 @@ def stratified(
         # Where no class is left, the sheets without boxes are dealt out.
         for place in (place for place in left if rarest is None or rarest in groups[place][1]):
             size, names = groups[place]
-            # A split that is full gets no more, as long as another one isn't.
-            room = [split for split in shares if lacks[split] >= min(size, 0.5)] or list(shares)
+            # A split without room for half of a group gets no more, as long as another one has it.
+            room = [s for s in shares if lacks[s] >= size / 2] or [max(shares, key=lacks.__getitem__)]
             split = max(room, key=lambda split: (lacks_of[split].get(rarest or "", 0.0), lacks[split]))
             drawn[place] = split
             lacks[split] -= size
@@ -107,8 +107,8 @@ def draw(
     empty = [split for split in wanted if split not in drawn]
     if empty:
         raise DataError(
-            f"{len(sheets)} sheets, of which {len(groups)} differ, are too few to draw {', '.join(wanted)};"
-            " give larger shares or more sheets"
+            f"too few to draw {', '.join(wanted)}: pages of one document and sheets that look alike stay"
+            f" together, and of {len(sheets)} sheets {len(groups)} differ; give larger shares or more sheets"
         )
     split_of = {p: split for places, split in zip(members.values(), drawn, strict=True) for p in places}
     return [split_of[place] for place in range(len(sheets))]

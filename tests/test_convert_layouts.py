@@ -404,7 +404,7 @@ def test_an_image_is_not_taken_from_another_split_or_job(tmp_path):
         sheet(src / f"{name}.png")
     text(src / "valid/2.xml", xml("2.png"))
     text(src / "train/1.xml", xml("1.png"))
-    text(src / "jobA/1.xml", xml("jobA/1.png"))
+    text(src / "jobA/1.xml", xml("C:\\jobA\\1.png"))
     tally = convert(src, tmp_path / "out")
     assert names_of(tmp_path / "out") == {"valid": {"2.png"}}
     missing = {where for kind, where, _ in tally if kind == "label file without its image"}
@@ -422,6 +422,7 @@ def test_set_lists_with_states_subfolders_and_an_image_in_two(tmp_path):
         sheet(src / f"{name}.png")
         text(src / f"{name.replace('JPEGImages', 'Annotations')}.xml", xml(Path(name).name + ".png"))
     text(src / "VOC2007/ImageSets/Main/train.txt", "a  1\n")
+    text(src / "VOC2007/ImageSets/Segmentation/test.txt", "a")
     text(src / "VOC2012/ImageSets/Main/val.txt", b"\xef\xbb\xbfa\r\nb.png\r\nlost\r\n")
     tally = convert(src, tmp_path / "out")
     assert names_of(tmp_path / "out") == {"train": {"a.png"}, "valid": {"a.png", "b.png"}}
@@ -498,13 +499,28 @@ def test_a_table(tmp_path):
         convert(src, tmp_path / "again")
 
 
+def test_an_empty_line_between_classes_would_shift_them(tmp_path):
+    sheet(tmp_path / "src/a.png")
+    text(tmp_path / "src/a.txt", "1 0.2 0.5 0.2 0.5")
+    text(tmp_path / "src/classes.txt", "valve\n\npump\n")
+    with pytest.raises(DataError, match=r"classes\.txt: line 2 is empty"):
+        convert(tmp_path / "src", tmp_path / "out")
+    text(tmp_path / "src/classes.txt", "pump\nvalve\n\n")
+    text(tmp_path / "src/a.txt", f"\xff\n1 {LINE[2:]}".encode("latin-1"))
+    tally = convert(tmp_path / "src", tmp_path / "out")
+    assert boxes_of(tmp_path / "out")["train"]["a.png"] == [VALVE]
+    assert tally == {("line that is not all numbers", "a.txt", "dropped"): 1}
+
+
 def test_labels_of_two_tools_need_a_flag(tmp_path):
     sheet(tmp_path / "src/a.png")
     text(tmp_path / "src/a.xml", xml("a.png"))
     text(tmp_path / "src/a.json", json.dumps({"shapes": [{**SHAPE, "label": "pump"}], "imagePath": ""}))
     with pytest.raises(DataError, match="has labels of voc and labelme; give --format"):
         convert(tmp_path / "src", tmp_path / "out")
-    splits = converted(tmp_path / "src", tmp_path / "out", form="labelme")
+    with pytest.raises(DataError, match="no labels of yolo"):
+        convert(tmp_path / "src", tmp_path / "out", tool="yolo")
+    splits = converted(tmp_path / "src", tmp_path / "out", tool="labelme")
     assert splits["train"]["a.png"] == [("pump", *VALVE[1:])]
 
 
@@ -549,4 +565,4 @@ def test_pages_keep_their_names(tmp_path):
     shutil.copyfile(tmp_path / "scan.tif", tmp_path / "out/a.tif")
     text(tmp_path / "out/a.xml", xml("a.tif"))
     with pytest.raises(DataError, match="several pages"):
-        convert(tmp_path / "out", tmp_path / "again", form="voc")
+        convert(tmp_path / "out", tmp_path / "again", tool="voc")

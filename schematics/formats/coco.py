@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from schematics.coco import annotation_file, find_splits, inspect_split, to_coco
-from schematics.formats.source import Box, Labelled, Tree, split_named
+from schematics.formats.source import Box, Labelled, Tree, extent, split_named
 from schematics.repair import Tally
 from schematics.sheets import DataError, Sheet
 
@@ -71,8 +71,20 @@ def _columns(place: Path) -> tuple[dict[str, dict], dict[tuple, dict]]:
     images = {str(row.get("id")): row for row in document.get("images", ())}
     names = {str(row.get("id")): str(row.get("name")).strip() for row in document.get("categories", ())}
     annotations = {
-        (str(row.get("image_id")), names.get(str(row.get("category_id"))), *bbox): row
+        (str(row.get("image_id")), names.get(str(row.get("category_id"))), *box): row
         for row in document.get("annotations", ())
-        if isinstance(bbox := row.get("bbox"), list) and all(isinstance(side, int | float) for side in bbox)
+        if (box := _box(row))
     }
     return images, annotations
+
+
+def _box(row: dict) -> list[float] | None:
+    """The box of a row as it stands there, or the extent of its outline."""
+    try:
+        if row.get("bbox"):
+            return [float(side) for side in row["bbox"]]
+        points = [value for polygon in row["segmentation"] for value in polygon]
+        x0, y0, x1, y1 = extent(zip(points[::2], points[1::2], strict=True))
+        return [float(side) for side in (x0, y0, x1 - x0, y1 - y0)]
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return None

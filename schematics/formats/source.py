@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -68,17 +68,17 @@ def plain_parts(name: str) -> list[str]:
     return [*(part for part in folders if part not in ROLES), parts[-1]]
 
 
-def read_text(path: Path, largest: int = LARGEST) -> str:
+def read_text(path: Path, largest: int = LARGEST, errors: str = "strict") -> str:
     """The text of a file in UTF-8 or, if it begins with a byte order mark, UTF-16.
 
-    Raises DataError if it is another encoding or above `largest` bytes.
+    errors: as in bytes.decode. Raises DataError if it is another encoding or above `largest` bytes.
     """
     if path.stat().st_size > largest:
         raise DataError(f"{path}: above {largest // 2**10} kB; this can't be a file of labels")
     data = path.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        return data.decode(encoding)
+        return data.decode(encoding, errors)
     except ValueError:
         raise DataError(f"{path}: neither UTF-8 nor UTF-16; save it as UTF-8") from None
 
@@ -158,15 +158,9 @@ class Tree:
         return None
 
     def find(self, name: str) -> Path | None:
-        """The image that a label file names, by as much of the path as both give; None unless it is one.
-
-        Of a path that is absolute, so of another machine, the file's name alone is enough.
-        """
+        """The image that a label file names, if just one agrees with as much of the path as both give."""
         parts = plain_parts(name)
-        same_name = self._based.get(parts[-1], [])
-        fits = [path for path in same_name if self._agrees(path, parts)]
-        if not fits and re.match(r"[\\/]|\w:", name):
-            fits = same_name
+        fits = [path for path in self._based.get(parts[-1], []) if self._agrees(path, parts)]
         exact = [path for path in fits if self.name(path) == name or (len(fits) > 1 and path.name == name)]
         fits = exact or fits
         return fits[0] if len(fits) == 1 else None
@@ -186,10 +180,7 @@ class Tree:
         taken = set(pairs.values())
         for label, name in labels.items():
             if label in pairs:
-                other = (
-                    self.find(name) if name and form(PurePosixPath(name).stem) != form(label.stem) else None
-                )
-                if other not in (None, pairs[label]):
+                if name and self.find(name) not in (None, pairs[label]):
                     kind = "label file that names another sheet: that of its own name taken"
                     tally[kind, self.name(label), "repaired"] += 1
                 continue
@@ -238,9 +229,10 @@ def assign(tree: Tree, images: Iterable[Path], listed: Mapping[Path, str], tally
     out.
     """
     splits = {}
+    all_listed = "train" in listed.values()
     for image in images:
         split = listed.get(image) or tree.split_of(image)
-        if split or "train" not in listed.values():
+        if split or not all_listed:
             splits[image] = split or "train"
         else:
             tally["sheet that no list of the splits names", tree.name(image), "dropped"] += 1

@@ -110,9 +110,10 @@ def _listed(tree: Tree, pairs: dict[Path, Path], tally: Tally) -> dict[Path, str
     for file in tree.files:
         parts = file.relative_to(tree.root).parts
         split = split_named(file.stem) or ("train" if file.stem == "trainval" else None)
-        if file.suffix != ".txt" or split is None or "ImageSets" not in parts[:-1]:
+        if file.suffix != ".txt" or split is None or file.parent.name not in ("Main", "ImageSets"):
             continue
-        above = "/".join(parts[: parts.index("ImageSets")])
+        # The lists of other tasks beside Main divide the images otherwise.
+        above = "/".join(parts[: -3 if file.parent.name == "Main" else -2])
         for line in filter(None, map(str.strip, read_text(file).splitlines())):
             # A drawing's number may hold blanks; a word behind it says whether a class is on the image.
             line = re.sub(rf"(?i)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", "", line)

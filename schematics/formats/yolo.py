@@ -134,9 +134,8 @@ def _description(tree: Tree) -> tuple[dict[str, Any], Path | None]:
 def _names(names: Any, file: Path) -> dict[int, str]:
     """Class names by number. Raises DataError if they aren't a list or a dictionary of texts."""
     try:
-        pairs = (
-            names.items() if isinstance(names, dict) else enumerate(names if isinstance(names, list) else "")
-        )
+        listed = names if isinstance(names, list) else []
+        pairs = names.items() if isinstance(names, dict) else enumerate(listed)
         found = {int(index): class_name(name) for index, name in pairs}
         if found and min(found) >= 0 and max(found) <= LARGEST_INDEX and len(found) == len(names):
             return found
@@ -147,9 +146,10 @@ def _names(names: Any, file: Path) -> dict[int, str]:
 
 
 def _listed_names(files: Sequence[Path]) -> dict[int, str]:
-    """Class names by number, a line each. Raises DataError if two files differ."""
-    lists = {path: [line.strip() for line in read_text(path).splitlines()] for path in files}
-    lists = {path: [line for line in lines if line] for path, lines in lists.items()}
+    """Class names by number, a line each. Raises DataError if two files differ or a line between is empty."""
+    lists = {path: [line.strip() for line in read_text(path).rstrip().splitlines()] for path in files}
+    for path in (path for path in files if "" in lists[path]):
+        raise DataError(f"{path}: line {lists[path].index('') + 1} is empty; each class has its line")
     other = next((path for path in files if lists[path] != lists[files[0]]), None)
     if other:
         raise DataError(f"{files[0]} and {other}: not the same class names; convert each folder by itself")
@@ -161,11 +161,8 @@ def _label_lines(tree: Tree) -> dict[Path, list[str]]:
     found = {}
     for path in tree.files:
         if path.suffix.lower() == ".txt" and path.name.lower() not in NAME_FILES:
-            try:
-                lines = [line for line in read_text(path).splitlines() if line.strip()]
-            except DataError:
-                continue  # another text
-            if not lines or any(LABEL_LINE.match(line) for line in lines):
+            lines = [line for line in read_text(path, errors="replace").splitlines() if line.strip()]
+            if any(LABEL_LINE.match(line) for line in lines) or (not lines and not split_named(path.stem)):
                 found[path] = lines
     return found
 
