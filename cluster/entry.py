@@ -92,9 +92,15 @@ def parse(config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
         for name in given:
             if name not in flags and "--" + name.removeprefix("--no-") not in flags:
                 _refuse(f"unknown flag {name}{_nearest(name, [*flags, *older])}")
-        for name, field in flags.items():
-            if field.default is field.default_factory is dataclasses.MISSING and name not in given:
-                _refuse(f"{name} is required")
+        required = [
+            name
+            for name, field in flags.items()
+            if field.default is field.default_factory is dataclasses.MISSING
+        ]
+        if missing := [name for name in required if name not in given]:
+            rest = " ".join(f"{name} {name[2:].upper().replace('-', '_')}" for name in missing)
+            verb = "is" if len(missing) == 1 else "are"
+            _refuse(f"{', '.join(missing)} {verb} required: {' '.join([_program(), *args, rest])}")
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -114,6 +120,9 @@ def _respell(arg: str, older: dict[str, str]) -> str:
 
 
 def _program() -> str:
+    """How to start this program: slurm/launch.sh names the .slurm file that it was started by."""
+    if "LINEWORK_COMMAND" in os.environ:
+        return os.environ["LINEWORK_COMMAND"]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
 

@@ -65,7 +65,7 @@ def main(config: PredictConfig) -> None:
     pictures = config.out / "pictures"
     if (config.out / "predictions.json").exists() and not config.overwrite:
         raise UserError(f"--out {config.out}: holds predictions; name another folder, or give --overwrite")
-    device = distributed.start(config.device).device
+    device = distributed.lone_device(config.device)
     sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
     # If --out lies among the sheets, the pictures of an earlier run are not drawings to look at.
     own = pictures.resolve()

@@ -61,7 +61,7 @@ class EvaluateConfig(Config):
 def main(config: EvaluateConfig) -> None:
     if not config.unfinished:
         refuse_unfinished(config.checkpoint)
-    device = distributed.start(config.device).device
+    device = distributed.lone_device(config.device)
     coco_classes(config.coco_engine)
     split = read_split(find_split(config.data_dir, config.split))
     detector = load_detector(config.checkpoint, device)
