@@ -1,7 +1,7 @@
 """Does this machine with GPUs do what the documentation claims? One line a claim: PASS, FAIL or FIGURE.
 
     make gpu                                                   # on a machine with GPUs
-    python benchmarks/gpu_acceptance.py --tiny --device cpu    # rehearses the lines on a CPU, in a minute or two
+    python benchmarks/gpu_acceptance.py --tiny --device cpu    # rehearses the lines on a CPU
 
 Exit status 1 if a line says FAIL. What is compared bit for bit on a GPU needs `--deterministic`.
 """
