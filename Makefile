@@ -1,5 +1,5 @@
-# `make demo` goes from drawings to mAP on this machine, `make test` runs the checks and the whole suite, and
-# `make chaos` strikes runs by faults. Each makes .venv first if it is not there or its list of packages changed.
+# `make demo` goes from drawings to mAP on this machine, `make test` runs the checks and the whole suite,
+# `make chaos` strikes runs by faults, and `make gpu` tries what is claimed on a machine with GPUs. Each makes .venv first if it is not there or its list of packages changed.
 # PYTHON=... picks another Python (3.10 or later), RUNS=... another folder for the demo.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +8,7 @@ RUNS ?= runs/demo
 PACKAGES = $(shell PYTHONPATH=.:slurm $(BIN)/python -c \
 	'import stages; print(*(name for name in stages.packages() if "." not in name))')
 
-.PHONY: install demo check test chaos clean
+.PHONY: install demo check test chaos gpu clean
 
 install: .venv/installed
 
@@ -31,6 +31,10 @@ check: install
 chaos: install
 	$(BIN)/python tests/faults/chaos.py
 	$(BIN)/python tests/faults/chaos.py --parts runs --ranks 3 4 --workers 2 --faults 8
+
+# One line a claim: PASS, FAIL or FIGURE.
+gpu: install
+	$(BIN)/python benchmarks/gpu_acceptance.py
 
 test: check
 	$(BIN)/python -m pytest tests

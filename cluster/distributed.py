@@ -8,6 +8,7 @@ The user chooses network interfaces by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.errors import UserError
+from cluster.errors import GpuFault, UserError
 from cluster.rendezvous import Place, meet, part, place
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def start(
     device: auto, cpu, cuda or cuda:N. rendezvous: a folder that all nodes share (the exp-dir), required under
     srun. timeout: seconds to wait for every rank to join. collective_timeout: seconds after which a
     collective fails; longer than the step_timeout of cluster.heartbeat, which names the rank that hangs.
-    Raises UserError when tasks and GPUs do not match or a rank does not join.
+    Raises UserError when tasks and GPUs do not match or a rank does not join, GpuFault for a broken GPU.
     """
     global _flags
     me = place()
@@ -60,8 +61,7 @@ def start(
     store = meet(me, rendezvous, timeout) if me.size > 1 else None
     chosen = pick_device(device, me, torch.cuda.device_count(), os.environ)
     world = World(me.rank, me.size, me.local_rank, chosen, me.launcher)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    _try(chosen)
     if store is None:
         return world
     _refuse_shared_gpus(world, store)
@@ -83,9 +83,12 @@ def start(
 def lone_device(device: str) -> torch.device:
     """The device of a program that is one process, however many of it a launcher has started.
 
-    device: auto, cpu, cuda or cuda:N. Raises UserError for a GPU that torch does not see.
+    device: auto, cpu, cuda or cuda:N. Raises UserError for a GPU that torch does not see, GpuFault for a
+    broken one.
     """
-    return pick_device(device, Place(), torch.cuda.device_count(), {})
+    chosen = pick_device(device, Place(), torch.cuda.device_count(), os.environ)
+    _try(chosen)
+    return chosen
 
 
 def stop() -> None:
@@ -98,29 +101,34 @@ def stop() -> None:
 
 
 def pick_device(device: str, me: Place, visible: int, env: Mapping[str, str]) -> torch.device:
-    """The device of this rank. visible: number of GPUs that torch sees. Raises UserError on a mismatch.
+    """The device of this rank. visible: number of GPUs that torch sees.
 
     With --gpus-per-task each task sees only its own GPU; otherwise every task of a node sees all its GPUs.
+    Raises UserError on a mismatch, GpuFault when torch sees fewer GPUs than Slurm has given to this process.
     """
-    if device == "cpu":
+    named = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
+    if not named:
+        raise UserError(f"--device {device}: give auto, cpu, cuda or cuda:N, with N from 0")
+    own = gpus_of_process(env)
+    if device == "cpu" or (device == "auto" and own == visible == 0):
         return torch.device("cpu")
-    granted = int(env.get("SLURM_GPUS_ON_NODE") or 0) if me.launcher == "slurm" else 0
+    granted = int(env.get("SLURM_GPUS_ON_NODE") or 0) if me.launcher == "slurm" and own else 0
     if granted and granted != me.local_size:
         raise UserError(
             f"{me.local_size} tasks but {granted} GPUs on {socket.gethostname()}: ask sbatch for one a GPU "
             f"(--ntasks-per-node={granted}), or give --device cpu"
         )
-    if device == "auto" and not visible:
-        if granted:
-            raise UserError(
-                f"{granted} GPUs granted on {socket.gethostname()} but torch {torch.__version__} sees none: "
-                "check the driver (nvidia-smi), or give --device cpu"
-            )
-        return torch.device("cpu")
+    if visible < own:
+        sees = f"torch {torch.__version__} sees {visible or 'none'}"
+        raise GpuFault(_node(env), f"{own} GPUs granted but {sees}")
     if not visible:
         raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU here; give --device cpu")
-    if ":" in device:
-        return torch.device(device)
+    if named[1]:
+        if int(named[1]) >= visible:
+            raise UserError(
+                f"--device {device}: torch sees {visible} GPUs here, the last is cuda:{visible - 1}"
+            )
+        return torch.device("cuda", int(named[1]))
     if visible == 1:
         return torch.device("cuda", 0)  # its own with --gpus-per-task; _refuse_shared_gpus finds a shared one
     if me.local_rank >= visible or (me.launcher != "alone" and me.local_size != visible):
@@ -131,10 +139,57 @@ def pick_device(device: str, me: Place, visible: int, env: Mapping[str, str]) ->
     return torch.device("cuda", me.local_rank)
 
 
+def gpus_of_process(env: Mapping[str, str]) -> int:
+    """How many GPUs torch must see in this process of a Slurm job; 0 without a job or a GPU in it.
+
+    SLURM_GPUS_ON_NODE counts those of all tasks, also where --gpus-per-task hides the others'. Without a list
+    of the own ones it is at least one. A process can use only the first of several MIG instances.
+    """
+    if not int(env.get("SLURM_GPUS_ON_NODE") or 0):
+        return 0
+    if "CUDA_VISIBLE_DEVICES" not in env:
+        return 1
+    usable = 0
+    for name in env["CUDA_VISIBLE_DEVICES"].split(","):
+        if name in ("", "-1", "NoDevFiles"):  # CUDA reads the list up to the first entry that is no GPU
+            break
+        usable += 1
+        if name.startswith("MIG-"):
+            break
+    return usable
+
+
+def _node(env: Mapping[str, str]) -> str:
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _try(device: torch.device) -> None:
+    """Make a GPU the current one and compute on it. Raises GpuFault if that fails."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(8, device=device).sum().item()
+    except RuntimeError as error:
+        raise GpuFault(
+            _node(os.environ), f"{device} does not compute ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def gpu_id(uuid: str, env: Mapping[str, str]) -> str:
+    """What tells a GPU from all others of its node: its uuid, or the name of the MIG instance.
+
+    The instances of one GPU may report the uuid of that GPU.
+    """
+    first = env.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return first if first.startswith("MIG-") else uuid
+
+
 def _refuse_shared_gpus(world: World, store: dist.Store) -> None:
     if world.device.type != "cuda":
         return
-    mine = f"{socket.gethostname()}/{torch.cuda.get_device_properties(world.device).uuid}"
+    uuid = str(torch.cuda.get_device_properties(world.device).uuid)
+    mine = f"{socket.gethostname()}/{gpu_id(uuid, os.environ)}"
     store.set(f"gpu-{world.rank}", mine)
     all_ranks = [store.get(f"gpu-{rank}").decode() for rank in range(world.size)]
     twins = [rank for rank in range(world.size) if all_ranks[rank] == mine]

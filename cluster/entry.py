@@ -139,6 +139,9 @@ def _example(args: Sequence[str], missing: list[str]) -> str:
 
 
 def _program() -> str:
+    """How to start this program: slurm/launch.sh names the .slurm file that it was started by."""
+    if "LINEWORK_COMMAND" in os.environ:
+        return os.environ["LINEWORK_COMMAND"]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
 

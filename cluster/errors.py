@@ -17,3 +17,15 @@ class UserError(Exception):
     """An error that the user can fix. Its message is one line that names the file or flag and the cure."""
 
     exit_status = FAILED
+
+
+class GpuFault(UserError):
+    """A GPU that a job was given and that is lost or does not compute, in one line that names its node.
+
+    slurm/launch.sh reads the node in that line, and lets the job go on without it.
+    """
+
+    exit_status = CRASH
+
+    def __init__(self, node: str, what: str) -> None:
+        super().__init__(f"GPU fault on {node}: {what}: check nvidia-smi there, or give --device cpu")

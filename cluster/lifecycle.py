@@ -241,7 +241,12 @@ class Run:
 
 def requeue() -> bool:
     """Ask Slurm to run this job again under the same job id. If Slurm refuses, print why and return False."""
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get(
+        "SLURM_ARRAY_JOB_ID"
+    ):  # one task has the array's own number, which means all tasks
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    command = ["scontrol", "requeue", job]
     for wait in (0, 2, 10):  # the controller may be restarting
         time.sleep(wait)
         try:

@@ -117,12 +117,14 @@ def check_devices(report: Report, run_dir: Path) -> None:
     import torch
     import torchvision  # its operators load only beside the torch that they were built for
 
+    from cluster import distributed
+
     torchvision.ops.nms(torch.rand(2, 4), torch.rand(2), 0.5)
     for number in range(torch.cuda.device_count()):
         report.gpus.append(torch.cuda.get_device_name(number))
         square = torch.ones(64, 64, device=f"cuda:{number}")
         square.mm(square).sum().item()
-    granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    granted = distributed.gpus_of_process(os.environ)
     if granted > len(report.gpus):
         report.problems.append(f"{granted} GPUs granted, torch sees {len(report.gpus)}: check nvidia-smi")
 

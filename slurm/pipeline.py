@@ -49,13 +49,25 @@ def submit(args: argparse.Namespace) -> None:
     for flag, folder in (("--data-dir", args.data_dir), ("--unlabeled", args.unlabeled)):
         if not folder.exists():
             raise UserError(f"{flag} {folder}: no such folder")
+    flags = {name: getattr(args, name) for name in stages.STAGES}
+    sbatch = {"": args.sbatch, **{name: getattr(args, f"sbatch_{name}") for name in stages.STAGES}}
+    run_dir = args.run_dir
+    chain = stages.chain(run_dir, args.data_dir, args.unlabeled, args.method, flags, sbatch)
+    if not args.dry_run:
+        stages.refuse_without_torch()
+    with contextlib.nullcontext() if args.dry_run else stages.locked(run_dir):
+        if not args.local:
+            for stage in chain:
+                stages.warn_of_short_time(stage)
+        submit_rest(args, chain, flags)
+
+
+def submit_rest(args: argparse.Namespace, chain: list[stages.Stage], flags: Mapping[str, str]) -> None:
+    """Submit, or run here, the stages of `chain` from the first that is not finished."""
     run_dir = args.run_dir
     record = stages.read_record(run_dir) if (run_dir / "pipeline.json").exists() else {}
     if record:
         refuse_twice(run_dir, record, args.method)
-    flags = {name: getattr(args, name) for name in stages.STAGES}
-    sbatch = {"": args.sbatch, **{name: getattr(args, f"sbatch_{name}") for name in stages.STAGES}}
-    chain = stages.chain(run_dir, args.data_dir, args.unlabeled, args.method, flags, sbatch)
     while chain and is_done(chain[0], flags, record.get("flags", flags)):
         print(f"{'# ' * args.dry_run}{chain.pop(0).name}: finished")
     if args.dry_run:
@@ -202,7 +214,10 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a wrong command line is told in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {message}; {self.prog} --help lists the flags\n")
+        cure = f"{self.prog} --help lists the flags"
+        if "required" in message and self.prog.endswith(" submit"):
+            cure = f"python {self.prog} --run-dir RUN --unlabeled SHEETS --data-dir DATA"
+        self.exit(USAGE, f"error: {message}; {cure}\n")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -219,10 +234,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     add_submit(action("submit", submit))
     show = action("status", show_status)
-    show.add_argument("--run-dir", type=path, required=True, help="Folder of the chain to show.")
+    show.add_argument("--run-dir", type=folder, required=True, help="Folder of the chain to show.")
     show.add_argument("--json", action="store_true", help="Print JSON for a program instead of a table.")
     end = action("cancel", cancel)
-    end.add_argument("--run-dir", type=path, required=True, help="Folder of the chain to end.")
+    end.add_argument("--run-dir", type=folder, required=True, help="Folder of the chain to end.")
     check = action("doctor", doctor.main)
     check.add_argument(
         "--run-dir",
@@ -247,7 +262,7 @@ def add_submit(run: argparse.ArgumentParser) -> None:
     """The flags of `submit`."""
     run.add_argument(
         "--run-dir",
-        type=path,
+        type=folder,
         required=True,
         help="Folder of the chain, on a file system that all nodes see.",
     )
@@ -290,6 +305,11 @@ def path(text: str) -> Path:
     return Path(text).absolute()
 
 
+def folder(text: str) -> Path:
+    """The one name of a run-dir, by whatever symbolic links it was given."""
+    return Path(text).resolve()
+
+
 def joined(argv: list[str]) -> list[str]:
     """The words of a command line, with each value that is itself flags joined to its flag by an equals sign.
 
@@ -308,7 +328,11 @@ def joined(argv: list[str]) -> list[str]:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    args.main(args)
+    try:
+        args.main(args)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"--run-dir {args.run_dir}: {what}; mend that, or give another --run-dir") from None
 
 
 if __name__ == "__main__":

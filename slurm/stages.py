@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -11,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,75 @@ def python(environment: Mapping[str, str]) -> str:
     return str(own) if own.exists() else sys.executable
 
 
+def refuse_without_torch() -> None:
+    """Raise UserError when the Python of the stages is there but has no torch."""
+    name = python(os.environ)
+    if not Path(name).name.startswith("python"):  # a program that takes its place
+        return
+    code = 'import importlib.util as u, sys; sys.exit(3 if u.find_spec("torch") is None else 0)'
+    with contextlib.suppress(OSError):  # the nodes may have what this machine lacks
+        if subprocess.run([name, "-c", code], stderr=subprocess.DEVNULL).returncode == 3:
+            raise UserError(f"{name} has no torch: name a Python that has it in LINEWORK_PYTHON")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second `submit` out of a run-dir. Without effect on a file system without locks.
+
+    Raises UserError where another one is at work.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".submit.lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run_dir}: another submit is at work there; `status` shows what it does"
+            ) from None
+        except OSError:
+            pass
+        yield
+
+
+def warn_of_short_time(stage: Stage) -> None:
+    """Say so when the time limit of a stage is over before its warning signal has had its lead."""
+    limit = minutes(last_value(stage.sbatch, "--time", "-t") or os.environ.get("SBATCH_TIMELIMIT", ""))
+    given = last_value(stage.sbatch, "--signal") or os.environ.get("SBATCH_SIGNAL", "USR2@120")
+    lead = int(given.partition("@")[2] or 60) if given.partition("@")[2].isdigit() or "@" not in given else 0
+    if limit is not None and 60 * limit <= lead:
+        print(
+            f"warning: {stage.name}: a --time of {60 * limit:.0f} s is over before --signal={given} has "
+            "warned the run: it would be requeued again and again; give more time, or a shorter lead",
+            file=sys.stderr,
+        )
+
+
+def last_value(words: list[str], *flags: str) -> str:
+    """The value of the last of these flags of sbatch, as "--time 5", "--time=5", "-t 5" or "-t5"; else ""."""
+    found = ""
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        for name in flags:
+            if word == name:
+                found = following
+            elif word.startswith(f"{name}=" if name.startswith("--") else name):
+                found = word.removeprefix(name).removeprefix("=")
+    return found
+
+
+def minutes(text: str) -> float | None:
+    """A time limit of Slurm, D-H, D-H:M, D-H:M:S, M, M:S or H:M:S, in minutes; None for another text."""
+    days, dash, rest = text.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        if dash:
+            hours, more, seconds = [*parts, 0, 0][:3]
+            return 1440 * int(days) + 60 * hours + more + seconds / 60
+        hours, more, seconds = [0, *parts, 0][:3] if len(parts) < 3 else parts
+        return 60 * hours + more + seconds / 60
+    except ValueError:
+        return None
+
+
 def snapshot(run_dir: Path) -> Path:
     """Copy the code as it is on disk to RUN_DIR/code, so that later edits don't reach queued jobs."""
     code, fresh = run_dir / "code", run_dir / ".code-new"
@@ -204,8 +275,14 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "pipeline.json"
     try:
         record = json.loads(path.read_text())
-        return {**record, "jobs": dict(record["jobs"])}
+        texts = {name: record[name] for name in ("method", "command")}
+        tables = {name: dict(record[name]) for name in ("jobs", "flags")}
+        values = [*texts.values(), *(word for table in tables.values() for word in table.values())]
+        if not all(isinstance(value, str) for value in values) or set(tables["flags"]) != set(STAGES):
+            raise ValueError("it is not what submit writes")
+        return {**record, **tables}
     except FileNotFoundError:
         raise UserError(f"{path}: absent, so no chain was submitted to {run_dir}; check --run-dir") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: unreadable ({error}); remove it and submit again") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: unreadable ({reason}); remove it and submit again") from None

@@ -75,13 +75,13 @@ def jobs_of(record: Mapping, code: Path) -> dict[str, Job]:
     known = {}
     for line in answer.stdout.splitlines():
         number, state, reason, folder = line.split("|", 3)
-        if Path(folder) == code:
+        if Path(folder).resolve() == code:
             known[number] = Job(number, state, "" if reason == "None" else reason)
     if set(ids.values()) - set(known) and shutil.which("sacct"):
         answer = ask("sacct", "-nXP", "-j", wanted, "-o", "JobID,State,WorkDir")
         for line in answer.stdout.splitlines():
             number, state, folder = line.split("|", 2)
-            if Path(folder) == code and number not in known:
+            if Path(folder).resolve() == code and number not in known:
                 known[number] = Job(number, state.split()[0])  # sacct writes "CANCELLED by 0"
     return {name: known.get(number, Job(number, "FORGOTTEN")) for name, number in ids.items()}
 
@@ -102,7 +102,10 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
             finished, damage = False, f"error: {error}"
         log = logs / f"{stage.name}-{job.id}.log"
         errors = (line for line in newest_first(log) if line.startswith("error:"))
-        step, figures = progress(stage)
+        try:
+            step, figures = progress(stage)
+        except UserError as error:
+            step, figures, finished, damage = None, {}, False, f"error: {error}"
         lines.append(
             Line(
                 stage=stage.name,
@@ -120,11 +123,17 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
 
 
 def progress(stage: Stage) -> tuple[int | None, dict[str, float]]:
-    """The number of steps done, and the newest of each of FIGURES, from metrics.jsonl or metrics.json."""
+    """The number of steps done, and the newest of each of FIGURES, from metrics.jsonl or metrics.json.
+
+    Raises UserError for a metrics.json that holds no figures.
+    """
     if stage.name == "evaluate":
         path = stage.folder / "metrics.json"
-        coco = json.loads(path.read_text())["coco"] if path.exists() else {}
-        return None, {name: coco[name] for name in FIGURES if name in coco}
+        try:
+            coco = json.loads(path.read_text())["coco"] if path.exists() else {}
+            return None, {name: float(coco[name]) for name in FIGURES if coco.get(name) is not None}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: holds no figures; remove it and submit again") from None
     step: int | None = None
     figures: dict[str, float] = {}
     for line in newest_first(stage.folder / "metrics.jsonl"):
@@ -149,11 +158,12 @@ def newest_first(path: Path) -> list[str]:
 def explain(lines: list[Line], cancel: str, resubmit: str) -> list[str]:
     """Why the chain does not go on, and the commands that clear it and go on; nothing while it goes on."""
     stuck = [line for line in lines if not line.finished and line.state in ENDED]
+    stuck += [line for line in lines if line.error and not line.finished and not line.job]
     stuck += [line for line in lines if line.reason == "DependencyNeverSatisfied" and line not in stuck]
     if not stuck:
         return []
     first = stuck[0]
-    said = f"{first.stage}: job {first.job} {first.state}"
+    said = f"{first.stage}: job {first.job} {first.state}" if first.job else f"{first.stage}: stopped"
     if first.state == "COMPLETED":
         said += ", but the stage is not finished"
     told = [said + (f"; {first.error}" if first.error else "") + (f"; log: {first.log}" if first.log else "")]

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster import distributed, entry, rendezvous
 from cluster.config import Config, setting
 from cluster.distributed import World
-from cluster.errors import UserError
+from cluster.errors import GpuFault, UserError
 from cluster.rendezvous import Place, place
 
 BATCH, DIM = 8, 5
@@ -83,6 +83,42 @@ def test_tasks_that_do_not_match_the_gpus_are_one_line(visible, env, words):
         device("auto", visible, Place(1, 4, 1, 2, "slurm"), **env)
     assert len(str(error.value).splitlines()) == 1
     assert "--device cpu" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "visible", "words"),
+    [
+        ("cuda:9", 2, "--device cuda:9: torch sees 2 GPUs here, the last is cuda:1"),
+        ("cuda:9", 1, "the last is cuda:0"),
+        ("cuda:0", 0, "sees no GPU here; give --device cpu"),
+        ("cuda:-1", 2, "give auto, cpu, cuda or cuda:N"),
+        ("cuda:x", 2, "give auto, cpu, cuda or cuda:N"),
+        ("gpu", 2, "give auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_line(name, visible, words):
+    with pytest.raises(UserError, match=words) as error:
+        device(name, visible, Place())
+    assert error.value.exit_status == 1 and "\n" not in str(error.value)
+
+
+def test_a_lost_gpu_is_a_fault_of_its_node_and_a_hidden_one_is_not():
+    job = {"SLURM_GPUS_ON_NODE": "2", "SLURMD_NODENAME": "node7"}
+    for visible, listed in ((1, "0,1"), (0, "0"), (0, "GPU-5ebe9f43,GPU-6c4c7d1e"), (0, "MIG-1f2e,MIG-3d4c")):
+        with pytest.raises(GpuFault, match=r"^GPU fault on node7: ") as fault:
+            device("auto", visible, Place(), CUDA_VISIBLE_DEVICES=listed, **job)
+        assert fault.value.exit_status == 70
+    assert device("auto", 1, Place(), CUDA_VISIBLE_DEVICES="MIG-1f2e,MIG-3d4c", **job) == "cuda:0"
+    two = Place(1, 2, 1, 2, "slurm")
+    assert device("auto", 1, two, CUDA_VISIBLE_DEVICES="GPU-6c4c7d1e", **job) == "cuda:0"
+    for hidden in ("", "-1", "NoDevFiles"):  # by the user, in a job with GPUs
+        assert device("auto", 0, two, CUDA_VISIBLE_DEVICES=hidden, **job) == "cpu"
+
+
+def test_two_mig_instances_of_one_gpu_are_not_shared():
+    first, second = ({"CUDA_VISIBLE_DEVICES": f"MIG-{name}"} for name in "ab")
+    assert distributed.gpu_id("uuid", first) != distributed.gpu_id("uuid", second)
+    assert distributed.gpu_id("uuid", {"CUDA_VISIBLE_DEVICES": "0"}) == distributed.gpu_id("uuid", {})
 
 
 def test_global_batch_divides():

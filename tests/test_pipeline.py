@@ -66,7 +66,7 @@ def pipeline(
         "--run-dir",
         work / "run",
         *data,
-        *rest,
+        *rest,  # of two --run-dir the last counts
     ]
     environment = {"LINEWORK_PYTHON": str(work / "program")}
     if slurm:
@@ -355,3 +355,101 @@ def test_doctor_names_unfit_nodes_for_exclude(slurm, tmp_path):
     assert "node1: " in done.stdout and "MB/s" in done.stdout
     assert "problem: Slurm says drained (fan)" in done.stdout
     assert os.listdir(tmp_path) == []
+
+
+def test_damaged_files_of_a_stage_leave_the_other_stages_shown(work):
+    assert pipeline(work, "submit", "--local").returncode == 0
+    metrics = work / "run" / "evaluate" / "metrics.json"
+    for text in ("", "[1]", '{"coco": {"AP": "high"}}', '{"settings": 1}'):
+        metrics.write_text(text)
+        lines = told(work)
+        assert lines["evaluate"]["error"] == f"error: {metrics}: holds no figures; remove it and submit again"
+        assert [line["finished"] for line in lines.values()] == [True, True, False]
+        assert lines["pretrain"]["figures"] == {"loss": 1.5, "valid_AP": 0.1}
+        assert "holds no figures" in pipeline(work, "status").stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"jobs": [1, 2]}',
+        '{"method": "vicreg", "command": "x", "flags": {}, "jobs": {"a": 1}}',
+    ],
+)
+def test_a_record_of_another_shape_is_one_line(text, work):
+    (work / "run").mkdir()
+    (work / "run" / "pipeline.json").write_text(text)
+    for words in (["status"], ["cancel"], ["submit", "--local"]):
+        assert f"{work}/run/pipeline.json: unreadable (" in one_line_of_error(pipeline(work, *words))
+
+
+def test_a_run_dir_that_is_a_file_is_one_line(work):
+    (work / "run").write_text("")
+    for words in (["status"], ["submit", "--local"]):
+        assert f"{work}/run" in one_line_of_error(pipeline(work, *words))
+
+
+def test_a_second_submit_by_another_name_is_kept_out(slurm, work):
+    """At the same time, and afterwards while jobs wait."""
+    (work / "run").mkdir()
+    (work / "other").symlink_to(work / "run")
+    with stages.locked(work / "run"):
+        for name in ("run", "other"):
+            error = one_line_of_error(pipeline(work, "submit", "--run-dir", work / name, slurm=slurm))
+            assert f"{work}/run: another submit is at work there" in error
+    assert pipeline(work, "submit", "--sbatch", "--hold", slurm=slurm).returncode == 0
+    again = pipeline(work, "submit", "--run-dir", work / "other", slurm=slurm)
+    assert f"{work}/run has jobs alive" in one_line_of_error(again)
+    relative = Path(os.path.relpath(work / "other"))
+    assert "has jobs alive" in one_line_of_error(pipeline(work, "submit", "--run-dir", relative, slurm=slurm))
+    assert slurm.run("squeue", "-h").count("\n") == 3
+
+
+def test_two_submits_in_the_same_second_leave_one_chain(slurm, work):
+    data = ["--unlabeled", work / "pool", "--data-dir", work / "sheets", "--run-dir", work / "run"]
+    command = [sys.executable, ROOT / "slurm" / "pipeline.py", "submit", *data, "--sbatch", "--hold"]
+    environment = slurm.env | {"LINEWORK_PYTHON": str(work / "program")}
+    both = [
+        subprocess.Popen(slurm.command(*command), env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], said
+    assert slurm.run("squeue", "-h").count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ("--time 2", True),
+        ("-t1:30", True),
+        ("--time=3", False),
+        ("--time=3 --signal=USR2@300", True),
+        ("--time=0:90 --signal=USR2@60", False),
+        ("--time=1-0", False),
+        ("", False),
+    ],
+)
+def test_a_time_shorter_than_the_lead_of_the_signal_is_said(flags, warned, capsys):
+    stages.warn_of_short_time(stages.Stage("pretrain", Path(), [], shlex.split(flags)))
+    assert ("warning: pretrain: a --time of" in capsys.readouterr().err) == warned
+
+
+def test_a_python_of_the_stages_without_torch_is_refused_at_submission(work, monkeypatch):
+    bare = work / "python3"
+    bare.write_text(f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setenv("LINEWORK_PYTHON", str(bare))
+    with pytest.raises(UserError, match="python3 has no torch: name a Python that has it in LINEWORK_PYTHON"):
+        stages.refuse_without_torch()
+
+
+def test_missing_flags_of_submit_are_told_with_a_command_that_works():
+    done = subprocess.run(
+        [sys.executable, "slurm/pipeline.py", "submit"], cwd=ROOT, capture_output=True, text=True
+    )
+    error = one_line_of_error(done, 2)
+    assert "python pipeline.py submit --run-dir RUN --unlabeled SHEETS --data-dir DATA" in error

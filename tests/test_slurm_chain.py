@@ -22,7 +22,11 @@ ENVIRONMENT = {"LINEWORK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 def submit(sheets: Path, run_dir: Path, *flags: str) -> list[str]:
     """The command that submits a whole small chain."""
     data = ["--unlabeled", sheets / "unlabeled", "--data-dir", sheets, "--run-dir", run_dir]
-    stages = [f"--pretrain={PRETRAIN} --steps 3", f"--finetune={FINETUNE} --steps 2"]
+    stages = [
+        f"--pretrain={PRETRAIN} --steps 3 --device cpu",
+        f"--finetune={FINETUNE} --steps 2 --device cpu",
+    ]
+    stages += ["--evaluate=--device cpu"]  # torch sees none of the GPUs that this Slurm declares
     command = [sys.executable, ROOT / "slurm" / "pipeline.py", "submit", *data, *stages, *flags]
     return [str(word) for word in command]
 
@@ -57,7 +61,8 @@ def check_results(run_dir: Path) -> None:
 def chain(site, sheets, tmp_path_factory) -> Path:
     """The run-dir of a chain that went over both nodes."""
     run_dir = tmp_path_factory.mktemp("chain") / "run"
-    site.run(*submit(sheets, run_dir, "--method=simclr", "--sbatch", "-N2 -c2"), env=ENVIRONMENT)
+    shape = "--nodes 2 --ntasks-per-node 1 --gpus-per-node 2 -c2"
+    site.run(*submit(sheets, run_dir, "--method=simclr", "--sbatch", shape), env=ENVIRONMENT)
     jobs = json.loads((run_dir / "pipeline.json").read_text())["jobs"]
     logs = "".join(path.read_text() for path in (run_dir / "logs").iterdir())
     assert site.wait(jobs["evaluate"], timeout=180) == "COMPLETED", logs
@@ -75,6 +80,18 @@ def test_chain_runs_over_both_nodes(chain, slurm):
         ["finished", "-"],
     ]
     assert "loss" in said and "AP" in said
+
+
+def test_a_gpu_that_torch_does_not_see_is_a_fault_of_the_node(chain, slurm, sheets, tmp_path):
+    """Without --device cpu, for the stage of one process as for the others; no node is left to go on at."""
+    log, model = tmp_path / "log", chain / "finetune" / "model.pt"
+    words = ["--checkpoint", model, "--data-dir", sheets, "--out", tmp_path]
+    script = [ROOT / "slurm" / "evaluate.slurm", *words]
+    job = slurm.sbatch("-N2", "--gpus-per-node=2", "-o", log, *script, cwd=ROOT, env=ENVIRONMENT)
+    assert slurm.wait(job) == "FAILED", log.read_text()
+    assert slurm.show(job)["ExitCode"] == "70:0"
+    (said,) = errors(log)
+    assert "error: GPU fault on node1: 2 GPUs granted but torch" in said and "sees none" in said
 
 
 def test_finished_stage_says_so_and_exits_0(chain, slurm, sheets, tmp_path):
