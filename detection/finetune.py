@@ -242,7 +242,7 @@ def length_of(exp_dir: Path, patience_steps: int, total: int) -> int:
 
 
 def main(config: FinetuneConfig) -> None:
-    world = distributed.start(config.device, rendezvous=config.exp_dir)
+    world = distributed.start(**config.joining)
     distributed.per_rank(config.batch_size, world)
     configuration.refuse_changes(config, config.exp_dir)
     coco_classes(config.coco_engine)
@@ -300,6 +300,8 @@ def main(config: FinetuneConfig) -> None:
                 f"{rates[1]:.4g} where it was {rates[0]:.4g}"
             )
         journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
+        # Windows have one size, but a head of convolutions sees a varying number of proposals.
+        torch.backends.cudnn.benchmark = not config.deterministic and detector.spec.head == "mlp"
         model = parallel(detector, world)
         lr = functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10))
         guarded = GuardedStep(

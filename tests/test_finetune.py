@@ -4,8 +4,8 @@ Also evaluate.py and predict on the detector that it made.
 """
 
 import json
-import re
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +16,7 @@ import pytest
 import torch
 from small_finetuning import config_of, lines_of, weights_of
 
-from cluster import checkpoint
+from cluster import checkpoint, distributed
 from cluster.errors import UserError
 from detection.finetune import main
 from detection.metrics.coco import NAMES, evaluate
@@ -129,6 +129,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, four_steps, tmp_path):
     assert [line["step"] for line in two] == [0, 1, 2, 3]
     assert [line["lr"] for line in two] == [line["lr"] for line in one]
     assert two[2]["grad_norm"] == pytest.approx(one[2]["grad_norm"], rel=1e-3)
+
+
+def test_deterministic_changes_nothing_on_a_cpu(data, four_steps, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    main(config_of(data, tmp_path / "run", **FOUR, deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    distributed.choose_algorithms(deterministic=False)
+    assert lines_of(tmp_path / "run") == lines_of(four_steps)
 
 
 VALIDATE = """
