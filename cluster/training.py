@@ -128,7 +128,13 @@ def train_guarded(
     """
     while True:
         try:
-            return train(run.heart.waits(batches.between(start, total, guard.offset)))
+            return train(journal.timed(run.heart.waits(batches.between(start, total, guard.offset))))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
+            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            cure = "lower --batch-size, or run on more ranks, which share it"
+            raise UserError(f"{batches.world.device}: not enough memory ({reason}): {cure}") from None
         except NotFinite as bad:
             sources = batches.sources(bad.step + guard.offset)
             saved = run.resume()

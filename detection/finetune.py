@@ -289,7 +289,7 @@ def main(config: FinetuneConfig) -> None:
         # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.
         progress.pending |= progress.step >= total
 
-        journal = Journal(config.exp_dir, world, total, progress.step, every=config.log_every)
+        journal = Journal(config.exp_dir, world, total, progress.step, config.log_every, config.batch_size)
         journal.message(story or f"going on at step {progress.step}")
         if saved and saved.get("draws") != draws.VERSION:
             journal.message(draws.CHANGED)

@@ -145,7 +145,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
             print(f"views by the recipe {config.recipe}, {config.image_size} px a side", flush=True)
 
-        journal = Journal(config.exp_dir, world, total, start, config.log_every)
+        journal = Journal(config.exp_dir, world, total, start, config.log_every, config.batch_size)
         if saved and saved.get("draws") != draws.VERSION:
             journal.message(draws.CHANGED)
         last = optimizer.param_groups[0]["lr"]  # of the step before `start`, by the launch that took it

@@ -223,6 +223,11 @@ def test_weights_that_overflow_end_the_run_in_the_same_way(config):
         run(dataclasses.replace(config, base_lr=1e38, warmup_epochs=0.0, optimizer="sgd"))
 
 
+def test_a_step_without_memory_is_one_line_that_names_the_batch(config):
+    with pytest.raises(UserError, match=r"^cpu: not enough memory .*: lower --batch-size, or"):
+        run(config, loss=at(1, lambda value: value * torch.ones(1 << 50)))
+
+
 @pytest.mark.parametrize("flag", ["steps", "epochs"])
 def test_a_run_made_shorter_than_its_checkpoint_is_refused_and_signs_nothing(config, flag):
     config = dataclasses.replace(config, checkpoint_every=0.0, batch_size=16)
