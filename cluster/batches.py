@@ -8,6 +8,7 @@ resume at any step.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,11 +16,15 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from cluster.distributed import World, per_rank
+from cluster.distributed import World, agree, per_rank
+from cluster.errors import UserError
+from cluster.rendezvous import place
 
 Key = tuple[int, int, int]  # epoch, position in the epoch, sample
+SHARED = "/dev/shm"  # where torch keeps the tensors that a worker passes on
+PAGE = 4096  # bytes: what a tensor there takes is a multiple of it
 
 
 class Samples(Protocol):
@@ -64,8 +69,11 @@ class Batches:
     def between(self, first: int, last: int, offset: int = 0) -> Iterator[tuple[int, Any]]:
         """Yield (step, this rank's batch on its device) for steps `first` to `last` - 1.
 
-        offset: step s takes the data of batch s + offset.
+        offset: step s takes the data of batch s + offset. Raises UserError if the batches that the workers of
+        this node prepare do not fit into shared memory.
         """
+        if self.workers and first < last:
+            self._measure(first + offset)
         loader: DataLoader = DataLoader(
             self.samples,  # type: ignore[arg-type]
             batch_sampler=self.keys(first + offset, last + offset),
@@ -79,10 +87,41 @@ class Batches:
         for step, batch in zip(itertools.count(first), loader, strict=False):
             yield step, to_device(batch, self.world.device)
 
+    def _measure(self, batch: int) -> None:
+        """Compare the room in shared memory with what workers keep there: 2 batches each, and the one in use.
+
+        A worker that finds no room loses its batch, and the run would wait for it.
+        """
+        keys = next(self.keys(batch, batch + 1))
+        sample = (self.collate or default_collate)([self.samples[keys[0]]])
+        size = sum(-(-tensor.nbytes // PAGE) * PAGE for tensor in tensors(sample)) * len(keys)
+        need = (2 * self.workers + 1) * size * place().local_size
+        try:
+            room = os.statvfs(SHARED).f_bavail * os.statvfs(SHARED).f_frsize
+        except OSError:  # no such file system here: torch uses another
+            room = need
+        # All ranks look before the first worker starts, and all of them end or none.
+        lacking, shortest = agree(need if need > room else 0, -room)
+        if lacking:
+            raise UserError(
+                f"{SHARED} has {-shortest / 1e6:.0f} MB of room, and {self.workers} workers need "
+                f"{lacking / 1e6:.0f} MB for their batches: give --workers 0, or more room (docker run "
+                f"--shm-size={lacking // 10**6 + 64}m)"
+            )
+
     def sources(self, batch: int) -> list[str]:
         """The sources of the samples in this rank's share of batch number `batch`, each named once."""
         (keys,) = self.keys(batch, batch + 1)
         return list(dict.fromkeys(self.samples.source(key) for key in keys))
+
+
+def tensors(batch: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of a batch, including those inside lists, tuples and dicts."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (dict, list, tuple)):
+        for item in batch.values() if isinstance(batch, dict) else batch:
+            yield from tensors(item)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -24,6 +24,7 @@ from cluster import atomic
 from cluster.errors import UserError
 
 LARGEST_SEED = 2**63 - 1
+LONGEST_WAIT = 8 * 3600.0  # seconds: more than a first step, a save and a validation may take together
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class RunConfig(Config):
     device: str = setting("auto", may_change=True)
     # Arithmetic of the network: fp32, bf16, or auto (bf16 on a GPU). Losses are computed in float32 always.
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", may_change=True)
+    # Use deterministic algorithms alone, so that a GPU repeats a run to the last bit. A CPU always does.
+    deterministic: bool = setting(False)
 
     # Seconds from one checkpoint to the next.
     checkpoint_every: float = setting(600.0, least=0, may_change=True)
@@ -124,6 +127,17 @@ class RunConfig(Config):
     step_timeout: float = setting(600.0, least=1, may_change=True)
     # Steps from one line of metrics.jsonl to the next.
     log_every: int = setting(10, least=1, may_change=True)
+
+    @property
+    def joining(self) -> dict[str, Any]:
+        """The arguments of `distributed.start`."""
+        return {
+            "device": self.device,
+            "rendezvous": self.exp_dir,
+            # After the longest wait that Run allows, which ends a rank that hangs with a line that says so.
+            "collective_timeout": LONGEST_WAIT + self.step_timeout,
+            "deterministic": self.deterministic,
+        }
 
     @property
     def saving(self) -> dict[str, Any]:

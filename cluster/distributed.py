@@ -7,10 +7,13 @@ The user chooses network interfaces by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.errors import GpuFault, UserError
-from cluster.rendezvous import Place, meet, part, place
+from cluster.errors import CRASH, GpuFault, UserError
+from cluster.rendezvous import Place, leave, meet, part, place, tell_once
 
 T = TypeVar("T")
 _flags: Any = None  # a process group on the CPU, so that `agree` does not wait for the GPU
@@ -47,15 +50,19 @@ def start(
     rendezvous: Path | None = None,
     timeout: float = 600.0,
     collective_timeout: float = 1800.0,
+    deterministic: bool = False,
 ) -> World:
     """Join the other ranks that torchrun or srun has started. A process without a launcher is the only rank.
 
     device: auto, cpu, cuda or cuda:N. rendezvous: a folder that all nodes share (the exp-dir), required under
-    srun. timeout: seconds to wait for every rank to join. collective_timeout: seconds after which a
-    collective fails; longer than the step_timeout of cluster.heartbeat, which names the rank that hangs.
-    Raises UserError when tasks and GPUs do not match or a rank does not join, GpuFault for a broken GPU.
+    srun. timeout: seconds to wait for every rank to join, and then for its first collective.
+    collective_timeout: seconds after which a later one fails; longer than any wait that cluster.heartbeat
+    allows, which names the rank that hangs. deterministic: see `choose_algorithms`.
+    Raises UserError when tasks and GPUs do not match or a rank does not join, GpuFault for a broken GPU,
+    SystemExit if the ranks have joined but do not reach each other.
     """
     global _flags
+    choose_algorithms(deterministic)
     me = place()
     # The ranks meet first, so that what they all refuse next is printed once.
     store = meet(me, rendezvous, timeout) if me.size > 1 else None
@@ -65,19 +72,61 @@ def start(
     if store is None:
         return world
     _refuse_shared_gpus(world, store)
-    limit = timedelta(seconds=collective_timeout)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("group", store),
-        rank=me.rank,
-        world_size=me.size,
-        timeout=limit,
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
-    # The others may wait for hours while rank 0 works in on_main; cluster.heartbeat finds a rank that hangs.
-    _flags = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    with _first_contact(backend, timeout):
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=me.rank,
+            world_size=me.size,
+            timeout=timedelta(seconds=collective_timeout),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+        one = torch.ones((), device=chosen)
+        dist.all_reduce(one)
+        one.item()  # waits for a GPU
+    with _first_contact("gloo", timeout):
+        # Others may wait for hours while rank 0 works in on_main; cluster.heartbeat finds a rank that hangs.
+        _flags = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        barrier()
     return world
+
+
+@contextlib.contextmanager
+def _first_contact(backend: str, seconds: float) -> Iterator[None]:
+    """End this rank by one line if the first collective of a backend fails, or takes more than `seconds`."""
+    cure = f"name the network interface that joins the nodes in {backend.upper()}_SOCKET_IFNAME"
+
+    def ring() -> None:
+        told = f"error: {socket.gethostname()}: no contact with all ranks by {backend} in {seconds:.0f} s"
+        print(f"{told}: {cure}", file=sys.stderr, flush=True)
+        os._exit(CRASH)
+
+    alarm = threading.Timer(seconds, ring)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:160]
+        tell_once(f"error: the ranks do not reach each other by {backend} ({reason}): {cure}")
+        leave()
+        raise SystemExit(CRASH) from None
+    finally:
+        alarm.cancel()
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """Whether torch may use deterministic algorithms only. Call it before the first computation on a GPU.
+
+    An operation that has no deterministic form on a GPU then raises RuntimeError. torchvision's RoIAlign has
+    one, which it compiles by Triton. On a CPU nothing changes.
+    """
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads such memory
 
 
 def lone_device(device: str) -> torch.device:
@@ -215,16 +264,16 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad)  # gloo has no reduce_scatter: each rank sums all rows and keeps its own
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+        # Every rank has the same gradient, so the sum over ranks is W times this rank's own.
+        size = dist.get_world_size()
+        return grads[0].chunk(size)[dist.get_rank()] * size
 
 
 def all_gather(z: Tensor) -> Tensor:
     """Gather z [n, D] of each of W ranks into [W n, D], in rank order; n must be the same on every rank.
 
-    The backward pass sums the gradient over ranks. When each rank computes the same loss of all W n rows, its
-    parameters get W times their share of the gradient, so DDP's mean over ranks is exactly the gradient of
+    Each rank must compute the same loss of all W n rows. The backward pass gives the sum of their gradients
+    over ranks, so parameters get W times their share, and DDP's mean over ranks is exactly the gradient of
     one process with the whole batch.
     """
     if not dist.is_initialized():

@@ -17,11 +17,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from cluster.errors import CRASH
 
+T = TypeVar("T")
+ANSWER = 15.0  # seconds from a signal to the end of a rank that waits
 BEAT = 5.0  # seconds from one beat to the next, or a quarter of step_timeout if that is less
 
 
@@ -30,7 +33,8 @@ class Heartbeat:
 
     step_timeout: seconds allowed from one step boundary to the next. first: seconds allowed until the first
     boundary, if that is more: data is indexed and models are compiled then. alongside: called at every beat,
-    for Owner.beat.
+    for Owner.beat. asked: whether a signal has asked this rank to end. leave: ends the process, without a
+    boundary.
     """
 
     def __init__(
@@ -41,13 +45,16 @@ class Heartbeat:
         step_timeout: float,
         first: float = 3600.0,
         alongside: Callable[[], None] = lambda: None,
+        asked: Callable[[], bool] = lambda: False,
+        leave: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.rank = rank
         self.size = size
         self.step_timeout = step_timeout
         self.interval = min(BEAT, step_timeout / 4)
-        self.alongside = alongside
+        self.alongside, self.asked, self.leave = alongside, asked, leave
+        self.idle = True  # whether a rank that ends now loses no step in progress that it could save
         self.step = 0
         self.waiting = False  # whether this rank waits for the others at the boundary before `step`
         self._last = time.monotonic()  # time of the last boundary
@@ -64,8 +71,21 @@ class Heartbeat:
 
     def left(self) -> None:
         """All ranks have done these steps."""
-        self.waiting = False
+        self.waiting = self.idle = False
         self._last, self._allowed = time.monotonic(), self.step_timeout
+
+    def waits(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; while the next one is awaited, this rank counts as idle."""
+        iterator = iter(items)
+        while True:
+            before, self.idle = self.idle, True
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.idle = before
+            yield item
 
     @contextlib.contextmanager
     def allow(self, seconds: float) -> Iterator[None]:
@@ -115,9 +135,13 @@ class Heartbeat:
             self._closed.wait(self.interval)
 
     def _watch(self) -> None:
-        looked = time.monotonic()
+        looked = answered = time.monotonic()  # answered: when no signal asked, or the main thread was busy
         while not self._closed.wait(min(1.0, self.interval)):
             now = time.monotonic()
+            if not (self.asked() and self.idle):
+                answered = now
+            elif now - answered >= ANSWER:
+                return self.leave()
             if now - looked > 3 * self.interval:  # this process was stopped, as by `scontrol suspend`
                 self._last += now - looked
             looked, waited = now, now - self._last

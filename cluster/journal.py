@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster import atomic
 
@@ -22,21 +23,33 @@ if TYPE_CHECKING:
 
     from cluster.distributed import World
 
+T = TypeVar("T")
+
 
 class Journal:
     """The record of a run, which rank 0 writes; on other ranks every method does nothing.
 
     start_step: the step from which the run continues. What an earlier launch logged for this step and later
     ones is dropped, since it will be logged again. every: steps from one log line to the next; see `due`.
+    batch_size: over all ranks, from which images/s are computed. Speeds and memory go to the log and to
+    TensorBoard, not into metrics.jsonl, which is equal for equal runs.
     """
 
     def __init__(
-        self, exp_dir: Path, world: World, total_steps: int, start_step: int = 0, every: int = 10
+        self,
+        exp_dir: Path,
+        world: World,
+        total_steps: int,
+        start_step: int = 0,
+        every: int = 10,
+        batch_size: int = 1,
     ) -> None:
         self.main = world.main
         self.folder = exp_dir
         self.total_steps = total_steps
         self.every = max(1, every)
+        self.batch_size = batch_size
+        self.device = world.device
         if self.main:
             self._open(start_step)
 
@@ -54,6 +67,7 @@ class Journal:
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.total_steps, initial=start_step, unit="step", dynamic_ncols=True)
         self._since = (time.monotonic(), start_step)  # seconds and steps done at the last log line
+        self._waited = 0.0  # seconds since then in which data were awaited
 
     def due(self, step: int) -> bool:
         """Whether step `step` is one to log: each `every`-th step is, and the last one."""
@@ -74,6 +88,19 @@ class Journal:
         self._lines.write(json.dumps(line) + "\n")
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches; the time for which each is awaited counts as waiting for data."""
+        iterator = iter(batches)
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            if self.main:
+                self._waited += time.monotonic() - began
+            yield batch
 
     def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor, names: Sequence[str]) -> None:
         """Add embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in 0 to 1."""
@@ -111,23 +138,40 @@ class Journal:
                 self._bar.close()
 
     def _tell(self, step: int, figures: dict[str, float]) -> None:
-        if self._bar is not None:
-            self._bar.update(step + 1 - self._bar.n)
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
-            return
         done, now = step + 1, time.monotonic()
         then, told = self._since
-        if done <= told or not self.due(step):
-            return
-        rate = (now - then) / (done - told)  # seconds per step
-        self._since = (now, done)
-        left = int(rate * max(0, self.total_steps - done))
-        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(
-            f"step {done}/{self.total_steps}  {text}  {1000 * rate:.0f} ms/step  "
-            f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}",
-            flush=True,
-        )
+        speed = {}
+        if done > told and self.due(step):
+            rate = (now - then) / (done - told)  # seconds per step
+            share = self._waited / max(1e-9, now - then)
+            speed = {
+                "images_per_s": self.batch_size / max(1e-9, rate),
+                "data_share": share,
+                "peak_gib": self._peak(),
+            }
+            for name, value in speed.items():
+                self._board.add_scalar(f"speed/{name}", value, step)
+            self._since, self._waited = (now, done), 0.0
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+        elif speed:
+            left = int(rate * max(0, self.total_steps - done))
+            text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            print(
+                f"step {done}/{self.total_steps}  {text}  {1000 * rate:.0f} ms/step  "
+                f"{speed['images_per_s']:.3g} images/s  data {speed['data_share']:.0%}  "
+                f"peak {speed['peak_gib']:.2f} GiB  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}",
+                flush=True,
+            )
+
+    def _peak(self) -> float:
+        """The most memory that was in use so far, GiB: of the GPU, or of this process without its workers."""
+        if self.device.type == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def truncate(path: Path, start_step: int) -> None:

@@ -65,7 +65,15 @@ class Run:
         self.writer = checkpoint.Writer(self.folder, keep, self._before_commit)
         self.signals = Signals(ctrl_c=world.launcher != "slurm")
         beat = self.owner.beat if self.owner else lambda: None
-        self.heart = Heartbeat(exp_dir / "heartbeat", world.rank, world.size, step_timeout, alongside=beat)
+        self.heart = Heartbeat(
+            exp_dir / "heartbeat",
+            world.rank,
+            world.size,
+            step_timeout,
+            alongside=beat,
+            asked=lambda: self.stopping,
+            leave=self._leave,
+        )
         self._saved_at = time.monotonic()
         self._saved_step = -1
 
@@ -226,17 +234,29 @@ class Run:
 
     def _stop(self, step: int, state: Callable[[], State], level: int) -> NoReturn:
         self.save(step, state, wait=True)
-        again = level == REQUEUE
         if self.world.main:
             print(f"step {step}: saved after {self.signals.name or 'a signal to another rank'}", flush=True)
         with self.allow(SAVING + self.block_for):
-            if self.world.launcher == "slurm" and (not again or distributed.on_main(requeue)):
+            if self.world.launcher == "slurm" and (level != REQUEUE or distributed.on_main(requeue)):
                 # Wait for Slurm to kill the job: if it exited by itself, Slurm would record COMPLETED or
                 # FAILED.
                 time.sleep(self.block_for)
-        if again:
-            raise SystemExit(AGAIN)
-        raise SystemExit(INTERRUPTED if self.signals.name == "SIGINT" else TERMINATED)
+        raise SystemExit(self._status(level))
+
+    def _leave(self) -> None:
+        """End this rank after a signal, from another thread, while the main thread waits."""
+        held = "waiting for data" if self.heart.step else "before the end of the first step"
+        told = f"rank {self.world.rank}: {self.signals.name} {held}: ended without saving"
+        print(f"{told}; the same command goes on from the newest checkpoint", flush=True)
+        level = self.signals.level
+        if self.world.launcher == "slurm" and (level != REQUEUE or requeue()):
+            time.sleep(self.block_for)
+        os._exit(self._status(level))
+
+    def _status(self, level: int) -> int:
+        if level == REQUEUE:
+            return AGAIN
+        return INTERRUPTED if self.signals.name == "SIGINT" else TERMINATED
 
 
 def requeue() -> bool:

@@ -39,7 +39,7 @@ class GuardedStep:
 
     lr: maps a step to its learning rate, which is multiplied by the "factor" of a parameter group that has
     one. clip_grad: largest norm of the gradient, None for no limit. precision: of the forward pass, auto
-    (bf16 on a GPU), fp32 or bf16.
+    (bf16 on a GPU that computes in it, and does not emulate it), fp32 or bf16.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class GuardedStep:
     ) -> None:
         self.model, self.optimizer, self.lr, self.guard, self.device = model, optimizer, lr, guard, device
         self.clip_grad = math.inf if clip_grad is None else clip_grad
-        self.bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+        self.bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and _fast_bf16())
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._before: list[Tensor] = []
 
@@ -86,6 +86,10 @@ class GuardedStep:
         if verdict != "skip":
             raise NotFinite(step)
         return norm
+
+
+def _fast_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def begin(
@@ -124,7 +128,13 @@ def train_guarded(
     """
     while True:
         try:
-            return train(batches.between(start, total, guard.offset))
+            return train(journal.timed(run.heart.waits(batches.between(start, total, guard.offset))))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
+            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            cure = "lower --batch-size, or run on more ranks, which share it"
+            raise UserError(f"{batches.world.device}: not enough memory ({reason}): {cure}") from None
         except NotFinite as bad:
             sources = batches.sources(bad.step + guard.offset)
             saved = run.resume()

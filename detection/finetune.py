@@ -239,7 +239,7 @@ def length_of(exp_dir: Path, patience_steps: int, total: int) -> int:
 
 
 def main(config: FinetuneConfig) -> None:
-    world = distributed.start(config.device, rendezvous=config.exp_dir)
+    world = distributed.start(**config.joining)
     distributed.per_rank(config.batch_size, world)
     configuration.refuse_changes(config, config.exp_dir)
     coco_classes(config.coco_engine)
@@ -289,7 +289,7 @@ def main(config: FinetuneConfig) -> None:
         # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.
         progress.pending |= progress.step >= total
 
-        journal = Journal(config.exp_dir, world, total, progress.step, every=config.log_every)
+        journal = Journal(config.exp_dir, world, total, progress.step, config.log_every, config.batch_size)
         journal.message(story or f"going on at step {progress.step}")
         if saved and saved.get("draws") != draws.VERSION:
             journal.message(draws.CHANGED)
@@ -300,6 +300,8 @@ def main(config: FinetuneConfig) -> None:
                 f"{rates[1]:.4g} where it was {rates[0]:.4g}"
             )
         journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
+        # Windows have one size, but a head of convolutions sees a varying number of proposals.
+        torch.backends.cudnn.benchmark = not config.deterministic and detector.spec.head == "mlp"
         model = parallel(detector, world)
         lr = functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10))
         guarded = GuardedStep(

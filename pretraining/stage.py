@@ -97,13 +97,17 @@ class Boundary:
         save = rest == 0 and self.checkpoint_epochs > 0 and epoch % self.checkpoint_epochs == 0
         self.run.after_step(step, self.training.state, save=save, hold=self.training.guard.skipped > 0)
         draw = rest == 0 and self.embed_every > 0 and epoch % self.embed_every == 0
-        if self.run.world.main and (draw or step == self.schedule.total):
+        if draw or step == self.schedule.total:
             with self.run.allow(DRAWING):
-                chosen = spread(len(self.store), 256)
-                encoder, windows = self.training.encoder, gallery(self.store, self.image_size, chosen)
-                features = embed(nn.Sequential(encoder.normalise, encoder.backbone), windows)
-                names = [Path(self.store.source(i)).name for i in chosen]
-                self.journal.embeddings(step, features, windows.float() / 255, names)
+                distributed.on_main(lambda: self.draw(step))  # the others wait here, not in the next step
+
+    def draw(self, step: int) -> None:
+        """Draw the embedding of a fixed set of windows for TensorBoard."""
+        chosen = spread(len(self.store), 256)
+        encoder, windows = self.training.encoder, gallery(self.store, self.image_size, chosen)
+        features = embed(nn.Sequential(encoder.normalise, encoder.backbone), windows)
+        names = [Path(self.store.source(i)).name for i in chosen]
+        self.journal.embeddings(step, features, windows.float() / 255, names)
 
 
 def pretrain(config: PretrainConfig, method: Method) -> None:
@@ -111,7 +115,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
 
     Raises UserError or DataError for input that cannot be used, and UserError if gradients stay non-finite.
     """
-    world = distributed.start(config.device, config.exp_dir)
+    world = distributed.start(**config.joining)
+    torch.backends.cudnn.benchmark = not config.deterministic  # views have one size
     refuse_small_batch(config.batch_size, method.joint, world)
     with Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
@@ -145,7 +150,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
             print(describe_views(config.recipe, config.image_size, extent), flush=True)
 
-        journal = Journal(config.exp_dir, world, total, start, config.log_every)
+        journal = Journal(config.exp_dir, world, total, start, config.log_every, config.batch_size)
         if saved and saved.get("draws") != draws.VERSION:
             journal.message(draws.CHANGED)
         last = optimizer.param_groups[0]["lr"]  # of the step before `start`, by the launch that took it

@@ -14,7 +14,7 @@ from cluster.guard import Guard
 from cluster.weights import read_weights, write_backbone
 from detection.anchors import STRIDES, TORCHVISION, best_iou, fit_anchors, recall_table
 from detection.loop import Progress
-from detection.model import Detector, PixelAnchors, SeededSampler, Spec
+from detection.model import Detector, PixelAnchors, SeededSampler, Spec, iou_in_parts
 from detection.pretrained import fill_backbone
 
 
@@ -333,3 +333,11 @@ def test_a_spec_survives_a_file(tmp_path):
 
     spec = spec_of()
     assert Spec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 21])
+def test_iou_in_parts_is_torchvisions_to_the_last_bit(count):
+    corners = torch.rand(500 + count, 2, 2, generator=torch.Generator().manual_seed(count)) * 100
+    laid = torch.cat([corners.amin(1), corners.amax(1)], 1)
+    boxes, anchors = laid[:count], laid[count:]
+    assert torch.equal(iou_in_parts(boxes, anchors), torchvision.ops.box_iou(boxes, anchors))

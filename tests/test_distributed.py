@@ -329,3 +329,31 @@ def _meets(me: Place, folder: Path, timeout: float) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def start_where_there_is_no_such_interface(folder: Path) -> None:
+    entry.live(lambda: distributed.start("cpu", folder))
+
+
+def test_an_interface_that_does_not_exist_is_one_line_that_names_its_variable(tmp_path):
+    env = {"GLOO_SOCKET_IFNAME": "nosuch0"}
+    with Ranks(start_where_there_is_no_such_interface, tmp_path, size=2, logs=tmp_path, env=env) as ranks:
+        assert ranks.statuses() == [70, 70]
+        (line,) = ranks.errors()
+    assert "nosuch0" in line and line.endswith("that joins the nodes in GLOO_SOCKET_IFNAME")
+
+
+def come_but_do_not_answer(folder: Path) -> None:
+    me = rendezvous.place()
+    if me.rank:
+        rendezvous.meet(me, folder, 60.0)
+        time.sleep(60)
+    entry.live(lambda: distributed.start("cpu", folder, timeout=3.0))
+
+
+def test_ranks_that_met_but_do_not_reach_each_other_end_by_an_alarm(tmp_path):
+    with Ranks(come_but_do_not_answer, tmp_path, size=2, logs=tmp_path) as ranks:
+        until(lambda: ranks.processes[0].exitcode is not None)
+        assert ranks.statuses(0) == [70, None]
+        (line,) = ranks.errors()
+    assert "no contact with all ranks by gloo in 3 s" in line and line.endswith("GLOO_SOCKET_IFNAME")

@@ -135,6 +135,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, four_steps, tmp_path):
     assert two[2]["grad_norm"] == pytest.approx(one[2]["grad_norm"], rel=1e-3)
 
 
+def test_deterministic_changes_nothing_on_a_cpu(data, four_steps, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    main(config_of(data, tmp_path / "run", **FOUR, deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    distributed.choose_algorithms(deterministic=False)
+    assert lines_of(tmp_path / "run") == lines_of(four_steps)
+
+
 VALIDATE = """
 import json, sys
 from cluster import distributed

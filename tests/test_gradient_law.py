@@ -17,7 +17,7 @@ from simclr.loss import nt_xent
 from vicreg.loss import vicreg_loss
 
 LOSSES = {"simclr": partial(nt_xent, temperature=0.1), "vicreg": vicreg_loss}
-BATCH = 16
+BATCH = 24
 
 
 def encoder(joint: bool) -> Encoder:
@@ -41,12 +41,23 @@ def gradients(method: str, world: distributed.World) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+def gather_sums_as_an_all_reduce_would(world: distributed.World) -> bool:
+    """`all_gather` gives without a collective the sum over ranks of a gradient, to the last bit."""
+    weight = torch.randn(world.size * 1000, 40, generator=torch.Generator().manual_seed(3))
+    z = torch.zeros(1000, 40, requires_grad=True)
+    (distributed.all_gather(z) * weight).sum().backward()
+    if world.size > 1:
+        torch.distributed.all_reduce(weight)
+    return torch.equal(z.grad, weight.chunk(world.size)[world.rank])
+
+
 def rank_main(rank: int, size: int, port: int, results) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = distributed.start("cpu")
+    assert gather_sums_as_an_all_reduce_would(world)
     results.put((rank, {method: gradients(method, world).tolist() for method in LOSSES}))
     distributed.stop()
 
@@ -57,7 +68,7 @@ def alone():
     return {method: gradients(method, world) for method in LOSSES}
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_gradient_does_not_depend_on_the_number_of_ranks(size, alone):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "pretraining.encoder", "cluster.distributed"])

@@ -5,10 +5,13 @@ import json
 import math
 import os
 import pty
+import re
 import signal
 import struct
 import sys
 import termios
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +120,26 @@ def test_a_log_gets_a_line_every_few_steps_with_rate_and_time_left(tmp_path, cap
     assert "loss 1" in told[0] and "ms/step" in told[0] and "ETA 0:00:0" in told[0]
     assert told[-1] == "done"
     assert [step for step in range(25) if record.due(step)] == [0, 10, 20, 24]
+
+
+def test_speeds_go_to_the_log_and_to_the_board_but_not_into_the_metrics(tmp_path, capsys):
+    def slow() -> Iterator[int]:
+        for step in range(4):
+            time.sleep(0.03)
+            yield step
+
+    record = Journal(tmp_path, World(), 4, every=2, batch_size=6)
+    for step in record.timed(slow()):
+        time.sleep(0.01)
+        record.log(step, loss=1.0)
+    record.close()
+    found = re.findall(r"(\S+) ms/step  (\S+) images/s  data (\d+)%  peak (\S+) GiB", capsys.readouterr().out)
+    assert len(found) == 3
+    for ms, rate, share, peak in found:
+        assert float(rate) == pytest.approx(6000 / float(ms), rel=0.05)
+        assert 60 <= int(share) <= 99 and 0.05 < float(peak) < 24
+    assert [step for step, _ in board(tmp_path, "speed/data_share")] == [0, 2, 3]
+    assert all(line.keys() == {"step", "loss"} for line in lines(tmp_path))
 
 
 def test_a_terminal_gets_a_bar(tmp_path):

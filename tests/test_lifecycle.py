@@ -13,7 +13,7 @@ import pytest
 import toy_stage
 from processes import Ranks, alive, children, until
 
-from cluster import atomic, checkpoint, owner
+from cluster import atomic, checkpoint, heartbeat, owner
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.owner import Owner
@@ -329,3 +329,34 @@ def test_bad_data_is_skipped_then_passed_over_then_ends_the_run(tmp_path):
     assert 15 < back <= 20  # nothing was saved while steps were skipped
     assert f"step {back + 2}: the gradient was not finite 3 times in a row" in line
     assert "position 25" in line and f"step_{back:08}.pt" in line
+
+
+def impatient_entry_point(*flags: str) -> None:
+    heartbeat.ANSWER = 0.5
+    toy_stage.entry_point(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "number", "status", "held"),
+    [
+        (("--hang-at", "0"), signal.SIGINT, 130, "before the end of the first step"),
+        (("--hang-at", "0"), signal.SIGUSR2, 75, "before the end of the first step"),
+        (("--stall-at", "0", "--workers", "1"), signal.SIGTERM, 143, "before the end of the first step"),
+        (("--stall-at", "5", "--workers", "1"), signal.SIGTERM, 143, "waiting for data"),
+        (("--stall-at", "5", "--workers", "0"), signal.SIGINT, 130, "waiting for data"),
+    ],
+)
+def test_a_signal_is_answered_in_the_first_step_and_while_data_do_not_come(
+    flags, number, status, held, tmp_path
+):
+    folder = tmp_path / "run"
+    where = ("--exp-dir", str(folder), "--checkpoint-every", "1000")
+    with Ranks(impatient_entry_point, *where, *flags, logs=tmp_path / "logs") as ranks:
+        until(lambda: checkpoint.listed(folder / "checkpoints"))
+        if "5" in flags:
+            until(lambda: (folder / "metrics.jsonl").read_text().count("\n") == 5)
+        time.sleep(0.3)
+        ranks.signal(number)
+        assert ranks.statuses(20) == [status], ranks.log()
+        assert f"{number.name} {held}: ended without saving; the same command goes on" in ranks.log()
+        assert checkpoint.load_newest(folder / "checkpoints")[1]["step"] == 0

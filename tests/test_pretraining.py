@@ -5,19 +5,24 @@ import json
 import os
 import re
 import signal
+import time
 from itertools import chain
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from processes import Ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster import checkpoint
+from cluster import checkpoint, distributed
 from cluster.batches import Batches
 from cluster.distributed import World
 from cluster.errors import UserError
+from cluster.lifecycle import SAVING
+from detection.validation import VALIDATING
+from pretraining import stage
 from pretraining.config import PretrainConfig
 from pretraining.data import epoch_order
 from pretraining.features import open_backbone
@@ -140,6 +145,41 @@ def test_workers_change_nothing(config):
     assert alone == two
 
 
+def test_deterministic_changes_nothing_on_a_cpu(config, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    plain = run(dataclasses.replace(config, steps=3))
+    repeatable = dataclasses.replace(config, steps=3, deterministic=True)
+    lines, weights = run(dataclasses.replace(repeatable, exp_dir=config.exp_dir.with_name("repeatable")))
+    assert torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" in os.environ
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    distributed.choose_algorithms(deterministic=False)
+    assert lines == plain[0] and all(torch.equal(weights[name], plain[1][name]) for name in weights)
+
+
+def slow_drawing(config):
+    def slow(*arguments):
+        stage.embed = embed
+        time.sleep(8)
+        return embed(*arguments)
+
+    embed, stage.embed = stage.embed, slow
+    run(config)
+
+
+def test_the_other_ranks_wait_while_rank_0_draws_the_embedding(config, tmp_path):
+    """For longer than a step may take."""
+    config = dataclasses.replace(config, arch="test_resnet", steps=2, batch_size=46)
+    config = dataclasses.replace(config, embed_every=1, step_timeout=3.0)
+    with Ranks(slow_drawing, config, size=2, logs=tmp_path / "logs") as ranks:
+        assert ranks.statuses() == [0, 0], ranks.log() + ranks.log(1)
+
+
+def test_the_group_fails_after_any_step_that_may_hang(config):
+    for seconds in (600.0, 7200.0):
+        patient = dataclasses.replace(config, step_timeout=seconds)
+        assert patient.joining["collective_timeout"] > seconds + SAVING + stage.DRAWING + VALIDATING
+
+
 def test_the_backbone_carries_what_the_next_stage_needs_and_the_embedding_is_drawn(config, pool):
     _, tensors = run(config)
     assert len(tensors) == 120
@@ -201,6 +241,11 @@ def test_weights_that_overflow_end_the_run_in_the_same_way(config):
     """The embedding is not finite then, and its figures are logged all the same."""
     with pytest.raises(UserError, match="the gradient was not finite 3 times in a row"):
         run(dataclasses.replace(config, base_lr=1e38, warmup_epochs=0.0, optimizer="sgd"))
+
+
+def test_a_step_without_memory_is_one_line_that_names_the_batch(config):
+    with pytest.raises(UserError, match=r"^cpu: not enough memory .*: lower --batch-size, or"):
+        run(config, loss=at(1, lambda value: value * torch.ones(1 << 50)))
 
 
 @pytest.mark.parametrize("flag", ["steps", "epochs"])

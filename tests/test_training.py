@@ -1,6 +1,7 @@
 """The guarded step is torch's own, or leaves no trace; batches start anywhere, and ranks share them."""
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from cluster.batches import Batches, to_device
 from cluster.distributed import World
+from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.training import GuardedStep, NotFinite
 
@@ -90,11 +92,41 @@ def test_a_group_takes_its_share_of_the_rate():
     ("precision", "device", "bf16"),
     [("auto", "cpu", False), ("auto", "cuda", True), ("bf16", "cpu", True), ("fp32", "cuda", False)],
 )
-def test_auto_is_bf16_on_a_gpu_only(precision, device, bf16):
+def test_auto_is_bf16_on_a_gpu_only(precision, device, bf16, monkeypatch):
+    # A GPU since Ampere; what torch says of one before it stands in the next test.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     guarded = GuardedStep(model, optimizer, float, Guard(), torch.device(device), precision=precision)
     assert guarded.bf16 is bf16
+
+
+def test_auto_is_fp32_on_a_gpu_that_only_emulates_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    assert not GuardedStep(model, optimizer, float, Guard(), torch.device("cuda"), precision="auto").bf16
+
+
+class Huge:
+    """Samples of 4 TB that take no memory until they are copied."""
+
+    def __getitem__(self, key):
+        return {"boxes": torch.zeros(1).expand(1 << 40)}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(size):
+    batches = Batches(
+        Huge(), lambda _: np.arange(6), 3, 2, World(size=size), 3, collate=lambda items: items[0]
+    )
+    need = (2 * 3 + 1) * (2 // size) * 4 * 2**40 / 1e6
+    words = (
+        rf"^/dev/shm has \d+ MB of room, and 3 workers need {need:.0f} MB .*--workers 0, .*--shm-size=\d+m\)$"
+    )
+    with pytest.raises(UserError, match=words):
+        next(batches.between(0, 3))
+    assert next(dataclasses.replace(batches, workers=0).between(0, 3))[0] == 0
 
 
 class Numbers:

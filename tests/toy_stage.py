@@ -41,6 +41,8 @@ class Toy:
     poison: tuple[int, int] = (0, 0)
     # Seconds that a step may take before the run is ended as hung.
     step_timeout: float = 30.0
+    # Batch whose samples never come; -1 for none.
+    stall_at: int = -1
     # Step at which the last rank hangs; -1 for never.
     hang_at: int = -1
     # Step at which every rank raises an exception; -1 for never.
@@ -54,11 +56,13 @@ class Toy:
 class Line(Dataset):
     """A batch is two samples, the second twice the first; their numbers depend only on its position."""
 
-    def __init__(self, poison: tuple[int, int]) -> None:
-        self.poison = range(*poison)
+    def __init__(self, poison: tuple[int, int], stall_at: int) -> None:
+        self.poison, self.stall_at = range(*poison), stall_at
 
     def __getitem__(self, key: Key) -> Tensor:
         batch, factor = key[2] // 2, 1 + key[2] % 2
+        if batch == self.stall_at:
+            time.sleep(1000)
         x = torch.randn(8, generator=torch.Generator().manual_seed(batch))
         return factor * (x * float("nan") if batch in self.poison else x)
 
@@ -92,7 +96,9 @@ def main(toy: Toy) -> None:
         wrapped = parallel(model, world)
         guarded = GuardedStep(wrapped, optimizer, lambda _: 0.05, guard, world.device, clip_grad=1.0)
         # One epoch, longer than any run, whose samples come in the order of their index.
-        batches = Batches(Line(toy.poison), lambda _: np.arange(1 << 20), 1 << 19, 2, world, toy.workers)
+        batches = Batches(
+            Line(toy.poison, toy.stall_at), lambda _: np.arange(1 << 20), 1 << 19, 2, world, toy.workers
+        )
 
         def train_on(rest: Iterable[tuple[int, Any]]) -> None:
             train(toy, wrapped, guarded, rest, journal, run, state)
