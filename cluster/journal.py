@@ -36,7 +36,8 @@ class Journal:
         self.total_steps = total_steps
         self.every = max(1, every)
         if self.main:
-            self._open(start_step)
+            with atomic.named(self.folder / "tensorboard"):
+                self._open(start_step)
 
     def _open(self, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -69,13 +70,17 @@ class Journal:
         if not self.main:
             return
         line = {"step": step} | {name: _json_float(value) for name, value in scalars.items()}
-        self._lines.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        with atomic.named(self.folder / "metrics.jsonl"):
+            self._lines.write(json.dumps(line) + "\n")
+        with atomic.named(self.folder / "tensorboard"):  # the error of its thread is raised here
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
     def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor) -> None:
         """Add embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in [0, 1]."""
-        if self.main:
+        if not self.main:
+            return
+        with atomic.named(self.folder / "tensorboard"):
             self._board.add_embedding(tensor, label_img=thumbnails, global_step=step)
 
     def message(self, text: str) -> None:
