@@ -16,7 +16,7 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,9 +92,26 @@ def replace(
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an OSError, which after a write names no file, name one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """`replace` for a short text. File names in the text keep their bytes even if those are not UTF-8."""
-    replace(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+    replace(path, lambda file: file.write(_bytes(text)))
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may have in a class name
+        return text.encode(errors="backslashreplace")
 
 
 def sidecar(path: Path) -> Path:

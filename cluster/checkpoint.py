@@ -42,6 +42,8 @@ def write(
     allowed: see cluster.atomic.replace. Raises UserError when the disk is full, TypeError as `plain` does.
     """
     path = step_path(folder, step)
+    if folder.parent.is_dir():
+        folder.mkdir(exist_ok=True)
     write_file(path, {**state, "step": step}, allowed)
     # Checkpoints of later steps were rejected on resume; if they counted, they would push out good ones.
     for old in [old for old_step, old in listed(folder) if old_step <= step][max(1, keep) :]:
@@ -54,8 +56,9 @@ def write_file(path: Path, state: State, allowed: Callable[[], None] = lambda: N
     """Write one file such as model.pt, complete or not at all, and its .sha256. Returns that hash in hex."""
     import torch
 
-    content = plain(state)
-    atomic.make_folder(path.parent)
+    content = plain(
+        state
+    )  # the folder is not made: were it deleted under a run, the run must end, and say so
     return atomic.replace(path, lambda file: torch.save(content, file), hashed=True, allowed=allowed)  # type: ignore[arg-type]
 
 
@@ -223,6 +226,7 @@ def check_final(exp_dir: Path) -> dict[str, Any]:
     try:
         signed = json.loads(path.read_text())
         files = dict(signed["files"])
+        signed["step"] = int(signed["step"])
     except FileNotFoundError:
         raise UserError(f"{path}: absent, that stage has not finished; run it to its end first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 
 from cluster import rendezvous
 from cluster.config import flag, rules
-from cluster.errors import CRASH, FAILED, INTERRUPTED, USAGE, UserError
+from cluster.errors import CRASH, FAILED, INTERRUPTED, USAGE, UserError, failing_disk
 
 ConfigType = TypeVar("ConfigType")
 
@@ -35,9 +35,9 @@ def live(work: Callable[[], Any]) -> None:
     """Call `work` and exit with the status that says how it ended.
 
     An exception that carries `exit_status` (UserError, DataError) is printed as one line by one rank, and
-    gives that status. Ctrl-C gives 130. Any other exception is a bug: its traceback is printed, and the
-    status is 70. A process that fails does not wait for DataLoader workers; `rendezvous.leave` says how long
-    it waits for other ranks.
+    gives that status; so does one that shows that a disk fails, with status 1. Ctrl-C gives 130. Any other
+    exception is a bug: its traceback is printed, and the status is 70. A process that fails does not wait for
+    DataLoader workers; `rendezvous.leave` says how long it waits for other ranks.
     """
     try:
         work()
@@ -50,12 +50,13 @@ def live(work: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         end(INTERRUPTED)
     except BaseException as error:
-        status = getattr(error, "exit_status", None)
+        status, said = getattr(error, "exit_status", None), str(error)
+        if status is None and (line := failing_disk(error)):
+            status, said = FAILED, line
         if status is None:
             with contextlib.suppress(OSError):  # standard error may be a pipe whose reader has left
                 traceback.print_exc()
             end(CRASH)
-        said = str(error)
         if "Original Traceback" in said:  # raised in a DataLoader worker: the last line is the error itself
             said = said.strip().splitlines()[-1].partition(": ")[2]
         told = rendezvous.tell_once(f"error: {' '.join(said.split())}")

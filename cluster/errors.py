@@ -5,6 +5,10 @@ traceback is printed. `schematics.sheets.DataError` has its own `exit_status`, s
 cluster.
 """
 
+import errno
+import os
+from pathlib import Path
+
 FAILED = 1  # an error that the user can fix, printed as one line
 USAGE = 2  # a wrong command line
 CRASH = 70  # an unexpected exception, a hung step or a lost rank: start again from the last checkpoint
@@ -29,3 +33,25 @@ class GpuFault(UserError):
 
     def __init__(self, node: str, what: str) -> None:
         super().__init__(f"GPU fault on {node}: {what}: check nvidia-smi there, or give --device cpu")
+
+
+# A file system that fails: full, over quota, read-only, broken, gone, forbidden.
+DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.EPERM),
+)
+
+
+def failing_disk(error: BaseException) -> str:
+    """The line for an error of the file system itself; empty for any other error.
+
+    A file that is absent counts only if its folder is gone too: else a wrong name, so a bug, would be hidden.
+    """
+    if not isinstance(error, OSError):
+        return ""
+    file = str(error.filename or "")
+    gone = error.errno == errno.ENOENT and file and not Path(file).parent.exists()
+    if error.errno not in DISK and not gone:
+        return ""
+    reason = "its folder is gone" if gone else os.strerror(error.errno or 0)
+    return f"{file or 'a file'}: {reason}; make the disk writable, with room, and run the command again"

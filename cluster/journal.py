@@ -51,7 +51,8 @@ class Journal:
         self.batch_size = batch_size
         self.device = world.device
         if self.main:
-            self._open(start_step)
+            with atomic.named(self.folder / "tensorboard"):
+                self._open(start_step)
 
     def _open(self, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -85,9 +86,11 @@ class Journal:
         if not self.main:
             return
         line = {"step": step} | {name: _json_float(value) for name, value in scalars.items()}
-        self._lines.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        with atomic.named(self.folder / "metrics.jsonl"):
+            self._lines.write(json.dumps(line) + "\n")
+        with atomic.named(self.folder / "tensorboard"):  # the error of its thread is raised here
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; the time for which each is awaited counts as waiting for data."""
@@ -104,16 +107,18 @@ class Journal:
 
     def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor, names: Sequence[str]) -> None:
         """Add embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in 0 to 1."""
-        if self.main:
-            plain = [
-                " ".join(name.encode(errors="replace").decode().split()) for name in names
-            ]  # a line each
+        if not self.main:
+            return
+        # Each name is a line of a file.
+        plain = [" ".join(name.encode(errors="replace").decode().split()) for name in names]
+        with atomic.named(self.folder / "tensorboard"):
             self._board.add_embedding(tensor, plain, thumbnails, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Add a picture, uint8 [H, W, 3] RGB, to TensorBoard."""
         if self.main:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            with atomic.named(self.folder / "tensorboard"):
+                self._board.add_image(name, image, step, dataformats="HWC")
 
     def message(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

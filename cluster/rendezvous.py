@@ -150,11 +150,13 @@ def _meet_in(folder: Path, me: Place, timeout: float) -> Store:
     note = folder / f".rendezvous-{_launch_key(os.environ)}"
     if me.rank == 0:
         atomic.make_folder(folder)
-        # With port 0 the kernel picks a free port. A port computed from the job id may be in use.
-        store = TCPStore("localhost", 0, me.size, True, timedelta(seconds=timeout), wait_for_workers=False)
+        door = _listen(me)
+        host, port = door.getsockname()[:2]
+        limit = timedelta(seconds=timeout)
+        store = TCPStore(host, port, me.size, True, limit, False, master_listen_fd=door.detach())
         token = uuid.uuid4().hex
         store.set("token", token)
-        atomic.write_text(note, json.dumps({"hosts": _my_names(), "port": store.port, "token": token}))
+        atomic.write_text(note, json.dumps({"hosts": [host], "port": port, "token": token}))
     else:
         store = _join(note, me, timeout)
     try:
@@ -171,14 +173,39 @@ def _launch_key(env: Mapping[str, str]) -> str:
     return "-".join(env.get(name, "0") for name in names)
 
 
-def _my_names() -> list[str]:
-    """Names and addresses by which another node may reach this one, the most likely first."""
-    names = [os.environ.get("SLURMD_NODENAME", ""), socket.gethostname()]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Connecting a datagram socket sends nothing; it shows which local address leads to the other nodes.
-        probe.connect((os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "10.255.255.255"), 9))
-        names.append(probe.getsockname()[0])
-    return list(dict.fromkeys(filter(None, names)))
+def _listen(me: Place) -> socket.socket:
+    """A socket that listens on one address of this node, by which the nodes of the other ranks reach it.
+
+    With all ranks on this node that is the loopback. torch would listen on every address of the node.
+    """
+    addresses = ["127.0.0.1"] if me.local_size == me.size else _my_addresses()
+    for address in addresses:
+        with contextlib.suppress(OSError):  # a name may lead to an address that is not of this node
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            door = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                # With port 0 the kernel picks a free port. A port computed from the job id may be in use.
+                door.bind((address, 0))
+                door.listen(socket.SOMAXCONN)
+                return door
+            except OSError:
+                door.close()
+    raise UserError(f"{socket.gethostname()}: can listen on none of its addresses, {addresses}")
+
+
+def _my_addresses() -> list[str]:
+    """Addresses by which other nodes may reach this one, the most likely first; the loopback's come last."""
+    found = []
+    with contextlib.suppress(OSError):
+        # Slurm's own way from this node to srun's. Connecting a datagram socket sends nothing.
+        srun = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "10.255.255.255")
+        with socket.socket(socket.AF_INET6 if ":" in srun else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((srun, 9))
+            found.append(probe.getsockname()[0])
+    for name in (os.environ.get("SLURMD_NODENAME"), socket.gethostname()):
+        with contextlib.suppress(OSError):
+            found += [str(answer[4][0]) for answer in socket.getaddrinfo(name, 0) if name]
+    return sorted(dict.fromkeys(found), key=lambda address: address.startswith("127.") or address == "::1")
 
 
 def _join(note: Path, me: Place, timeout: float) -> TCPStore:

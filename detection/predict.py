@@ -127,14 +127,21 @@ def to_document(
 
 
 def to_counts(sheets: Sequence[str], found: Sequence[Detections], names: Sequence[str]) -> str:
-    """CSV with a row for each sheet: its name, the number of symbols of each class, and their sum."""
+    """CSV with a row for each sheet: its name, the number of symbols of each class, and their sum.
+
+    A name that a spreadsheet would run as a formula has an apostrophe before it (OWASP, CSV injection).
+    """
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["sheet", *names, "total"])
+    writer.writerow(["sheet", *map(_no_formula, names), "total"])
     for sheet, detections in zip(sheets, found, strict=True):
         numbers = np.bincount(detections.labels, minlength=len(names) + 1)[1:]
-        writer.writerow([sheet, *numbers, len(detections)])
+        writer.writerow([_no_formula(sheet), *numbers, len(detections)])
     return table.getvalue()
+
+
+def _no_formula(name: str) -> str:
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 def picture_name(number: int, sheet: Sheet) -> str:

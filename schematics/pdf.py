@@ -1,4 +1,4 @@
-"""Read PDF pages in a process of their own, so that a page that takes for ever, or crashes PDFium, costs one page.
+"""Read PDF pages in a process of their own, so that one that takes for ever or crashes PDFium costs one page.
 
 Content streams are programs: a file of a few kilobytes can draw for hours and fill any memory, and code in C
 can be stopped only together with its process. The process is started at the first PDF and used for all that
@@ -25,6 +25,7 @@ import numpy as np
 
 SECONDS = 60  # of CPU time that a page may take; an A0 sheet of a plant takes 1 to 2
 MEMORY = 8 << 30  # bytes of address space of the process; a bitmap of 400 megapixels takes 1.6 GB
+PADDING = b"\0 \t\r\n\x1a\xff"  # with which disks, tapes and transfers fill a block behind the end of a file
 ASK = "import sys; sys.path[:] = {path!r}; from schematics.pdf import serve; serve()"
 
 
@@ -37,7 +38,7 @@ _reader: subprocess.Popen[bytes] | None = None
 
 
 def page_count(path: Path) -> int:
-    """The number of pages. Raises ValueError for a file that is no PDF, OSError for one that can't be read."""
+    """The number of pages. Raises ValueError if it is no PDF, OSError if it can't be read."""
     return _ask("count", path)[0]["pages"]
 
 
@@ -63,7 +64,7 @@ def _ask(*question: Any) -> tuple[dict[str, Any], np.ndarray]:
         reader = _reader
         assert reader.stdin and reader.stdout
         try:
-            reader.stdin.write(json.dumps(question, default=os.fspath).encode() + b"\n")
+            reader.stdin.write(json.dumps((SECONDS, *question), default=os.fspath).encode() + b"\n")
             reader.stdin.flush()
             about = json.loads(reader.stdout.readline() or b"null")
             data = np.empty(about["bytes"] if about else 0, np.uint8)
@@ -114,10 +115,11 @@ def serve() -> None:
     with contextlib.suppress(ValueError, OSError):  # the limit that is there is lower
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal, SIGPROF, ends the process
+        seconds, *question = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal, SIGPROF, ends the process
         data = memoryview(b"")
         try:
-            about, data = _answer(*json.loads(line))
+            about, data = _answer(*question)
         except Exception as error:  # on broken bytes PDFium's binding may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             about = {"error": reason, "refused": isinstance(error, Refused)}
@@ -130,7 +132,11 @@ def serve() -> None:
 def _answer(what: str, path: str, page: int = 1, dpi: int = 72, most: int = 0) -> tuple[dict, memoryview]:
     import pypdfium2
 
-    data = Path(os.fsencode(path).decode(errors="surrogateescape")).read_bytes()
+    data = Path(os.fsencode(path).decode(errors="surrogateescape")).read_bytes().rstrip(PADDING)
+    # PDFium repairs a cut file as well as it can, with blank pages. The end mark of a whole file is among its
+    # last 1024 bytes.
+    if what == "render" and b"%%EOF" not in data[-1024:]:
+        raise Refused("truncated; copy or export it again")
     with pypdfium2.PdfDocument(data) as document:
         if what == "count":
             return {"pages": len(document)}, memoryview(b"")
@@ -142,10 +148,6 @@ def _answer(what: str, path: str, page: int = 1, dpi: int = 72, most: int = 0) -
             raise Refused(f"{width} x {height} px at {dpi} dpi; give a smaller --dpi")
         if what == "size":
             return {"size": (width, height)}, memoryview(b"")
-        # PDFium repairs a cut file as well as it can, with blank pages. The end mark of a whole file is among
-        # its last 1024 bytes, not counting the padding of blocks.
-        if b"%%EOF" not in data.rstrip(b"\0 \t\r\n\x1a\xff")[-1024:]:
-            raise Refused("truncated; copy or export it again")
         bitmap = document[page - 1].render(scale=scale, rev_byteorder=True)
         image = np.ascontiguousarray(bitmap.to_numpy()[..., :3])
         return {"shape": image.shape}, image.data.cast("B")

@@ -4,6 +4,7 @@ Gray drawings stay gray and those in color stay in color; 16-bit, 1-bit, palette
 all become 8-bit gray or RGB. A file that is cut short is an error, never a picture whose rest is gray.
 """
 
+import mmap
 import os
 import re
 import struct
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -28,6 +30,8 @@ Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)
 # Whatever Pillow warns of here ends as a DataError, beside which its warning would be a second line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+MAX_PAGES = 10_000  # of a TIFF
+MAX_SCANS = 64  # of a progressive JPEG; each is a pass over all pixels, and encoders write about 10
 STRIPE = 1024  # rows worked on at a time, so that a sheet of 400 megapixels needs no second copy in memory
 
 
@@ -87,22 +91,44 @@ def _pages(path: Path) -> list[Sheet]:
         if path.suffix.lower() == ".pdf":
             return [Sheet(path, page) for page in range(1, pdf.page_count(path) + 1)]
         if path.suffix.lower() in (".tif", ".tiff"):
-            with _open(path) as picture:
-                pages = _tiff_pages(picture)
+            with open(path, "rb") as file:
+                pages = [page for page, (_, copy) in enumerate(_tiff_pages(file), 1) if not copy]
                 return [Sheet(path, page) for page in pages] if len(pages) > 1 else [Sheet(path)]
     except Exception:  # on broken bytes a decoder may raise anything
         return [Sheet(path)]
     return [Sheet(path)]
 
 
-def _tiff_pages(picture: Image.Image) -> list[int]:
-    """Numbers of the pages from 1, without the reduced copies that viewers store as pages beside them."""
-    pages = []
-    for index in range(getattr(picture, "n_frames", 1)):
-        picture.seek(index)
-        if not getattr(picture, "tag_v2", {}).get(254, 0) & 1:  # NewSubfileType, bit 0: reduced copy
-            pages.append(index + 1)
-    return pages
+def _tiff_pages(file: BinaryIO) -> list[tuple[int, bool]]:
+    """Where each page of a TIFF is described, and whether it is a reduced copy of another, for viewers.
+
+    Pillow reads all pages before the one asked for, with all their tags. Raises ValueError for a file that
+    ends between two pages or has more than MAX_PAGES.
+    """
+    file.seek(0)
+    head = file.read(16)
+    order = "<" if head[:2] == b"II" else ">"
+    big = struct.unpack_from(order + "H", head, 2)[0] == 43  # BigTIFF, with offsets of 64 bits
+    number, offset, tag = (order + kind for kind in (("Q", "Q", "HHQI4x") if big else ("H", "I", "HHII")))
+
+    def read(kind: str) -> int:
+        return struct.unpack(kind, file.read(struct.calcsize(kind)))[0]
+
+    pages: dict[int, bool] = {}
+    file.seek(8 if big else 4)
+    try:
+        while (start := read(offset)) and start not in pages:
+            file.seek(start)
+            tags = file.read(min(read(number), 65535) * struct.calcsize(tag))
+            # NewSubfileType, whose bit 0 says reduced copy, comes first. A short of big-endian files fills
+            # the upper half of the field.
+            first, kind, _, value = next(struct.iter_unpack(tag, tags), (0, 0, 0, 0))
+            pages[start] = first == 254 and bool((value >> 16 if order == ">" and kind == 3 else value) & 1)
+            if len(pages) > MAX_PAGES:
+                raise ValueError(f"more than {MAX_PAGES} pages; split it")
+    except struct.error:
+        raise ValueError("it ends between two pages") from None
+    return list(pages.items())
 
 
 def read_sheet(sheet: Sheet | Path, dpi: int = 200) -> np.ndarray:
@@ -155,7 +181,11 @@ def write_png(path: Path, image: np.ndarray) -> None:
     if image.ndim == 3:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     # Not cv2.imwrite, which only returns False on a full disk and garbles file names on Windows.
-    path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    try:
+        path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    except OSError as error:
+        error.filename = str(path)  # which it lacks when the disk is full
+        raise
 
 
 def looks_truncated(path: Path) -> bool:
@@ -201,9 +231,13 @@ def _errors_named(sheet: Sheet) -> Iterator[None]:
 @contextmanager
 def _open(file: Path | BytesIO, page: int | None = None) -> Iterator[Image.Image]:
     """Open an image file, or one of its pages, with Pillow: the header is read, no pixel is decoded yet."""
-    with Image.open(file, formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP")) as picture:
-        if page is not None:
-            picture.seek(page - 1)
+    source: Any = file
+    if page is not None and isinstance(file, Path):
+        with open(file, "rb") as raw:
+            source = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)  # which can be changed in memory
+    if page is not None:
+        _begin_with(source, page)
+    with Image.open(source, formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP")) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise DataError(
@@ -211,6 +245,19 @@ def _open(file: Path | BytesIO, page: int | None = None) -> Iterator[Image.Image
                 " 400 megapixels; split or shrink it"
             )
         yield picture
+
+
+def _begin_with(file: Any, page: int) -> None:
+    """Let the header of a TIFF in memory point to a page, counted from 1, so that Pillow opens it first."""
+    pages = _tiff_pages(file)
+    if page > len(pages):
+        raise ValueError(f"has {len(pages)} pages, not {page}")
+    file.seek(0)
+    head = file.read(4)
+    field = ("<" if head[:2] == b"II" else ">") + ("Q" if 43 in head[2:] else "I")
+    file.seek(8 if field[1] == "Q" else 4)
+    file.write(struct.pack(field, pages[page - 1][0]))
+    file.seek(0)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -232,10 +279,11 @@ def _decode(sheet: Sheet) -> np.ndarray:
         raise DataError(f"{sheet.name}: empty file; copy or export it again")
     with _open(BytesIO(data), sheet.page) as picture:
         if picture.format == "TIFF" and sheet.page is None:
-            _tiff_pages(picture)  # raises if the file is cut between two pages, which find_sheets can't tell
-            picture.seek(0)
+            _tiff_pages(BytesIO(data))  # raises if it is cut between pages, which find_sheets can't tell
         if not _is_whole(data, picture):
             raise DataError(f"{sheet.name}: truncated; copy or export it again")
+        if picture.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+            raise DataError(f"{sheet.name}: drawn in more than {MAX_SCANS} scans; export it again")
         turn = _orientation(picture)
         image = _decode_fast(data, picture)
         if image is None:
@@ -249,7 +297,10 @@ def _decode_fast(data: bytes, picture: Image.Image) -> np.ndarray | None:
     None for any other file, since OpenCV would read it differently.
     """
     plain = {"JPEG": ("L", "RGB"), "MPO": ("L", "RGB"), "PNG": ("L", "RGB", "RGBA", "I", "I;16")}
+    plain["WEBP"] = ("RGB", "RGBA")  # in 6 bytes a pixel, where Pillow takes 21
     if picture.mode not in plain.get(picture.format or "", ()) or "transparency" in picture.info:
+        return None
+    if picture.format == "WEBP" and getattr(picture, "is_animated", False):
         return None
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
@@ -264,17 +315,20 @@ def _decode_fast(data: bytes, picture: Image.Image) -> np.ndarray | None:
 
 
 def _decode_any(picture: Image.Image) -> np.ndarray:
-    """Decode with Pillow. Raises ValueError for 32-bit pixels."""
+    """Decode with Pillow, stripe by stripe. Raises ValueError for 32-bit pixels."""
+    if picture.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no fixed white; save it with 8 or 16 bits")
     picture.load()
     if picture.mode.startswith("I;16"):
         return _from_16_bit(picture)
-    if picture.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no fixed white; save it with 8 or 16 bits")
-    if "A" in picture.getbands() or "a" in picture.mode or "transparency" in picture.info:
-        return _over_white(np.array(picture.convert("RGBA")))
-    if picture.mode in ("L", "1"):
-        return np.array(picture.convert("L"))
-    return np.array(picture.convert("RGB"))
+    clear = "A" in picture.getbands() or "a" in picture.mode or "transparency" in picture.info
+    mode = "RGBA" if clear else "L" if picture.mode in ("L", "1") else "RGB"
+    width, height = picture.size
+    image = np.empty((height, width) if mode == "L" else (height, width, 3), np.uint8)
+    for top in range(0, height, STRIPE):
+        part = picture.crop((0, top, width, min(top + STRIPE, height))).convert(mode)
+        image[top : top + STRIPE] = _over_white(np.asarray(part)) if clear else np.asarray(part)
+    return image
 
 
 def _from_16_bit(picture: Image.Image) -> np.ndarray:

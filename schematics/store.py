@@ -181,7 +181,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
         windows = np.load(folder / "windows.npy")
         if _pixel_file(folder, index["key"]).stat().st_size == index["bytes"]:
             return index, windows
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError):  # EOFError: windows.npy of 0 bytes
         pass
     raise DataError(f"{folder}: no whole window store; build one: python -m schematics.pack DATA {folder}")
 
