@@ -52,6 +52,8 @@ class EvaluateConfig(Config):
     # Program that computes the figures: pycocotools, or hotcoco, which gives the same ones faster
     # (pip install 'linework[fast]').
     coco_engine: Engine = "pycocotools"
+    # Size at which sheets are seen, such as 0.5 for half of it; by default that of the detector's training.
+    scale: float | None = setting(None, least=0.01, most=1)
     # Windows in one forward pass; memory grows with it.
     batch_size: int = setting(4, least=1)
     # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.
@@ -85,7 +87,7 @@ def main(config: EvaluateConfig) -> None:
     found = {}
     for n, sheet in enumerate(tqdm(split.sheets, unit="sheet", disable=None)):
         image = read_sheet(sheet.path)
-        found[sheet.image_id] = detect(detector, image, config.batch_size)
+        found[sheet.image_id] = detect(detector, image, config.batch_size, config.scale)
         if n < config.pictures:
             shown = found[sheet.image_id].above(np.array(thresholds))
             draw(out / "pictures" / f"{n + 1:02}.png", image, sheet, shown, names)
@@ -98,6 +100,7 @@ def main(config: EvaluateConfig) -> None:
         "split": config.split,
         "window": spec.window,
         "overlap": spec.overlap,
+        "scale": spec.scale if config.scale is None else config.scale,
         "score_threshold": spec.score_threshold,
         "detections_per_window": spec.detections,
         "max_detections": sorted({1, 10, 100, figures.max_detections}),
