@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from cluster.journal import Journal
 from cluster.lifecycle import Run
 from cluster.memory import peak_memory
 
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 TIMED = 4  # steps that are timed
 TIMING = 3600.0  # seconds that this may take before the run counts as hung
 LONG = 1 << 30  # steps, more than any run has
@@ -109,7 +110,7 @@ def in_bf16(precision: str, device: torch.device) -> bool:
 
 
 @contextmanager
-def rehearsal(model: nn.Module, device: torch.device, precision: str) -> Iterator[nn.Module]:
+def rehearsal(model: ModuleType, device: torch.device, precision: str) -> Iterator[ModuleType]:
     """Yield a copy of the model to try things on: the model and torch's generators stay as they are."""
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:

@@ -24,6 +24,7 @@ from schematics.sheets import DataError, read_sheet, to_color
 from schematics.windows import Color, cut, paper_color, tile_sheet
 
 MULTIPLE = 64  # a window's side is a multiple of this, the stride of the feature pyramid's last level
+CACHE = 1 << 30  # bytes of decoded sheets that are kept
 KEEP = 0.6  # share of a symbol's area that must lie in a window for the symbol to be one of its targets
 
 
@@ -49,7 +50,7 @@ class SheetReader:
     scale: 1 or less shrinks each sheet as it is read, and the labels in `split` with it.
     """
 
-    def __init__(self, split: Split, color_mode: str, cache_bytes: int = 1 << 30, scale: float = 1.0):
+    def __init__(self, split: Split, color_mode: str, cache_bytes: int = CACHE, scale: float = 1.0):
         self.sizes = [(sheet.width, sheet.height) for sheet in split.sheets]  # in the files
         self.split = replace(split, sheets=[scale_sheet(sheet, scale) for sheet in split.sheets])
         self.color_mode = color_mode
@@ -90,6 +91,12 @@ class SheetReader:
             self.free -= image.nbytes
             self.cache[index] = sheet_and_paper
         return sheet_and_paper
+
+
+def cached_bytes(split: Split, color_mode: str) -> int:
+    """Bytes that a SheetReader of the split keeps, at most."""
+    pixels = sum(sheet.width * sheet.height for sheet in split.sheets)
+    return min(CACHE, pixels * (3 if color_mode == "rgb" else 1))
 
 
 def scale_sheet(sheet: LabelledSheet, scale: float) -> LabelledSheet:
