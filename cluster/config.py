@@ -98,7 +98,7 @@ class RunConfig(Config):
     steps: int | None = setting(None, least=1, may_change=True)
     # Minutes that training may take, about. Some steps are timed before the first one; the number of steps
     # for which there is time takes the place of --epochs and --steps, and the run keeps it.
-    minutes: float | None = setting(None, least=0.1, may_change=True)
+    minutes: float | None = setting(None, least=0.01, may_change=True)
     # Say what would be trained, in how much time and memory, and stop there.
     dry_run: bool = setting(False, may_change=True)
     # Windows in a batch over all ranks together; the number of ranks must divide it.

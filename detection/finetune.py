@@ -60,6 +60,7 @@ from detection.data import (
     TrainingWindows,
     cached_bytes,
     collate,
+    scale_sheet,
     scaled_size,
     steps_per_epoch,
 )
@@ -307,7 +308,8 @@ def fit_memory(
     if world.device.type == "cpu":
         free -= sum(cached_bytes(split, detector.spec.color_mode) for split in splits)
     free = -distributed.agree(-free)[0]  # the least of all ranks
-    return fit_to_memory(footprint, detector, splits[0].sheets, window, batch_size, world.size, free)
+    spec, sheets = detector.spec, [scale_sheet(sheet, detector.spec.scale) for sheet in splits[0].sheets]
+    return fit_to_memory(footprint, spec.window, spec.overlap, sheets, window, batch_size, world.size, free)
 
 
 def steps_in(seconds: float, step: float, validation: float, between: int) -> int:

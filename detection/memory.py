@@ -11,7 +11,7 @@ from cluster.errors import UserError
 from cluster.memory import PEAK, saved_bytes
 from cluster.training import rehearsal
 from detection.anchors import STRIDES
-from detection.data import MULTIPLE, scale_sheet
+from detection.data import MULTIPLE
 from detection.model import Detector
 from detection.plan import boxes_per_window, large_side
 from schematics.coco import LabelledSheet
@@ -83,8 +83,9 @@ class Fit:
 
 def fit_to_memory(
     footprint: Footprint,
-    detector: Detector,
-    labelled: Sequence[LabelledSheet],
+    planned: int,
+    overlap: int,
+    sheets: Sequence[LabelledSheet],
     window: int | None,
     batch: int | None,
     ranks: int,
@@ -92,17 +93,16 @@ def fit_to_memory(
 ) -> Fit:
     """The largest window, and for it the largest batch of BATCHES, that fit; what is given stays as it is.
 
-    A window is at most that of the plan, and at least twice a large symbol: then the batch is halved first,
-    the window shrinks after. ranks: by which a batch must be divisible. free: bytes on each rank. Where
-    nothing fits, the smallest is returned if window or batch is given; else UserError is raised.
+    The batch is halved first; then the window shrinks from the planned one, down to twice a large symbol.
+    planned, overlap: px, of the scaled sheets in `sheets`. ranks: by which a batch must be divisible. free:
+    bytes on each rank. Where nothing fits, the smallest is returned if window or batch is given; else
+    UserError is raised.
     """
-    sheets = [scale_sheet(sheet, detector.spec.scale) for sheet in labelled]
-    least = min(detector.spec.window, max(2 * MULTIPLE, -(-2 * large_side(sheets) // MULTIPLE) * MULTIPLE))
-    sides = [window] if window else range(detector.spec.window, least - 1, -MULTIPLE)
+    least = min(planned, max(2 * MULTIPLE, -(-2 * large_side(sheets) // MULTIPLE) * MULTIPLE))
+    sides = [window] if window else range(planned, least - 1, -MULTIPLE)
     batches = [batch] if batch else [size for size in BATCHES if size % ranks == 0] or [BATCHES[0]]
     for side in sides:
-        overlap = min(detector.spec.overlap, side // 2)
-        boxes = max(boxes_per_window(sheets, side, overlap))
+        boxes = max(boxes_per_window(sheets, side, min(overlap, side // 2)))
         for size in batches:
             fit = Fit(side, size, footprint.need(side, size // ranks, boxes), free)
             if replace(fit, free=int(SHARE * free)).fits:
