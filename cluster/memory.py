@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A training step takes this many times what autograd keeps, at its peak: 1.2 to 1.4 in eight settings of
+# A training step takes about this many times what autograd keeps, at its peak: measured in seven settings of
 # detection on a CPU (docs/results.md).
 PEAK = 1.3
 ROOT = Path("/")
