@@ -18,13 +18,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from cluster import atomic
 from cluster.errors import UserError
 
 LARGEST_SEED = 2**63 - 1
 LONGEST_WAIT = 8 * 3600.0  # seconds: more than a first step, a save and a validation may take together
+RunType = TypeVar("RunType", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,13 @@ class RunConfig(Config):
     epochs: int = setting(least=1, may_change=True)
     # Optimizer steps in all; they take the place of --epochs.
     steps: int | None = setting(None, least=1, may_change=True)
+    # Minutes that training may take, about. Some steps are timed before the first one; the number of steps
+    # for which there is time takes the place of --epochs and --steps, and the run keeps it.
+    minutes: float | None = setting(None, least=0.01, may_change=True)
+    # Say what would be trained, in how much time and memory, and stop there.
+    dry_run: bool = setting(False, may_change=True)
     # Windows in a batch over all ranks together; the number of ranks must divide it.
-    batch_size: int = setting()
+    batch_size: int | None = setting()
     # Momentum of the optimizers that have one: lars and sgd.
     momentum: float = setting(0.9, least=0)
     # Weight decay (L2); --wd is taken too.
@@ -157,6 +163,29 @@ def flag(name: str) -> str:
 def save(config: Any, path: Path) -> None:
     """Write a dataclass as JSON, with paths as text; the file is written completely or not at all."""
     atomic.write_text(path, json.dumps(_plain(dataclasses.asdict(config)), indent=2) + "\n")
+
+
+def recorded(config: RunType, exp_dir: Path) -> RunType:
+    """The config, with what the run in `exp_dir` decided for itself when it began.
+
+    That is the number of steps for which --minutes had time, and the batch that was fitted to the memory:
+    both stay as they were on whatever machine the run goes on. With --minutes that are new or others than the
+    run's, steps is None. Raises UserError when config.json is not a saved config.
+    """
+    if config.minutes is not None:
+        config = dataclasses.replace(config, steps=None)
+    path = exp_dir / "config.json"
+    if not path.exists():
+        return config
+    try:
+        old = json.loads(path.read_text())
+        if config.batch_size is None:
+            config = dataclasses.replace(config, batch_size=old["batch_size"])
+        if config.minutes is not None and config.minutes == old.get("minutes"):
+            config = dataclasses.replace(config, steps=old["steps"])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a saved config ({error}); remove it") from None
+    return config
 
 
 def changed(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:

@@ -99,6 +99,7 @@ def parse(config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
         ]
         if missing:
             _refuse(f"{_listed(missing)} required{_example(args, missing)}")
+    args += _preset(config_class, args, given)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -109,6 +110,23 @@ def parse(config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
         if not stop.code:
             raise
         _refuse(_first_paragraph(box.getvalue()))
+
+
+def _preset(config_class: type, args: Sequence[str], given: Sequence[str]) -> list[str]:
+    """The flags of the preset that --preset names, without those that are given: explicit flags win.
+
+    A length that is given, by --epochs, --steps or --minutes, takes the place of the preset's.
+    """
+    values = dict(zip(args, [*args[1:], ""], strict=True)) | dict(
+        arg.split("=", 1) for arg in args if "=" in arg
+    )
+    lengths = {"--epochs", "--steps", "--minutes"}
+    taken = {*given} | (lengths if lengths & {*given} else set())
+    flags = list[str]()
+    for name, value in getattr(config_class, "presets", {}).get(values.get("--preset"), {}).items():
+        if flag(name) not in taken:
+            flags += [flag(name), *map(str, value if isinstance(value, tuple) else [value])]
+    return flags
 
 
 def _respell(arg: str, older: dict[str, str]) -> str:

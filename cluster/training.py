@@ -6,17 +6,22 @@ decides: take the step, undo it, or go back to the newest checkpoint.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from cluster import checkpoint
+from cluster import checkpoint, distributed
 from cluster.batches import Batches
 from cluster.checkpoint import State
 from cluster.distributed import World
@@ -24,6 +29,17 @@ from cluster.errors import UserError
 from cluster.guard import SKIPS, Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
+from cluster.memory import peak_memory
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+TIMED = 4  # steps that are timed
+TIMING = 3600.0  # seconds that this may take before the run counts as hung
+LONG = 1 << 30  # steps, more than any run has
+LONG_RUN = 2 * 3600.0  # seconds
+SHORTER = (
+    "that is long for a CPU: --minutes N fits the number of steps to the time, "
+    "--preset laptop takes a smaller network"
+)
 
 
 class NotFinite(Exception):
@@ -54,7 +70,7 @@ class GuardedStep:
     ) -> None:
         self.model, self.optimizer, self.lr, self.guard, self.device = model, optimizer, lr, guard, device
         self.clip_grad = math.inf if clip_grad is None else clip_grad
-        self.bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and _fast_bf16())
+        self.bf16 = in_bf16(precision, device)
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._before: list[Tensor] = []
 
@@ -88,8 +104,79 @@ class GuardedStep:
         return norm
 
 
-def _fast_bf16() -> bool:
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether the forward pass is in bf16; "auto" is bf16 on a GPU that does not emulate it."""
+    if precision != "auto":
+        return precision == "bf16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextmanager
+def rehearsal(model: ModuleType, device: torch.device, precision: str) -> Iterator[ModuleType]:
+    """Yield a copy of the model to try things on: the model and torch's generators stay as they are."""
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
+        yield copy.deepcopy(model)
+
+
+def seconds_per_step(
+    model: nn.Module,
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    batches: Batches,
+    world: World,
+    precision: str,
+    train: Callable[[nn.Module, GuardedStep, Iterable[tuple[int, Any]], Journal], None],
+) -> float:
+    """Seconds that a step takes on the slowest rank, by TIMED throw-away steps of a copy of the model.
+
+    The first step is not timed, because it allocates memory and starts the loader. The loader goes on making
+    batches meanwhile, as it will in the run.
+    """
+    moments: list[float] = []
+
+    def watched() -> Iterator[tuple[int, Any]]:
+        for item in itertools.islice(batches.between(0, LONG), 1 + TIMED):
+            moments.append(time.monotonic())
+            yield item
+
+    device = world.device
+    with rehearsal(model, device, "fp32") as copied, suppress(NotFinite):
+        wrapped = parallel(copied, world)
+        optimizer = build_optimizer(copied)
+        guarded = GuardedStep(wrapped, optimizer, lambda step: 0.0, Guard(), device, None, precision)
+        # The journal of a rank other than the first records nothing.
+        train(wrapped, guarded, watched(), Journal(Path(), replace(world, rank=1), LONG, every=LONG))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = (time.monotonic() - moments[1]) / (len(moments) - 1)
+    return distributed.agree(round(seconds * 1e6))[0] / 1e6
+
+
+def paced(
+    batches: Iterable[tuple[int, Any]], total: int, journal: Journal, device: torch.device
+) -> Iterator[tuple[int, Any]]:
+    """Pass the batches on, and after the first ones say how long the rest will take, and on how much memory.
+
+    Where that is hours on a CPU, also say how it becomes shorter.
+    """
+    moments: list[float] = []
+    for step, batch in batches:
+        moments.append(time.monotonic())
+        if len(moments) == 2 + TIMED:
+            seconds = (moments[-1] - moments[1]) / TIMED
+            left = seconds * (total - step)
+            told = f"{tell_seconds(seconds)} a step, {peak_memory(device)}"
+            journal.message(f"{told}; about {tell_seconds(left)} to go")
+            if device.type == "cpu" and left > LONG_RUN:
+                journal.message(SHORTER)
+        yield step, batch
+
+
+def tell_seconds(seconds: float) -> str:
+    """A duration for a reader: 0.71 s, 45 s, 12 min, 37.0 h."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def begin(

@@ -8,7 +8,7 @@ in a sampler or a worker, and a resumed run sees the very data that an uninterru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 
 from cluster.batches import Key
 from detection.model import as_tensor
-from schematics.coco import Split
+from schematics.coco import LabelledSheet, Split
 from schematics.draws import Use, draw
 from schematics.sheets import DataError, read_sheet, to_color
 from schematics.windows import Color, cut, paper_color, tile_sheet
 
 MULTIPLE = 64  # a window's side is a multiple of this, the stride of the feature pyramid's last level
+CACHE = 1 << 30  # bytes of decoded sheets that are kept
 KEEP = 0.6  # share of a symbol's area that must lie in a window for the symbol to be one of its targets
 
 
@@ -46,10 +47,12 @@ class SheetReader:
     """The sheets of a split as uint8 [H, W] or [H, W, 3].
 
     A decoded sheet is kept if it fits into what is left of `cache_bytes`, else it is decoded at each access.
+    scale: 1 or less shrinks each sheet as it is read, and the labels in `split` with it.
     """
 
-    def __init__(self, split: Split, color_mode: str, cache_bytes: int = 1 << 30):
-        self.split = split
+    def __init__(self, split: Split, color_mode: str, cache_bytes: int = CACHE, scale: float = 1.0):
+        self.sizes = [(sheet.width, sheet.height) for sheet in split.sheets]  # in the files
+        self.split = replace(split, sheets=[scale_sheet(sheet, scale) for sheet in split.sheets])
         self.color_mode = color_mode
         self.free = cache_bytes
         self.cache: dict[int, tuple[np.ndarray, Color]] = {}
@@ -76,16 +79,45 @@ class SheetReader:
             return self.cache[index]
         sheet = self.split.sheets[index]
         image = to_color(read_sheet(sheet.file), self.color_mode)
-        if image.shape[:2] != (sheet.height, sheet.width):
+        width, height = self.sizes[index]
+        if image.shape[:2] != (height, width):
             raise DataError(
-                f"{sheet.file.name}: {image.shape[1]} x {image.shape[0]} px, its header says {sheet.width} x "
-                f"{sheet.height}; export it again"
+                f"{sheet.file.name}: {image.shape[1]} x {image.shape[0]} px, its header says {width} x "
+                f"{height}; export it again"
             )
+        image = shrink(image, sheet.width, sheet.height)
         sheet_and_paper = image, paper_color(image)
         if image.nbytes <= self.free:
             self.free -= image.nbytes
             self.cache[index] = sheet_and_paper
         return sheet_and_paper
+
+
+def cached_bytes(split: Split, color_mode: str) -> int:
+    """Bytes that a SheetReader of the split keeps, at most."""
+    pixels = sum(sheet.width * sheet.height for sheet in split.sheets)
+    return min(CACHE, pixels * (3 if color_mode == "rgb" else 1))
+
+
+def scale_sheet(sheet: LabelledSheet, scale: float) -> LabelledSheet:
+    """The sheet at `scale` times its size, rounded to whole pixels, with its boxes."""
+    if scale == 1:
+        return sheet
+    width, height = scaled_size(sheet.width, sheet.height, scale)
+    factors = np.array([width / sheet.width, height / sheet.height] * 2)
+    return replace(sheet, width=width, height=height, boxes=sheet.boxes * factors)
+
+
+def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
+    """Whole pixels, at least one a side."""
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def shrink(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The image at that size, averaged over areas: thin lines get fainter but do not vanish."""
+    if image.shape[:2] == (height, width):
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 class TrainingWindows(Dataset):

@@ -16,15 +16,19 @@ On two x86-64 cores, 320 steps of four windows of 256 px with a ResNet-18 take 3
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from cluster import checkpoint, distributed, entry
 from cluster import config as configuration
@@ -35,11 +39,35 @@ from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
-from cluster.training import GuardedStep, begin, parallel, train_guarded
+from cluster.memory import free_memory
+from cluster.rendezvous import place
+from cluster.training import (
+    TIMING,
+    GuardedStep,
+    begin,
+    in_bf16,
+    paced,
+    parallel,
+    rehearsal,
+    seconds_per_step,
+    tell_seconds,
+    train_guarded,
+)
 from cluster.weights import read_weights
 from detection.classes import boxes_by_class
-from detection.data import Augment, SheetReader, TrainingWindows, collate, steps_per_epoch
+from detection.data import (
+    Augment,
+    SheetReader,
+    TrainingWindows,
+    cached_bytes,
+    collate,
+    scale_sheet,
+    scaled_size,
+    steps_per_epoch,
+)
+from detection.inference import detect
 from detection.loop import Boundary, Progress, train
+from detection.memory import BATCHES, Fit, fit_to_memory, measure_footprint
 from detection.metrics.matching import Engine, coco_classes
 from detection.model import Detector, Spec
 from detection.plan import describe, plan_detector
@@ -48,10 +76,26 @@ from detection.schedule import Phase, continue_phases, lr_at
 from detection.validation import out_of_patience
 from schematics import draws
 from schematics.coco import Split, find_split, losses, read_split
+from schematics.windows import tile_sheet
+
+# What a few CPU cores can train in half an hour; network and window are the backbone's and the sheets'.
+LAPTOP: dict[str, Any] = {
+    "fpn_channels": 128,
+    "batch_size": 4,
+    "lr": 0.01,
+    "scheduler": "cosine",
+    "warmup_steps": 20,
+    "minutes": 30,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"laptop": LAPTOP}
+
+    # Defaults for a machine: laptop is a narrow pyramid, batches of 4 and half an hour, for a few CPU cores.
+    # Flags that are given win.
+    preset: Literal["laptop"] | None = setting(None, may_change=True)
     # Labelled sheets: train/ and valid/ with COCO annotations.
     data_dir: Path = Path("data")
     # Folder of this run; the same command again goes on from its newest valid checkpoint.
@@ -74,8 +118,9 @@ class FinetuneConfig(RunConfig):
 
     # Passes over the windows with symbols, in all.
     epochs: int = 20
-    # Windows in a batch over all ranks together; the number of ranks must divide it.
-    batch_size: int = 8
+    # Windows in a batch over all ranks together; the number of ranks must divide it. By default 8, or 4 or 2
+    # if memory is short.
+    batch_size: int | None = setting(None, least=1)
     # Learning rate at the peak.
     lr: float = setting(0.005, least=0, may_change=True)
     # Factor on the learning rate of the box predictor, the last layers for class and box.
@@ -105,7 +150,10 @@ class FinetuneConfig(RunConfig):
     # Seconds from one checkpoint to the next; there is also one before each validation.
     checkpoint_every: float = 600.0
 
-    # Side of a window in sheet pixels, a multiple of 64; by default fitted to the sheets.
+    # Size at which sheets are seen, such as 0.5 for half of it, in training and by the detector ever after.
+    scale: float = setting(1.0, least=0.01, most=1)
+    # Side of a window in pixels of the scaled sheet, a multiple of 64; by default fitted to the sheets, and
+    # to the memory if that is short.
     window: int | None = setting(None)
     # Pixels that neighbouring windows share; by default fitted to the symbols.
     overlap: int | None = setting(None)
@@ -141,10 +189,10 @@ class FinetuneConfig(RunConfig):
         return {
             "head": self.head,
             "fpn_channels": self.fpn_channels,
-            "window": self.window,
             "overlap": self.overlap,
             "detections": self.detections_per_image,
             "score_threshold": self.score_threshold,
+            "scale": self.scale,
         }
 
 
@@ -238,9 +286,52 @@ def length_of(exp_dir: Path, patience_steps: int, total: int) -> int:
     return total
 
 
+def fit_memory(
+    detector: Detector,
+    splits: Sequence[Split],
+    window: int | None,
+    batch_size: int | None,
+    precision: str,
+    averaged: bool,
+    world: World,
+) -> Fit:
+    """The window and the batch of the detector that fit into the memory of every rank.
+
+    window, batch_size: given ones, which stay. averaged: whether an average of the weights is kept beside
+    them. Raises UserError where nothing fits.
+    """
+    footprint = measure_footprint(detector, in_bf16(precision, world.device), 3 if averaged else 2)
+    free = free_memory(world.device, place().local_size)
+    if world.device.type == "cpu":
+        free -= sum(cached_bytes(split, detector.spec.color_mode) for split in splits)
+    free = -distributed.agree(-free)[0]  # the least of all ranks
+    spec, sheets = detector.spec, [scale_sheet(sheet, detector.spec.scale) for sheet in splits[0].sheets]
+    return fit_to_memory(footprint, spec.window, spec.overlap, sheets, window, batch_size, world.size, free)
+
+
+def steps_in(seconds: float, step: float, validation: float, between: int) -> int:
+    """Steps for which there is time, at least one. between: steps from one validation to the next."""
+    return max(1, int((seconds - validation) / (step + validation / between)))
+
+
+def validation_seconds(detector: Detector, reader: SheetReader, world: World) -> float:
+    """Seconds that a validation takes, by that of its first sheet and the windows of all."""
+    spec = detector.spec
+    tiles = [
+        len(tile_sheet(*scaled_size(*size, spec.scale), spec.window, spec.overlap)) for size in reader.sizes
+    ]
+    begun = time.monotonic()
+    with rehearsal(detector, world.device, "fp32") as copied:
+        copied.eval()
+        detect(copied, reader[0][0])
+    seconds = (time.monotonic() - begun) * sum(tiles) / tiles[0] / world.size
+    return distributed.agree(round(seconds * 1e6))[0] / 1e6
+
+
 def main(config: FinetuneConfig) -> None:
+    config = configuration.recorded(config, config.exp_dir)
     world = distributed.start(**config.joining)
-    distributed.per_rank(config.batch_size, world)
+    distributed.per_rank(config.batch_size or BATCHES[0], world)
     configuration.refuse_changes(config, config.exp_dir)
     coco_classes(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
@@ -250,34 +341,100 @@ def main(config: FinetuneConfig) -> None:
         if world.main:
             print(line, flush=True)
 
-    def build() -> tuple[Detector, str]:
+    def fit(detector: Detector, window: int | None) -> Fit:
+        averaged = config.ema_decay > 0
+        return fit_memory(detector, splits, window, config.batch_size, config.precision, averaged, world)
+
+    def build(window: int | None) -> tuple[Detector, str]:
         return fresh_detector(
-            splits[0], config.backbone, config.arch, config.seed, norm=norm, **config.choices
+            splits[0],
+            config.backbone,
+            config.arch,
+            config.seed,
+            norm=norm,
+            window=window,
+            **config.choices,
         )
 
+    def begin_new() -> tuple[Detector, str, Fit]:
+        detector, story = build(config.window)
+        fitted = fit(detector, config.window)
+        suits = detector.spec.window
+        if fitted.window != suits:
+            detector, story = build(fitted.window)
+            story += f"\nwindows of {suits} px would suit the sheets, but not the memory"
+        return detector, story, fitted
+
     # A new detector is built before the exp-dir is touched, so that bad input leaves no folder behind.
-    fresh = None if checkpoint.listed(config.exp_dir / "checkpoints") else build()
-    with Run(config.exp_dir, world, **config.saving) as run:
-        saved = run.resume()
-        detector, story = (Detector(Spec.from_dict(saved["spec"])), "") if saved else fresh or build()
+    folder = config.exp_dir / "checkpoints"
+    (there,) = distributed.agree(bool(checkpoint.listed(folder)))
+    fresh = None if there else begin_new()
+    with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
+        saved = run.resume() if run else checkpoint.load_newest(folder)[1] if there else None
+        if saved:
+            if config.batch_size is None:
+                raise UserError(f"{config.exp_dir}: config.json is gone; give the run's --batch-size")
+            detector, story = Detector(Spec.from_dict(saved["spec"])), ""
+            fitted = fit(detector, detector.spec.window)
+        else:
+            detector, story, fitted = fresh or begin_new()
+        batch = fitted.batch
+        config = replace(config, batch_size=batch)
         refuse_other_classes(detector.spec, splits[0], config.data_dir, config.exp_dir)
         refuse_unsynced(detector.spec.norm, world)
         augment = Augment(True, config.scale_jitter, config.photometric, config.flip, config.rot90)
-        readers = [SheetReader(split, detector.spec.color_mode).preload() for split in splits]
+        # Validation sees the sheets as `detect` gets them, which scales them itself.
+        readers = [
+            SheetReader(split, detector.spec.color_mode, scale=scale).preload()
+            for split, scale in zip(splits, (detector.spec.scale, 1.0), strict=True)
+        ]
         side, overlap = detector.spec.window, detector.spec.overlap
         windows = TrainingWindows(
             readers[0], side, overlap, config.seed, augment, config.negatives, config.repeat
         )
-        per_epoch = steps_per_epoch(windows, config.batch_size)
+        per_epoch = steps_per_epoch(windows, batch)
         total = config.epochs * per_epoch if config.steps is None else config.steps
         patience_steps = config.patience * per_epoch
-        if run.finished(length_of(config.exp_dir, patience_steps, total)):
+        to_time = config.minutes is not None and config.steps is None
+        if run and not to_time and run.finished(length_of(config.exp_dir, patience_steps, total)):
+            return
+        told = [story or f"going on at step {saved['step'] if saved else 0}", str(fitted)]
+        detector = put_on_device(detector, world, config.freeze_stages)
+        order = functools.partial(windows.order, at_least=batch)
+        batches = Batches(windows, order, per_epoch, batch, world, config.workers, collate)
+        build_sgd = functools.partial(
+            build_optimizer,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            predictor_lr=config.predictor_lr,
+        )
+        if to_time or (config.dry_run and fitted.fits):
+
+            def attempt(model: nn.Module, guarded: GuardedStep, rest: Iterable, journal: Journal) -> None:
+                train(model, guarded, rest, journal, lambda step: True)
+
+            with run.allow(TIMING) if run else contextlib.nullcontext():
+                step = seconds_per_step(detector, build_sgd, batches, world, config.precision, attempt)
+                validation = validation_seconds(detector, readers[1], world)
+            between = per_epoch * config.validate_every
+            if config.minutes is not None and config.steps is None:
+                total = steps_in(60 * config.minutes, step, validation, between)
+                config = replace(config, steps=total)
+                if run and run.finished(length_of(config.exp_dir, patience_steps, total)):
+                    return
+            length = tell_seconds(total * step + math.ceil(total / between) * validation)
+            told.append(
+                f"{tell_seconds(step)} a step, {tell_seconds(validation)} a validation: about {length} in all"
+            )
+        told.append(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
+        if not run:
+            if world.main:
+                print("\n".join(told))
             return
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
 
-        detector = put_on_device(detector, world, config.freeze_stages)
-        optimizer = build_optimizer(detector, config.momentum, config.weight_decay, config.predictor_lr)
+        optimizer = build_sgd(detector)
         ema = ModelEmaV3(detector, config.ema_decay, use_warmup=True) if config.ema_decay else None
         progress = Progress(detector, optimizer, Guard(), ema)
         begin(run, saved, progress.guard, progress.state, progress.restore)
@@ -289,8 +446,8 @@ def main(config: FinetuneConfig) -> None:
         # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.
         progress.pending |= progress.step >= total
 
-        journal = Journal(config.exp_dir, world, total, progress.step, config.log_every, config.batch_size)
-        journal.message(story or f"going on at step {progress.step}")
+        journal = Journal(config.exp_dir, world, total, progress.step, config.log_every, batch)
+        journal.message("\n".join(told))
         if saved and saved.get("draws") != draws.VERSION:
             journal.message(draws.CHANGED)
         if begun and progress.phases != begun:
@@ -299,7 +456,6 @@ def main(config: FinetuneConfig) -> None:
                 f"a new phase of the learning rate begins at step {progress.step}: "
                 f"{rates[1]:.4g} where it was {rates[0]:.4g}"
             )
-        journal.message(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
         # Windows have one size, but a head of convolutions sees a varying number of proposals.
         torch.backends.cudnn.benchmark = not config.deterministic and detector.spec.head == "mlp"
         model = parallel(detector, world)
@@ -319,12 +475,10 @@ def main(config: FinetuneConfig) -> None:
             patience=patience_steps,
             engine=config.coco_engine,
         )
-        order = functools.partial(windows.order, at_least=config.batch_size)
-        batches = Batches(windows, order, per_epoch, config.batch_size, world, config.workers, collate)
 
         def train_on(rest: Iterable[tuple[int, Any]]) -> None:
             if not progress.pending or boundary.validate():
-                train(model, guarded, rest, journal, boundary)
+                train(model, guarded, paced(rest, total, journal, world.device), journal, boundary)
 
         train_guarded(train_on, batches, progress.guard, run, journal, progress.restore, progress.step, total)
         run.finish(progress.step, progress.state, ["model.pt", "last.pt"])

@@ -21,6 +21,7 @@ from torchvision.ops import nms
 
 from cluster import checkpoint
 from cluster.errors import UserError
+from detection.data import scaled_size, shrink
 from detection.model import Detector, Spec, as_tensor
 from detection.onnx_detector import OnnxDetector
 from schematics.sheets import to_color
@@ -79,8 +80,13 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
 
 
 @torch.inference_mode()
-def detect(detector: Detector | OnnxDetector, image: np.ndarray, batch_size: int = 4) -> Detections:
+def detect(
+    detector: Detector | OnnxDetector, image: np.ndarray, batch_size: int = 4, scale: float | None = None
+) -> Detections:
     """Find the symbols on one sheet, uint8 [H, W] or [H, W, 3] RGB of any size.
+
+    The sheet is seen at `scale` times its size, by default the scale of the detector's training; boxes are in
+    pixels of the sheet as it is given.
 
     `batch_size` windows go through the network at a time, so its memory doesn't grow with the sheet. A sheet
     smaller than a window is padded with the color of its paper, as in training: GroupNorm takes statistics
@@ -91,8 +97,10 @@ def detect(detector: Detector | OnnxDetector, image: np.ndarray, batch_size: int
         raise ValueError(f"a sheet is uint8 [H, W] or [H, W, 3], not {image.dtype} {list(image.shape)}")
     spec, device = detector.spec, detector.device
     image = to_color(image, spec.color_mode)
+    given = image.shape[1], image.shape[0]
+    width, height = scaled_size(*given, spec.scale if scale is None else scale)
+    image = shrink(image, width, height)
     paper = paper_color(image)
-    height, width = image.shape[:2]
     tiles = tile_sheet(width, height, spec.window, spec.overlap)
     found: list[dict[str, torch.Tensor]] = []
     for first in range(0, len(tiles), batch_size):
@@ -105,7 +113,8 @@ def detect(detector: Detector | OnnxDetector, image: np.ndarray, batch_size: int
     scores = torch.cat([f["scores"] for f in found]).double().cpu().numpy()
     labels = torch.cat([f["labels"] for f in found]).cpu().numpy()
     kept = merge(boxes, scores, labels, windows, tiles, width, height)
-    return Detections(boxes[kept], scores[kept], labels[kept])
+    factors = np.tile([given[0] / width, given[1] / height], 2)
+    return Detections(boxes[kept] * factors, scores[kept], labels[kept])
 
 
 def merge(

@@ -50,6 +50,7 @@ class Spec:
     proposals: int  # proposals per window that the RPN keeps
     detections: int  # detections per window, at most
     score_threshold: float  # detections with a lower score are dropped
+    scale: float = 1.0  # size at which sheets are seen; all pixels above are those of the scaled sheet
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

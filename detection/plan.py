@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.errors import UserError
 from detection.anchors import fit_anchors, recall_table
-from detection.data import KEEP, MULTIPLE, SheetReader, crop_boxes
+from detection.data import KEEP, MULTIPLE, SheetReader, crop_boxes, scale_sheet
 from detection.model import Spec
 from schematics.coco import LabelledSheet, Split
 from schematics.sheets import read_sheet
@@ -33,14 +33,15 @@ def plan_detector(
     overlap: int | None,
     detections: int | None,
     score_threshold: float,
+    scale: float = 1.0,
 ) -> Spec:
-    """Plan the detector for the training split.
+    """Plan the detector for the training split, whose sheets are seen at `scale` times their size.
 
     meta: color_mode, mean and std with which the backbone was pretrained; what it lacks is taken from the
     sheets. window, overlap, detections: None fits them to the sheets. Raises UserError for a window that the
     feature pyramid can't take, for an overlap that is too large, and if no window shows a symbol.
     """
-    sheets = split.sheets
+    sheets = [scale_sheet(sheet, scale) for sheet in split.sheets]
     window = fit_window(sheets) if window is None else window
     if window % MULTIPLE or window < 2 * MULTIPLE:
         raise UserError(f"--window {window}: give a multiple of {MULTIPLE}, {2 * MULTIPLE} or more")
@@ -48,7 +49,7 @@ def plan_detector(
     if not 0 <= overlap <= window * 3 // 4:
         raise UserError(f"--overlap {overlap}: give 0 to {window * 3 // 4}, three quarters of --window")
     color_mode = meta.get("color_mode") or fit_color_mode(sheets)
-    colors = (meta["mean"], meta["std"]) if "mean" in meta else fit_colors(split, color_mode)
+    colors = (meta["mean"], meta["std"]) if "mean" in meta else fit_colors(split, color_mode, scale)
     counts = boxes_per_window(sheets, window, overlap)
     if not any(counts):
         raise UserError(f"--window {window}: no window shows {KEEP:.0%} of any symbol; give a larger one")
@@ -68,18 +69,21 @@ def plan_detector(
         proposals=fit_proposals(window),
         detections=detections or max(100, 2 * max(counts)),
         score_threshold=score_threshold,
+        scale=scale,
     )
 
 
-def describe(spec: Spec, sheets: Sequence[LabelledSheet]) -> str:
-    """What was planned, as lines for the log."""
+def describe(spec: Spec, labelled: Sequence[LabelledSheet]) -> str:
+    """What was planned for the labelled sheets, as lines for the log."""
+    sheets = [scale_sheet(sheet, spec.scale) for sheet in labelled]
     boxes = all_boxes(sheets)
     too_large = int(((boxes[:, 2:] - boxes[:, :2]).max(1) > spec.window).sum())
     sizes = " ".join("/".join(f"{size:g}" for size in level) for level in spec.anchors.sizes)
     return (
         f"{spec.arch}, {spec.norm} norm, {spec.head} head, {spec.color_mode}, "
         f"{len(spec.categories)} classes\n"
-        f"windows of {spec.window} px that overlap by {spec.overlap} px; in each at most {spec.proposals} "
+        + (f"sheets at {spec.scale:g} of their size\n" if spec.scale != 1 else "")
+        + f"windows of {spec.window} px that overlap by {spec.overlap} px; in each at most {spec.proposals} "
         f"proposals, of which training samples {spec.rois}, and {spec.detections} detections\n"
         + (f"{too_large} of {len(boxes)} boxes are larger than a window\n" if too_large else "")
         + f"anchors of {sizes} px, height/width {' '.join(f'{ratio:g}' for ratio in spec.anchors.ratios)}\n"
@@ -164,9 +168,9 @@ def fit_color_mode(sheets: Sequence[LabelledSheet]) -> str:
     return "rgb" if any(read_sheet(sheets[n].file).ndim == 3 for n in _sampled(len(sheets))) else "gray"
 
 
-def fit_colors(split: Split, color_mode: str) -> tuple[list[float], list[float]]:
+def fit_colors(split: Split, color_mode: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
     """Mean and std (3 floats each, in [0, 1]) over up to SAMPLED sheets; the std is at least 0.01."""
-    reader = SheetReader(split, color_mode, cache_bytes=0)
+    reader = SheetReader(split, color_mode, cache_bytes=0, scale=scale)
     sampled = _sampled(len(reader))
     mean, std = mean_and_std((reader[index][0] for index in sampled), len(sampled))
     return mean, [max(value, 0.01) for value in std]

@@ -54,6 +54,8 @@ class PredictConfig(Config):
     pictures: bool = True
     # Resolution in dots per inch at which PDF pages are drawn.
     dpi: int = setting(200, least=1)
+    # Size at which sheets are seen, such as 0.5 for half of it; by default that of the detector's training.
+    scale: float | None = setting(None, least=0.01, most=1)
     # Windows in one forward pass; memory grows with it.
     batch_size: int = setting(4, least=1)
     # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.
@@ -91,7 +93,7 @@ def main(config: PredictConfig) -> None:
         place = replace(sheet, path=sheet.path.resolve().relative_to(home)).name
         images.append({"id": number, "file_name": place, "width": width, "height": height})
         read.append(sheet.name)
-        found[number] = detect(detector, image, config.batch_size).above(thresholds)
+        found[number] = detect(detector, image, config.batch_size, config.scale).above(thresholds)
         if config.pictures:
             save_picture(pictures / picture_name(number, sheet), image, found[number], names)
     text = json.dumps(to_document(images, found, detector.spec.categories))

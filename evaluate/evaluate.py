@@ -53,6 +53,8 @@ class EvaluateConfig(Config):
     # Program that computes the figures: pycocotools, or hotcoco, which gives the same ones faster
     # (pip install 'linework[fast]').
     coco_engine: Engine = "pycocotools"
+    # Size at which sheets are seen, such as 0.5 for half of it; by default that of the detector's training.
+    scale: float | None = setting(None, least=0.01, most=1)
     # Windows in one forward pass; memory grows with it.
     batch_size: int = setting(4, least=1)
     # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.
@@ -98,7 +100,7 @@ def main(config: EvaluateConfig) -> None:
     counted = np.zeros(len(spec.categories), np.int64)  # above its threshold, by label of the detector
     for n, sheet in enumerate(progress(split.sheets, "evaluation")):
         image = read_sheet(sheet.file)
-        detections = detect(detector, image, config.batch_size)
+        detections = detect(detector, image, config.batch_size, config.scale)
         counted += np.bincount(detections.above(np.array(given)).labels - 1, minlength=len(counted))
         found[sheet.image_id] = matched.relabel(detections)
         if n < config.pictures:
@@ -120,6 +122,7 @@ def main(config: EvaluateConfig) -> None:
         "split": split_name,
         "window": spec.window,
         "overlap": spec.overlap,
+        "scale": spec.scale if config.scale is None else config.scale,
         "score_threshold": spec.score_threshold,
         "detections_per_window": spec.detections,
         "max_detections": sorted({1, 10, 100, figures.max_detections}),

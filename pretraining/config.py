@@ -2,15 +2,33 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from cluster.config import RunConfig, setting
+
+# What two CPU cores can train in half an hour (docs/results.md); a method adds what it owns.
+LAPTOP: dict[str, Any] = {
+    "arch": "resnet18",
+    "batch_size": 64,
+    "image_size": 96,
+    "window": 256,
+    "minutes": 30,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"laptop": LAPTOP}
+
+    # Defaults for a machine: laptop is a small network and half an hour for a few CPU cores. Flags that are
+    # given win.
+    preset: Literal["laptop"] | None = setting(None, may_change=True)
     # Pool of unlabelled drawings: a folder (or tree) of images and PDFs, a COCO split, or a packed store.
     data_dir: Path = Path("data/unlabeled")
+
+    # Folder for the pool's decoded windows, which runs on one pool share; by default the one that holds
+    # --exp-dir.
+    store_dir: Path | None = setting(None, may_change=True)
 
     # Backbone by its name in timm; a ResNet's keys are torchvision's.
     arch: str = setting("resnet50")

@@ -1,7 +1,9 @@
 """The pretraining stage, from a configuration to a signed backbone.safetensors."""
 
+import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,19 @@ from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
-from cluster.training import GuardedStep, begin, parallel, train_guarded
+from cluster.memory import PEAK, free_memory, saved_bytes
+from cluster.rendezvous import place
+from cluster.training import (
+    TIMING,
+    GuardedStep,
+    begin,
+    paced,
+    parallel,
+    rehearsal,
+    seconds_per_step,
+    tell_seconds,
+    train_guarded,
+)
 from cluster.weights import Normalise, build_backbone, write_backbone
 from pretraining.config import PretrainConfig
 from pretraining.data import Pairs, describe_views, epoch_order
@@ -118,37 +132,76 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     world = distributed.start(**config.joining)
     torch.backends.cudnn.benchmark = not config.deterministic  # views have one size
     refuse_small_batch(config.batch_size, method.joint, world)
-    with Run(config.exp_dir, world, **config.saving) as run:
+    config = configuration.recorded(config, config.exp_dir)
+    with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
-        with run.allow(PACKING):
-            folder = store_folder(config.data_dir, config.exp_dir)
-            if folder != config.data_dir:
+        with run.allow(PACKING) if run else contextlib.nullcontext():
+            store = WindowStore(
                 distributed.on_main(
                     lambda: pack(
-                        config.data_dir, folder, config.window, config.stride, config.color_mode, config.dpi
+                        config.data_dir,
+                        config.exp_dir,
+                        config.store_dir,
+                        config.window,
+                        config.stride,
+                        config.color_mode,
+                        config.dpi,
                     )
                 )
-            store = WindowStore(folder)
+            )
         extent = view_extent(config.view, config.recipe, config.image_size, store)
         per_epoch, total = length(len(store), config.batch_size, config.epochs, config.steps)
-        if run.finished(total):
+        to_time = config.minutes is not None and config.steps is None
+        if run and not to_time and run.finished(total):
             return
+        encoder = build_encoder(config.arch, config.projector, method, store, world, config.seed)
+        build = partial(
+            build_optimizer, name=config.optimizer, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        pairs = Pairs(
+            store,
+            config.recipe,
+            config.image_size,
+            extent,
+            config.seed,
+            config.strength,
+            config.orientation,
+        )
+        order = epoch_order(config.seed, len(store))
+        batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers)
+        fits = tell_memory(encoder, config.image_size, config.batch_size, config.precision, world)
+        if to_time or (config.dry_run and fits):
+
+            def attempt(model: nn.Module, guarded: GuardedStep, rest: Iterable, journal: Journal) -> None:
+                train(model, method.loss, guarded, rest, journal, lambda step: None)
+
+            with run.allow(TIMING) if run else contextlib.nullcontext():
+                seconds = seconds_per_step(encoder, build, batches, world, config.precision, attempt)
+            if config.minutes is not None and config.steps is None:
+                total = max(1, int(60 * config.minutes / seconds))
+                config = replace(config, steps=total)
+                if run and run.finished(total):
+                    return
+            if world.main:
+                print(f"{tell_seconds(seconds)} a step, {tell_seconds(total * seconds)} for {total} steps")
         published = method.base_lr(config.batch_size, total / per_epoch)
         base = published if config.base_lr is None else config.base_lr
         peak = peak_lr(base, config.batch_size, config.lr_scaling)
         warmup = min(round(config.warmup_epochs * per_epoch), total // 10)
         schedule = Schedule(per_epoch, total, warmup, peak, peak * config.min_lr_ratio)
+        if world.main:
+            print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
+            print(describe_views(config.recipe, config.image_size, extent), flush=True)
+        if not run:
+            return
 
-        encoder = build_encoder(config.arch, config.projector, method, store, world, config.seed)
-        optimizer = build_optimizer(encoder, config.optimizer, config.momentum, config.weight_decay)
+        optimizer = build(encoder)
         training = Training(encoder, optimizer, Guard(), len(store))
         saved = run.resume()
         refuse_shorter(config.epochs, config.steps, total, saved, config.exp_dir)
         start = begin(run, saved, training.guard, training.state, training.restore)
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
-            print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
-            print(describe_views(config.recipe, config.image_size, extent), flush=True)
 
         journal = Journal(config.exp_dir, world, total, start, config.log_every, config.batch_size)
         if saved and saved.get("draws") != draws.VERSION:
@@ -169,17 +222,6 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             checkpoint_epochs=config.checkpoint_epochs,
             embed_every=config.embed_every,
         )
-        pairs = Pairs(
-            store,
-            config.recipe,
-            config.image_size,
-            extent,
-            config.seed,
-            config.strength,
-            config.orientation,
-        )
-        order = epoch_order(config.seed, len(store))
-        batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers)
         if world.main:
             journal.picture(start, "views", views(pairs))
         wrapped = parallel(encoder, world)
@@ -188,7 +230,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         )
 
         def train_on(rest: Iterable[tuple[int, Any]]) -> None:
-            train(wrapped, method.loss, guarded, rest, journal, boundary)
+            train(wrapped, method.loss, guarded, paced(rest, total, journal, world.device), journal, boundary)
 
         train_guarded(train_on, batches, training.guard, run, journal, training.restore, start, total)
         journal.close()
@@ -217,16 +259,51 @@ def refuse_small_batch(batch_size: int, joint: bool, world: World) -> None:
         )
 
 
-def store_folder(data_dir: Path, exp_dir: Path) -> Path:
-    """The folder of the packed windows: --data-dir if it is a packed store, else a folder of this run."""
-    return data_dir if (data_dir / "windows.npy").exists() else exp_dir / "windows"
+def pack(
+    data_dir: Path,
+    exp_dir: Path,
+    store_dir: Path | None,
+    window: int,
+    stride: int | None,
+    color_mode: str,
+    dpi: int,
+) -> Path:
+    """The folder of the pool's packed windows, built unless one that matches exists.
 
-
-def pack(data_dir: Path, folder: Path, window: int, stride: int | None, color_mode: str, dpi: int) -> None:
-    """Pack the pool, unless a store that matches it exists. Prints the sheets that cannot be read."""
-    store = build_store(data_dir, folder, window, stride, color_mode=color_mode, dpi=dpi)
+    It is --data-dir itself if that is a packed store, the folder of this run if an earlier version made one,
+    else a folder of `store_dir`, by default beside the exp-dir, that all runs on the same sheets and windows
+    share. Prints the sheets that cannot be read.
+    """
+    if (data_dir / "windows.npy").exists():
+        return data_dir
+    own = exp_dir / "windows"
+    shared = not own.exists()
+    out = (store_dir or exp_dir.parent) if shared else own
+    store = build_store(data_dir, out, window, stride, color_mode=color_mode, dpi=dpi, shared=shared)
     for line in store.skipped:
         print(f"skipped {line}")
+    print(f"windows in {store.folder}, {store.index['bytes'] / 1e6:.0f} MB", flush=True)
+    return store.folder
+
+
+def tell_memory(encoder: Encoder, size: int, batch_size: int, precision: str, world: World) -> bool:
+    """Print how much memory a step will take. Returns whether every rank has it."""
+    views = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device)
+    with rehearsal(encoder, world.device, precision) as copied:
+        kept = saved_bytes(lambda: copied(views, views), copied) // 2
+    weights = sum(p.nbytes for p in encoder.parameters())
+    need = int(2 * weights + PEAK * kept * batch_size / world.size)
+    free = free_memory(world.device, place().local_size)
+    if world.main:
+        print(f"a step takes about {need / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free", flush=True)
+    (short,) = distributed.agree(need > free)
+    if short and world.main:
+        print(
+            f"warning: --batch-size {batch_size} at --image-size {size} may not fit into it; give less of "
+            "either, or --preset laptop",
+            flush=True,
+        )
+    return not short
 
 
 def view_extent(view: int | None, recipe: str, size: int, store: WindowStore) -> int:

@@ -1,6 +1,7 @@
 """Folders that are there whole or not at all: built beside their place and moved into it by one rename."""
 
 import contextlib
+import fcntl
 import glob
 import os
 import shutil
@@ -49,6 +50,24 @@ def unfinished_folder(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def turn_to_build(out: Path) -> Iterator[None]:
+    """Wait until no other process is building `out`, and keep others waiting until the block has ended.
+
+    The lock is an empty file beside `out`, which stays. Where the file system has no locks nobody waits.
+    Raises DataError where no file can be made there.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(out.with_name(f".{out.name}.lock"), "a")  # noqa: SIM115 closed below
+    except OSError as error:
+        raise DataError(f"{out.parent}: {error.strerror}; choose another folder") from error
+    with lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def remove_stale(out: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from schematics.folders import remove_stale, sync, unfinished_folder
+from schematics.folders import remove_stale, sync, turn_to_build, unfinished_folder
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
 from schematics.windows import (
     Image,
@@ -122,14 +122,17 @@ def build_store(
     min_ink: float = 0.002,
     color_mode: str = "auto",
     dpi: int = 200,
+    shared: bool = False,
 ) -> WindowStore:
     """Decode all sheets at `root` into a store at `out`, or open the one there if it matches.
 
     side, stride: of the windows in px; stride is half of side if not given. min_ink: share of its pixels that
     must be ink in a window. color_mode: "gray" turns all sheets gray; "rgb" and "auto" keep each sheet as it
-    is, and "auto" calls the store gray if no sheet has color. dpi: resolution of PDF pages. Raises DataError
-    if no sheet can be read, no window holds ink, an argument is out of range, `out` holds something else, or
-    the disk has too little room. `out` is as it was before then.
+    is, and "auto" calls the store gray if no sheet has color. dpi: resolution of PDF pages. shared: the store
+    is a folder of `out` whose name is that of these sheets and arguments, so that all who ask for the same
+    have one store, which only one of them builds, and who asks for others takes it from nobody. Raises
+    DataError if no sheet can be read, no window holds ink, an argument is out of range, `out` holds something
+    else, or the disk has too little room. `out` is as it was before then.
     """
     if color_mode not in COLOR_MODES:
         raise DataError(f"--color-mode {color_mode}: choose auto, gray or rgb")
@@ -137,10 +140,18 @@ def build_store(
     if min(parameters.side, parameters.stride, parameters.dpi) < 1:
         raise DataError(f"--side {side} --stride {parameters.stride} --dpi {dpi}: each must be at least 1")
     sheets = find_sheets(root) if isinstance(root, (str, Path)) else list(root)
-    out = Path(out).absolute()
     key = _key(sheets, parameters)
+    out = Path(out).absolute() / (f"windows-{key[:12]}" if shared else "")
     if _matches(out, key):
         return WindowStore(out)
+    with turn_to_build(out) if shared else contextlib.nullcontext():
+        if not _matches(out, key):  # another process may just have built it
+            _build(sheets, parameters, key, out)
+    return WindowStore(out)
+
+
+def _build(sheets: Sequence[Sheet], parameters: Parameters, key: str, out: Path) -> None:
+    """Build the store at `out`. Raises DataError as `build_store` does."""
     if out.exists() and not (out / "index.json").exists() and (out.is_file() or any(out.iterdir())):
         raise DataError(f"{out}: exists and is no window store; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +163,6 @@ def build_store(
             _publish(folder, out, key)
     except OSError as error:
         raise DataError(f"{out}: {error.strerror}; free some room or choose another folder") from error
-    return WindowStore(out)
 
 
 def _key(sheets: Sequence[Sheet], parameters: Parameters) -> str:

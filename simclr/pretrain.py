@@ -14,16 +14,21 @@ minutes for 1,400 steps on two x86-64 cores; finetuned on 80 circuits it had twi
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 from cluster.config import setting
 from cluster.entry import run
-from pretraining.config import PretrainConfig
+from pretraining.config import LAPTOP, PretrainConfig
 from pretraining.stage import Method, pretrain
 from simclr.loss import nt_xent
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig(PretrainConfig):
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "laptop": LAPTOP | {"projector": (512, 128), "lr_scaling": "sqrt"}
+    }
+
     # Folder of this run; the same command again goes on from its newest valid checkpoint.
     exp_dir: Path = Path("checkpoints/simclr")
     # Widths of the projector's layers.

@@ -193,6 +193,29 @@ def test_gray_becomes_three_channels_and_batches_stack():
     assert images.shape == (2, 3, 64, 64) and len(targets) == 2 and seeds == [5, 6]
 
 
+def test_a_scaled_sheet_keeps_its_thin_lines_under_its_boxes(split, tmp_path):
+    image = np.full((301, 403), 255, np.uint8)
+    image[100:150:40, 50:90] = 0  # lines of one pixel, of which skipping pixels would lose half
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    given = replace(
+        split.sheets[0],
+        path=tmp_path / "a.png",
+        width=403,
+        height=301,
+        boxes=np.array([[50.0, 100, 90, 141]]),
+        labels=np.array([1]),
+        crowd=np.zeros(1, bool),
+    )
+    reader = SheetReader(replace(split, sheets=[given]), "gray", scale=0.5)
+    seen, sheet = reader[0][0], reader.split.sheets[0]
+    assert seen.shape == (sheet.height, sheet.width) == (150, 202)
+    np.testing.assert_allclose(sheet.boxes, given.boxes * [202 / 403, 150 / 301, 202 / 403, 150 / 301])
+    x0, y0, x1, y1 = sheet.boxes[0].round().astype(int).tolist()
+    dark = np.argwhere(seen < 250)
+    assert set(dark[:, 0]) <= {*range(y0 - 1, y0 + 2), *range(y1 - 2, y1 + 1)}
+    assert all((seen[y - 1 : y + 2, x0 + 1 : x1 - 1].min(0) < 200).all() for y in (y0, y1 - 1))
+
+
 def test_windows_and_overlap_fit_the_symbols(split):
     assert large_side(split.sheets) == 40
     assert fit_window(split.sheets) == 384

@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from multiprocessing import get_context
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 
 from schematics import store as stores
 from schematics.drafting import draw_sheet
+from schematics.folders import turn_to_build
 from schematics.sheets import DataError
 from schematics.store import WindowStore, build_store
 from schematics.windows import cut, ink_windows
@@ -119,6 +122,26 @@ def test_two_builders_at_once_leave_one_whole_store(pool, tmp_path):
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert build_store(pool, out, side=128).window(0).shape == (128, 128)
     assert [path.name for path in tmp_path.iterdir() if path != pool] == ["store"]
+
+
+def test_a_shared_store_is_built_by_one_and_has_its_own_folder_by_content(pool, tmp_path):
+    out = tmp_path / "stores"
+    store = build_store(pool, out, side=128, shared=True)
+    other = build_store(pool, out, side=64, shared=True)
+    assert other.folder != store.folder and store.window(0).shape == (128, 128)
+    (pool / "new.png").write_bytes((pool / "d.png").read_bytes())
+    assert build_store(pool, out, side=128, shared=True).folder not in (store.folder, other.folder)
+    (pool / "new.png").unlink()
+    shutil.rmtree(store.folder)
+    with turn_to_build(store.folder):
+        waiting = Thread(target=build_store, args=(pool, out, 128), kwargs={"shared": True})
+        waiting.start()
+        waiting.join(1)
+        assert waiting.is_alive() and not list(out.glob(".*.tmp")), "it waits for the one that builds"
+        build_store(pool, store.folder, side=128)
+        built = (store.folder / "index.json").stat().st_mtime_ns
+    waiting.join()
+    assert (store.folder / "index.json").stat().st_mtime_ns == built
 
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_a_store(pool, tmp_path):

@@ -116,6 +116,14 @@ def test_detections_lie_on_the_sheet_best_first_and_do_not_depend_on_the_batch(d
     assert len(found.above(found.scores[5])) == 6
 
 
+def test_a_scaled_sheet_is_seen_smaller_and_its_boxes_are_in_its_own_pixels(detector):
+    image = sheet(150, 290)
+    half = cv2.resize(image, (145, 75), interpolation=cv2.INTER_AREA)
+    found, seen = detect(detector, image, scale=0.5), detect(detector, half)
+    np.testing.assert_allclose(found.boxes, 2 * seen.boxes)
+    assert np.array_equal(found.scores, seen.scores)
+
+
 @pytest.mark.parametrize("image", [np.zeros((9, 9)), np.zeros((9, 9, 4), np.uint8), np.zeros(9, np.uint8)])
 def test_an_array_that_is_no_sheet_is_refused(detector, image):
     with pytest.raises(ValueError, match=r"a sheet is uint8 \[H, W\] or \[H, W, 3\], not"):

@@ -7,23 +7,26 @@ where it stopped.
 
 Defaults: ResNet-50, expander 8192-8192-8192, batch 256, base learning rate by batch size from the authors'
 README (0.5 at 256), 10 epochs of warm-up and a cosine to a thousandth. They are meant for a GPU, where they
-have not been timed yet; on two CPU cores use --arch resnet18, --projector 512 512 and a batch of 64 or less
-(docs/results.md).
+have not been timed yet; on a few CPU cores use --preset laptop (a ResNet-18, projector 512-512, batches of 64
+windows at 96 px, half an hour) and --minutes.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 from cluster.config import setting
 from cluster.entry import run
-from pretraining.config import PretrainConfig
+from pretraining.config import LAPTOP, PretrainConfig
 from pretraining.stage import Method, pretrain
 from vicreg.loss import vicreg_loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class VICRegConfig(PretrainConfig):
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"laptop": LAPTOP | {"projector": (512, 512)}}
+
     # Folder of this run; the same command again goes on from its newest valid checkpoint.
     exp_dir: Path = Path("checkpoints/vicreg")
     # Widths of the expander's layers.
