@@ -13,8 +13,8 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from cluster import atomic, distributed
 from cluster import config as configuration
-from cluster import distributed
 from cluster.batches import Batches
 from cluster.checkpoint import State
 from cluster.distributed import World
@@ -202,6 +202,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         start = begin(run, saved, training.guard, training.state, training.restore)
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
+            atomic.write_text(config.exp_dir / "store.txt", str(store.folder.absolute()))
 
         journal = Journal(config.exp_dir, world, total, start, config.log_every, config.batch_size)
         if saved and saved.get("draws") != draws.VERSION:

@@ -97,8 +97,10 @@ def of_run(exp_dir: Path) -> tuple[WindowStore, dict[str, Any]]:
         raise DataError(
             f"{exp_dir}: no config.json of a pretraining run; give SHEETS and its flags"
         ) from None
+    named = exp_dir / "store.txt"  # runs of earlier versions have their windows in the exp-dir
     packed = (data_dir / "windows.npy").exists()
-    return WindowStore(data_dir if packed else exp_dir / "windows"), config
+    own = data_dir if packed else exp_dir / "windows"
+    return WindowStore(Path(named.read_text()) if named.exists() else own), config
 
 
 def main(args: argparse.Namespace) -> None:

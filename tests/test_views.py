@@ -335,10 +335,16 @@ def test_unknown_recipe_is_refused_by_name():
         two_views(SHEET, "photo", 64, 0, 0, 0)
 
 
-def test_command_draws_the_very_views_of_a_run(tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+def test_command_draws_the_very_views_of_a_run(tmp_path, shared):
     (tmp_path / "sheets").mkdir()
+    (tmp_path / "run").mkdir()
     (tmp_path / "sheets/a.png").write_bytes(cv2.imencode(".png", SHEET)[1].tobytes())
-    store = build_store(tmp_path / "sheets", tmp_path / "run/windows", side=128)
+    if shared:
+        store = build_store(tmp_path / "sheets", tmp_path, side=128, shared=True)
+        (tmp_path / "run/store.txt").write_text(str(store.folder))
+    else:
+        store = build_store(tmp_path / "sheets", tmp_path / "run/windows", side=128)
     settings = {"image_size": 48, "view": 100, "seed": 5, "strength": 0.5, "orientation": True}
     config = {"data_dir": str(tmp_path / "sheets"), "recipe": "drawing", **settings}
     (tmp_path / "run/config.json").write_text(json.dumps(config))
