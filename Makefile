@@ -37,7 +37,7 @@ gpu: install
 	$(BIN)/python benchmarks/gpu_acceptance.py
 
 test: check
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 tests
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

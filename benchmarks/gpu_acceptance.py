@@ -217,13 +217,15 @@ def step_speed(bench: Bench) -> None:
     from cluster.weights import Normalise, build_backbone
     from pretraining.data import Pairs, epoch_order
     from pretraining.encoder import Encoder, build_projector
+    from schematics.recipes import default_extent
     from schematics.store import WindowStore, build_store
     from vicreg.loss import vicreg_loss
 
     side = 32 if bench.tiny else 224
     build_store(bench.work / "drawn" / "unlabeled", bench.work / "store", 96 if bench.tiny else 448, None)
     store = WindowStore(bench.work / "store")
-    pairs, order = Pairs(store, "drawing", side, 0, 1.0, True), epoch_order(0, len(store))(0)
+    extent = min(store.side, default_extent(side, store.line))
+    pairs, order = Pairs(store, "drawing", side, extent, 0, 1.0, True), epoch_order(0, len(store))(0)
     counts = [0] if bench.tiny else [0, *(n for n in (1, 2, 4, 8, 16) if n <= (os.cpu_count() or 1))]
     rates = {}
     for workers in counts:

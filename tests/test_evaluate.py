@@ -183,25 +183,6 @@ def test_without_data_dir_and_split_it_is_what_the_detector_was_finetuned_on(mod
         evaluate.main(evaluate.EvaluateConfig(**flags))
 
 
-def test_one_process_on_a_node_with_more_gpus_takes_the_first(model, tmp_path, monkeypatch):
-    """A Slurm job of one task on a node of two GPUs; the GPUs are only said to be there."""
-    for name, value in {
-        "SLURM_PROCID": 0,
-        "SLURM_NTASKS": 1,
-        "SLURM_LOCALID": 0,
-        "SLURM_GPUS_ON_NODE": 2,
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    taken = []
-    monkeypatch.setattr(evaluate, "load_detector", lambda path, device: taken.append(device) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        measured(model, tmp_path / "out", OTHER_IDS, device="auto")
-    assert taken == [torch.device("cuda", 0)]
-
-
 def test_two_runs_are_compared_on_the_same_sheets(model, tmp_path, capsys):
     one, other = tmp_path / "one", tmp_path / "other"
     measured(model, one, OTHER_IDS)

@@ -73,5 +73,5 @@ def test_a_class_without_a_symbol_in_a_split_has_no_folder_there(tmp_path, data)
     document["annotations"] = [row for row in document["annotations"] if row["category_id"] != 1]
     annotations.write_text(json.dumps(document))
     cut_symbols(data, tmp_path / "out")
-    assert {folder.name for folder in (tmp_path / "out/val").iterdir()} == {"a_b_2", "A_B_3", "_4"}
+    assert {folder.name for folder in (tmp_path / "out/valid").iterdir()} == {"a_b_2", "A_B_3", "_4"}
     assert (tmp_path / "out/train/valve").is_dir()
