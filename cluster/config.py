@@ -170,10 +170,10 @@ def recorded(config: RunType, exp_dir: Path) -> RunType:
 
     That is the number of steps for which --minutes had time, and the batch that was fitted to the memory:
     both stay as they were on whatever machine the run goes on. With --minutes that are new or others than the
-    run's, steps is None. Raises UserError when config.json is not a saved config.
+    run's, steps is None. Raises UserError when steps are given too, or config.json is not a saved config.
     """
-    if config.minutes is not None:
-        config = dataclasses.replace(config, steps=None)
+    if config.minutes is not None and config.steps is not None:
+        raise UserError(f"--minutes {config.minutes:g} and --steps {config.steps}: give one of them")
     path = exp_dir / "config.json"
     if not path.exists():
         return config

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "python benchmarks/": "minutes on the data that they name",
     "python -m detection.export": "test_export.py, with a detector that has learnt: else scores tie",
     "python -m detection.predict --checkpoint detector.onnx": "the same",
+    "python -m detection.finetune --preset laptop --minutes 15": "test_fitting.py: a quarter of an hour",
     "sbatch": "test_slurm_scripts.py and test_slurm_chain.py, on a real Slurm",
     "pip": "needs a package index",
     ".venv/bin/pip": "needs a package index",
