@@ -192,7 +192,7 @@ def truncate(path: Path, start_step: int, every: int = 1) -> None:
     kept, steps, damaged = [], [0], 0
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
-            step = json.loads(line)["step"] if line.endswith("\n") else None
+            step: int = json.loads(line if line.endswith("\n") else "")["step"]
             if step < start_step:
                 kept.append(line)
             steps.append(step)
