@@ -39,6 +39,9 @@ def live(work: Callable[[], Any]) -> None:
     exception is a bug: its traceback is printed, and the status is 70. A process that fails does not wait for
     DataLoader workers; `rendezvous.leave` says how long it waits for other ranks.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal can't show must not end the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         work()
     except SystemExit as stop:

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -60,7 +61,7 @@ class Journal:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        truncate(path, start_step)
+        truncate(path, start_step, self.every)
         self._lines = open(path, "a", buffering=1)  # noqa: SIM115 closed by close()
         _number_lives(self.folder / "tensorboard")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
@@ -179,20 +180,33 @@ class Journal:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def truncate(path: Path, start_step: int) -> None:
+def truncate(path: Path, start_step: int, every: int = 1) -> None:
     """Remove lines of metrics.jsonl with step >= start_step, incomplete lines, and lines that are not JSON.
 
-    The file is replaced, not shortened: a lost rank of an earlier launch may still write to the old file.
+    every: steps from one line to the next. A line on stdout says what was damaged, and one whether the file
+    ends before the checkpoint of `start_step`. The file is replaced, not shortened: a lost rank of an earlier
+    launch may still write to the old file.
     """
     if not path.exists():
         return
-    kept = []
+    kept, steps, damaged = [], [0], 0
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] < start_step:
+            step: int = json.loads(line if line.endswith("\n") else "")["step"]
+            if step < start_step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
+            steps.append(step)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += 1
+    if damaged:
+        print(f"{path}: {damaged} torn or damaged lines are cut", flush=True)
+    # An earlier launch may have logged more rarely than this one.
+    rhythm = max([every, *(later - step for step, later in pairwise(steps))])
+    if max(steps) < start_step - rhythm:
+        print(
+            f"{path}: ends at step {max(steps)}, the checkpoint is of step {start_step}: lines are lost",
+            flush=True,
+        )
     atomic.write_text(path, "".join(kept))
 
 

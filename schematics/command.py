@@ -1,6 +1,7 @@
 """The frame of the package's own commands: an error is one line, and scripts can trust the exit status."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,9 @@ def run(
     An error that carries `exit_status`, as DataError does, and a failed file operation become one line on
     stderr. Any other exception is a bug and ends as a traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal can't show must not end the command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     status = DONE
     try:

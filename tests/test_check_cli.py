@@ -1,5 +1,6 @@
 """The commands of the data folder: what they print, their exit codes, one line where they can't go on."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from cluster.entry import live
 from schematics.coco import Category, write_split
 from schematics.command import Parser, run
 from schematics.sheets import DataError
@@ -299,3 +301,25 @@ def test_a_reader_that_stops_early_gets_no_traceback(data):
     )
     os.close(write_end)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize(
+    "frame", [lambda main: run(main, Parser("x", ""), []), lambda main: live(lambda: main(None))]
+)
+def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch, encoding, frame):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def main(args):
+        print("class 阀")
+        raise DataError("阀.png: no image")
+
+    with pytest.raises(SystemExit) as ended:
+        frame(main)
+    for stream in (out, err):
+        stream.flush()
+    assert ended.value.code == 1
+    assert out.buffer.getvalue() == b"class \\u9600\n"
+    assert err.buffer.getvalue() == b"error: \\u9600.png: no image\n"

@@ -86,6 +86,27 @@ def test_half_a_line_and_lines_that_are_no_json_go(tmp_path):
     assert path.read_text() == '{"step": 0, "loss": 1.5}\n{"step": 1, "loss": 0.25}\n'
 
 
+@pytest.mark.parametrize("tail", [b'{"step": 50, "lo', b"\0" * 4096, b"[" * 100_000 + b"\n"])
+def test_a_damaged_tail_and_lost_lines_are_named(tmp_path, capsys, tail):
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps({"step": step}) + "\n" for step in range(0, 41, 10))
+    path.write_bytes(whole.encode() + tail)
+    journal.truncate(path, 60, every=10)
+    assert path.read_text() == whole
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: 1 torn or damaged lines are cut",
+        f"{path}: ends at step 40, the checkpoint is of step 60: lines are lost",
+    ]
+
+
+def test_a_whole_file_is_resumed_without_a_word(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(0, 91, 10)))
+    for start, every in [(95, 10), (60, 10), (60, 1), (0, 10)]:
+        journal.truncate(path, start, every)
+    assert capsys.readouterr().out == ""
+
+
 def test_every_float_survives_the_file(tmp_path):
     values = {"a": 0.1, "b": 1e-300, "c": math.nan, "d": math.inf, "e": -math.inf, "f": torch.tensor(1 / 3)}
     record = Journal(tmp_path, World(), 1)
