@@ -177,7 +177,7 @@ def test_minutes_become_steps_that_the_run_keeps(pretraining, capfd):
     assert steps == json.loads((timed.exp_dir / "config.json").read_text())["steps"] >= 1
     assert recorded(timed, timed.exp_dir).steps == steps
     assert recorded(replace(timed, minutes=0.03), timed.exp_dir).steps is None, "another length is timed anew"
-    with pytest.raises(UserError, match="--minutes 0.02 and --steps 5: give one of them"):
+    with pytest.raises(UserError, match=r"--minutes 0\.02 and --steps 5: give one of them"):
         pretrain(replace(timed, steps=5))
     capfd.readouterr()
     pretrain(timed)
