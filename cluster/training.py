@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -249,12 +250,14 @@ def parallel(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=not synced,  # they are equal on all ranks already
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch rename broadcast_buffers
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            broadcast_buffers=not synced,  # they are equal on all ranks already
+            gradient_as_bucket_view=True,
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     model.forward = lambda zero: torch.stack([p.sum() for p in trained]).sum() * zero
     wrapped(torch.zeros((), device=world.device)).backward()

@@ -409,6 +409,9 @@ def main(config: FinetuneConfig) -> None:
             predictor_lr=config.predictor_lr,
         )
         if to_time or (config.dry_run and fitted.fits):
+            if world.main:  # at once, as the steps that are timed may take minutes
+                print("\n".join([*told, "timing a few steps"]), flush=True)
+            told = []
 
             def attempt(model: nn.Module, guarded: GuardedStep, rest: Iterable, journal: Journal) -> None:
                 train(model, guarded, rest, journal, lambda step: True)
