@@ -16,20 +16,22 @@ from cluster.errors import UserError
 EXPECTED = {int: "an integer", float: "a finite number", str: "text"}
 
 
-def check_facts(kind: type, values: Any, source: str, cure: str) -> dict[str, Any]:
-    """The values of the fields of dataclass `kind`, with JSON's lists as tuples; others are left out.
+def check_facts(kind: type, values: Any, source: str, cure: str, closed: bool = False) -> dict[str, Any]:
+    """The values of the fields of dataclass `kind`, with JSON's lists as tuples.
+
+    closed: whether other values are refused, as they are in a dataclass within; else they are left out.
 
     Fields may be int, float, str, Literal, tuples, dicts and dataclasses of these; floats are finite. source,
     cure: for the error. Raises UserError for a field that is missing and has no default, is of another type
     or is out of bounds.
     """
     try:
-        return _fields(kind, values, "")
+        return _fields(kind, values, "", closed)
     except ValueError as error:
         raise UserError(f"{source}: {error}; {cure}") from None
 
 
-def _fields(kind: type, values: Any, prefix: str) -> dict[str, Any]:
+def _fields(kind: type, values: Any, prefix: str, closed: bool) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise _refusal(prefix.rstrip(".") or "what it says of itself", values, "a table of names and values")
     hints, bounds, found = get_type_hints(kind), rules(kind), {}
@@ -40,6 +42,9 @@ def _fields(kind: type, values: Any, prefix: str) -> dict[str, Any]:
             found[field.name] = _value(hints[field.name], values[field.name], name, rule)
         elif field.default is dataclasses.MISSING:
             raise ValueError(f"{name} is missing")
+    foreign = sorted(map(str, set(values) - set(hints)))
+    if closed and foreign:
+        raise ValueError(f"{prefix}{foreign[0][:60]!r} is not known here")
     return found
 
 
@@ -47,7 +52,7 @@ def _value(hint: Any, value: Any, name: str, rule: Rule) -> Any:
     """The value as `hint` has it. Raises ValueError if it is of another type or out of bounds."""
     origin, parts = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return hint(**_fields(hint, value, name + "."))
+        return hint(**_fields(hint, value, name + ".", True))
     if origin is Literal:
         if not isinstance(value, str) or value not in parts:
             raise _refusal(name, value, " or ".join(parts))

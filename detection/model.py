@@ -68,10 +68,9 @@ class Spec:
 
         source, cure: the file, and how to get another. Raises UserError for values that no finetuning writes.
         """
-        spec = Spec(**check_facts(Spec, values, source, cure))
+        spec = Spec(**check_facts(Spec, values, source, cure, closed=True))
         levels, ids = [len(sizes) for sizes in spec.anchors.sizes], [number for number, _ in spec.categories]
         for wrong, said in (
-            (unknown := sorted(map(repr, set(values) - set(vars(spec)))), f"{', '.join(unknown)[:60]} is not known here"),
             (spec.window % STRIDES[-1], f"window is {spec.window}, no multiple of {STRIDES[-1]}"),
             (spec.overlap > spec.window * 3 // 4, f"overlap is {spec.overlap}, over 3/4 of a window"),
             (len(levels) != len(STRIDES), f"anchors.sizes has {len(levels)} levels, not {len(STRIDES)}"),

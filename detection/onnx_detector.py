@@ -51,7 +51,9 @@ class OnnxDetector:
         try:
             self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             about = json.loads(self.session.get_modelmeta().custom_metadata_map[PROPERTY])
-            weights = onnx.load(path).graph.initializer
+            floats = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "DOUBLE")}
+            held = [one for one in onnx.load(path).graph.initializer if one.data_type in floats]
+            weights = {one.name: torch.tensor(onnx.numpy_helper.to_array(one)) for one in held}
         except Exception as error:  # onnxruntime's exception classes are not public
             raise UserError(f"{path}: not a file of `{EXPORT}` ({checkpoint.brief(error)})") from None
         facts = OnnxFacts(**check_facts(OnnxFacts, about, str(path), AGAIN))
@@ -65,8 +67,7 @@ class OnnxDetector:
         outputs = {one.name for one in self.session.get_outputs()}
         if inputs != [(INPUT, [3, self.spec.window, self.spec.window])] or not set(OUTPUTS) <= outputs:
             raise UserError(f"{path}: its network takes no windows of {self.spec.window} px; {AGAIN}")
-        arrays = {one.name: torch.tensor(onnx.numpy_helper.to_array(one)) for one in weights}
-        refuse_not_finite(arrays, str(path), AGAIN)
+        refuse_not_finite(weights, str(path), AGAIN)
 
     def __call__(self, windows: Iterable[Tensor]) -> list[dict[str, Tensor]]:
         """Windows uint8 [3, S, S] -> for each its detections, as `Detector` gives them in eval mode."""
