@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from cluster import atomic, checkpoint
+from cluster.config import setting
 from cluster.errors import UserError
+from cluster.facts import check_facts
 
 # A foreign file does not say how its images were normalised. Nearly all projects use these values.
 IMAGENET = {"color_mode": "rgb", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+AGAIN = "copy the file again from where it was made, or run its pretraining again"
+LEAST_STD = 1e-6  # of a channel, in units of 0..1
 
 
 def build_backbone(arch: str) -> Any:
@@ -38,6 +43,17 @@ def build_backbone(arch: str) -> Any:
         if "." not in arch:  # is_model ignores the tag, as in resnet50.a1_in1k, which may not exist
             raise
         raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from None
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What a backbone.safetensors may say of itself, as far as it is used: here or by the probes."""
+
+    arch: str = ""
+    color_mode: Literal["gray", "rgb"] = "gray"
+    mean: tuple[float, float, float] = setting((0.0, 0.0, 0.0), least=0, most=1)
+    std: tuple[float, float, float] = setting((1.0, 1.0, 1.0), least=LEAST_STD, most=1)
+    image_size: int = setting(224, least=1, most=32768)  # pixels
 
 
 class Normalise(nn.Module):
@@ -86,7 +102,8 @@ def write_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
 def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, meta) of a file that `write_backbone` wrote.
 
-    Raises UserError for a file that is absent, damaged, without its sha256, or of another kind.
+    Raises UserError for a file that is absent, damaged, without its sha256, or of another kind, and for a
+    meta or tensors that no pretraining writes.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -94,9 +111,21 @@ def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a backbone of Linework ({checkpoint.brief(error)})") from None
+    check_facts(BackboneFacts, meta, str(path), AGAIN)
+    if ("mean" in meta) != ("std" in meta):
+        raise UserError(f"{path}: {'std' if 'mean' in meta else 'mean'} is missing; {AGAIN}")
+    refuse_not_finite(tensors, str(path), AGAIN)
+    return tensors, meta
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], source: str, cure: str) -> None:
+    """Raise UserError if a number of the tensors is NaN or infinite. source, cure: for its line."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise UserError(f"{source}: {name} holds numbers that are NaN or infinite; {cure}")
 
 
 def read_weights(file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -123,4 +152,5 @@ def read_weights(file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: refused, not a file of plain tensors; nothing in it was run") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path}: not a backbone; give tensors under bare keys such as conv1.weight")
+    refuse_not_finite(tensors, file, "give another backbone")
     return tensors, IMAGENET

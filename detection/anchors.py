@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cluster.config import setting
+
 STRIDES = (4, 8, 16, 32, 64)
 MOST = 5.0  # largest |log2(height / width)| of an anchor, even if boxes are more elongated, as those of wires
 
@@ -24,8 +26,8 @@ class Anchors:
     sizes: sqrt(area) in pixels, a tuple for each level of STRIDES. ratios: height / width, for all levels.
     """
 
-    sizes: tuple[tuple[float, ...], ...]
-    ratios: tuple[float, ...]
+    sizes: tuple[tuple[float, ...], ...] = setting(least=0.1, most=1e5)
+    ratios: tuple[float, ...] = setting(least=1e-3, most=1e3)
 
 
 TORCHVISION = Anchors(((32,), (64,), (128,), (256,), (512,)), (0.5, 1.0, 2.0))

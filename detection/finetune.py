@@ -69,7 +69,7 @@ from detection.inference import detect
 from detection.loop import Boundary, Progress, train
 from detection.memory import BATCHES, Fit, fit_to_memory, measure_footprint
 from detection.metrics.matching import Engine, coco_classes
-from detection.model import Detector, Spec
+from detection.model import MOST_BOXES, MOST_CHANNELS, Detector, Spec
 from detection.plan import describe, plan_detector
 from detection.pretrained import fill_backbone
 from detection.schedule import Phase, continue_phases, lr_at
@@ -112,7 +112,7 @@ class FinetuneConfig(RunConfig):
     # Head on each proposal: mlp (two hidden layers) or conv (four convolutions with norm, one hidden layer).
     head: Literal["mlp", "conv"] = setting("mlp")
     # Channels of the feature pyramid.
-    fpn_channels: int = setting(256, least=1)
+    fpn_channels: int = setting(256, least=1, most=MOST_CHANNELS)
     # Stages of the backbone kept as pretrained: 1 freezes it up to stride 4, 4 all of it.
     freeze_stages: int = setting(0)
 
@@ -173,7 +173,7 @@ class FinetuneConfig(RunConfig):
     # Score below which detections are dropped; low, because AP counts uncertain detections too.
     score_threshold: float = setting(0.01, least=0, most=1)
     # Detections kept of a window, at most; by default fitted to the fullest window.
-    detections_per_image: int | None = setting(None, least=1)
+    detections_per_image: int | None = setting(None, least=1, most=MOST_BOXES)
     # Program that computes validation AP: pycocotools, or hotcoco, which gives the same figures faster
     # (pip install 'linework[fast]').
     coco_engine: Engine = setting("pycocotools", may_change=True)
@@ -215,7 +215,10 @@ def fresh_detector(
         raise UserError(f"--arch {arch}: {backbone} is a {known}; leave out --arch")
     spec = plan_detector(split, meta, arch=known, **choices)
     torch.manual_seed(seed)
-    detector = Detector(spec)
+    try:
+        detector = Detector(spec)
+    except UserError as error:
+        raise UserError(f"--backbone {backbone}: {error}" if "arch" in meta else str(error)) from None
     audit = fill_backbone(detector, tensors, backbone) if tensors else "backbone: random weights"
     return detector, f"{audit}\n{describe(spec, split.sheets)}"
 
@@ -374,7 +377,7 @@ def main(config: FinetuneConfig) -> None:
         if saved:
             if config.batch_size is None:
                 raise UserError(f"{config.exp_dir}: config.json is gone; give the run's --batch-size")
-            detector, story = Detector(Spec.from_dict(saved["spec"])), ""
+            detector, story = Detector(Spec.from_dict(saved["spec"], str(folder))), ""
             fitted = fit(detector, detector.spec.window)
         else:
             detector, story, fitted = fresh or begin_new()

@@ -21,8 +21,10 @@ from torchvision.ops import nms
 
 from cluster import checkpoint
 from cluster.errors import UserError
+from cluster.facts import check_facts
+from cluster.weights import refuse_not_finite
 from detection.data import scaled_size, shrink
-from detection.model import Detector, Spec, as_tensor
+from detection.model import AGAIN, Detector, ModelFacts, Spec, as_tensor
 from detection.onnx_detector import OnnxDetector
 from schematics.sheets import to_color
 from schematics.windows import cut, paper_color, tile_sheet
@@ -56,26 +58,31 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
 
     `detector.thresholds` holds for each class the score from which a detection counts. A .onnx file of
     `detection.export` is loaded too, and runs on the CPU. Raises UserError for a file that is truncated, was
-    not written by `detection.finetune`, or would run code.
+    not written by `detection.finetune`, has weights that are not finite, or would run code.
     """
     if Path(path).suffix == ".onnx":
         return OnnxDetector(Path(path))
     state = checkpoint.read(Path(path))
     if not {"model", "spec"} <= set(state):
         raise UserError(f"{path}: not a detector; give the model.pt of `python -m detection.finetune`")
+    spec = Spec.from_dict(state["spec"], str(path))
+    facts = check_facts(ModelFacts, state, str(path), AGAIN)
+    ids = [number for number, _ in spec.categories]
+    for name, by_class in facts.items():
+        if not set(ids) <= set(by_class):
+            raise UserError(f"{path}: {name} lacks a class; {AGAIN}")
     try:
-        spec = Spec.from_dict(state["spec"])
-        thresholds = [float(state["thresholds"][number]) for number, _ in spec.categories]
-        counts = state.get("train_boxes", {})  # an earlier version kept none
-        train_boxes = [int(counts[number]) for number, _ in spec.categories] if counts else []
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {NO_FIT} ({str(error).splitlines()[0]})") from None
-    detector = Detector(spec)
-    detector.thresholds, detector.train_boxes = thresholds, train_boxes
+        detector = Detector(spec)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    detector.thresholds = [facts["thresholds"][number] for number in ids]
+    if "train_boxes" in facts:
+        detector.train_boxes = [facts["train_boxes"][number] for number in ids]
     try:
         detector.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: {NO_FIT} ({str(error).splitlines()[0]})") from None
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: {NO_FIT} ({checkpoint.brief(error)})") from None
+    refuse_not_finite(detector.state_dict(), str(path), AGAIN)
     return detector.to(device).eval()
 
 

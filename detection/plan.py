@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,8 +26,8 @@ def plan_detector(
     meta: Mapping[str, Any],
     *,
     arch: str,
-    norm: str,
-    head: str,
+    norm: Literal["sync", "group"],
+    head: Literal["mlp", "conv"],
     fpn_channels: int,
     window: int | None,
     overlap: int | None,
@@ -49,7 +49,7 @@ def plan_detector(
     if not 0 <= overlap <= window * 3 // 4:
         raise UserError(f"--overlap {overlap}: give 0 to {window * 3 // 4}, three quarters of --window")
     color_mode = meta.get("color_mode") or fit_color_mode(sheets)
-    colors = (meta["mean"], meta["std"]) if "mean" in meta else fit_colors(split, color_mode, scale)
+    colors: Any = (meta["mean"], meta["std"]) if "mean" in meta else fit_colors(split, color_mode, scale)
     counts = boxes_per_window(sheets, window, overlap)
     if not any(counts):
         raise UserError(f"--window {window}: no window shows {KEEP:.0%} of any symbol; give a larger one")
@@ -163,7 +163,7 @@ def fit_proposals(window: int) -> int:
     return int(min(2000, max(128, window * window // 512)))
 
 
-def fit_color_mode(sheets: Sequence[LabelledSheet]) -> str:
+def fit_color_mode(sheets: Sequence[LabelledSheet]) -> Literal["gray", "rgb"]:
     """ "rgb" if any of up to SAMPLED sheets has color, else "gray"."""
     return "rgb" if any(read_sheet(sheets[n].file).ndim == 3 for n in _sampled(len(sheets))) else "gray"
 

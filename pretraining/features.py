@@ -1,5 +1,6 @@
 """Compute features by a frozen pretrained backbone, for probes and pictures."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cluster.errors import UserError
-from cluster.weights import Normalise, build_backbone, read_backbone
+from cluster.weights import AGAIN, BackboneFacts, Normalise, build_backbone, read_backbone
 from schematics.sheets import find_sheets, read_sheet, to_color
 from schematics.windows import paper_color
 
@@ -21,8 +22,17 @@ def open_backbone(path: Path) -> tuple[nn.Module, dict]:
         UserError: the file was not written by Linework, is damaged, or lacks tensors of its architecture.
     """
     tensors, meta = read_backbone(path)
-    backbone = build_backbone(meta["arch"])
-    missing, unexpected = backbone.load_state_dict(tensors, strict=False)
+    for field in fields(BackboneFacts):
+        if field.name not in meta:
+            raise UserError(f"{path}: {field.name} is missing; {AGAIN}")
+    try:
+        backbone = build_backbone(meta["arch"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    try:
+        missing, unexpected = backbone.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # tensors of other shapes; the first line of its message names no tensor
+        raise UserError(f"{path}: {' '.join(str(error).split())[:200]}; {AGAIN}") from None
     if missing or unexpected:
         raise UserError(
             f"{path}: {len(missing)} tensors of {meta['arch']} are missing, {len(unexpected)} are foreign; "

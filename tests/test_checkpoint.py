@@ -345,7 +345,7 @@ def test_backbone_carries_its_meta(tmp_path):
         "conv1.weight": torch.randn(4, 3, 7, 7).to(memory_format=torch.channels_last),
         "n": torch.tensor(3),
     }
-    meta = {"arch": "resnet18", "method": "simclr", "mean": [0.9, 0.9, 0.9], "step": 7}
+    meta = {"arch": "resnet18", "method": "simclr", "mean": [0.9] * 3, "std": [0.1] * 3, "step": 7}
     weights.write_backbone(path, tensors, meta)
     digests = {weights.write_backbone(path, tensors, meta) for _ in range(20)}
     assert len(digests) == 1  # the same bytes, whatever the order in which safetensors writes the meta
