@@ -354,7 +354,8 @@ def test_a_signal_is_answered_in_the_first_step_and_while_data_do_not_come(
     with Ranks(impatient_entry_point, *where, *flags, logs=tmp_path / "logs") as ranks:
         until(lambda: checkpoint.listed(folder / "checkpoints"))
         if "5" in flags:
-            until(lambda: (folder / "metrics.jsonl").read_text().count("\n") == 5)
+            lines = folder / "metrics.jsonl"
+            until(lambda: lines.exists() and lines.read_text().count("\n") == 5)
         time.sleep(0.3)
         ranks.signal(number)
         assert ranks.statuses(20) == [status], ranks.log()
