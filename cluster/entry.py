@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import os
 import shlex
 import sys
@@ -120,9 +121,7 @@ def _preset(config_class: type, args: Sequence[str], given: Sequence[str]) -> li
 
     A length that is given, by --epochs, --steps or --minutes, takes the place of the preset's.
     """
-    values = dict(zip(args, [*args[1:], ""], strict=True)) | dict(
-        arg.split("=", 1) for arg in args if "=" in arg
-    )
+    values = dict(itertools.pairwise(args)) | dict(arg.split("=", 1) for arg in args if "=" in arg)
     lengths = {"--epochs", "--steps", "--minutes"}
     taken = {*given} | (lengths if lengths & {*given} else set())
     flags = list[str]()

@@ -229,6 +229,15 @@ def test_flags_that_are_given_win_over_a_preset():
     assert (tuned.lr, tuned.fpn_channels, tuned.batch_size) == (1, 128, 4)
 
 
+def test_a_command_without_any_flag_has_all_defaults(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "unlabeled").mkdir(parents=True)
+    assert parse(SimCLRConfig, []) == SimCLRConfig()
+    with pytest.raises(SystemExit):
+        parse(SimCLRConfig, ["--preset"])
+    assert "--preset" in capsys.readouterr().err
+
+
 def test_runs_on_one_pool_share_its_store(pretraining, sheets):
     two = [replace(pretraining, steps=1, exp_dir=pretraining.exp_dir.with_name(name)) for name in "ab"]
     for config in (*two, replace(two[0], exp_dir=two[0].exp_dir.with_name("c"), window=64)):
