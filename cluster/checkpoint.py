@@ -56,9 +56,8 @@ def write_file(path: Path, state: State, allowed: Callable[[], None] = lambda: N
     """Write one file such as model.pt, complete or not at all, and its .sha256. Returns that hash in hex."""
     import torch
 
-    content = plain(
-        state
-    )  # the folder is not made: were it deleted under a run, the run must end, and say so
+    content = plain(state)
+    # The folder is not made: if it was deleted under a run, the run must end, and say so.
     return atomic.replace(path, lambda file: torch.save(content, file), hashed=True, allowed=allowed)  # type: ignore[arg-type]
 
 

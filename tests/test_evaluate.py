@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_detector import small_spec
 
 from cluster import checkpoint
 from cluster.errors import UserError
 from detection.anchors import fit_anchors
 from detection.classes import match_classes
 from detection.inference import Detections
-from detection.model import Detector, Spec
+from detection.model import Detector
 from schematics.coco import read_split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,22 +43,8 @@ evaluate, compare = script("evaluate"), script("compare")
 
 def write_detector(path, *categories):
     torch.manual_seed(0)
-    spec = Spec(
-        arch="resnet10t",
-        norm="group",
-        head="mlp",
-        fpn_channels=16,
-        categories=categories,
-        color_mode="gray",
-        mean=(0.9,) * 3,
-        std=(0.2,) * 3,
-        window=320,
-        overlap=32,
-        anchors=fit_anchors(np.array([[0.0, 0, 24, 24]])),
-        rois=16,
-        proposals=64,
-        detections=20,
-        score_threshold=0.0,
+    spec = small_spec(
+        categories=categories, window=320, anchors=fit_anchors(np.array([[0.0, 0, 24, 24]])), proposals=64
     )
     state = {
         "spec": spec.to_dict(),

@@ -4,13 +4,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from small_detector import small_spec
 
 from cluster import checkpoint
 from cluster.errors import UserError
 from detection import export
-from detection.anchors import fit_anchors
 from detection.inference import Detections, detect, load_detector
-from detection.model import Detector, Spec
+from detection.model import Detector
 from detection.onnx_detector import OnnxDetector
 from detection.predict import PredictConfig
 from detection.predict import main as predict
@@ -31,23 +31,7 @@ def noise(tmp_path_factory):
 def save(folder, norm, seed=0):
     """Write a model.pt with random weights and with the running statistics of one batch of noise."""
     torch.manual_seed(seed)
-    spec = Spec(
-        arch="resnet10t",
-        norm=norm,
-        head="conv",
-        fpn_channels=16,
-        categories=((4, "relay"), (9, "lamp")),
-        color_mode="gray",
-        mean=(0.5,) * 3,
-        std=(0.3,) * 3,
-        window=128,
-        overlap=32,
-        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])),
-        rois=16,
-        proposals=32,
-        detections=20,
-        score_threshold=0.05,
-    )
+    spec = small_spec(norm=norm, head="conv", mean=(0.5,) * 3, std=(0.3,) * 3, score_threshold=0.05)
     detector = Detector(spec).train()
     image = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
     target = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1])}

@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from small_detector import small_spec
 
 from cluster import checkpoint
 from cluster.errors import UserError
-from detection.anchors import fit_anchors
 from detection.draw import annotate, color_of, side_by_side
 from detection.inference import Detections, detect, load_detector, merge, to_results
-from detection.model import Detector, Spec
+from detection.model import Detector
 from detection.predict import PredictConfig, main, picture_name
 from schematics.coco import read_split
 from schematics.sheets import Sheet
@@ -80,23 +80,7 @@ def test_merging_thousands_needs_little_memory():
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    spec = Spec(
-        arch="resnet10t",
-        norm="group",
-        head="mlp",
-        fpn_channels=16,
-        categories=((4, "relay"), (9, "lamp")),
-        color_mode="gray",
-        mean=(0.9,) * 3,
-        std=(0.2,) * 3,
-        window=128,
-        overlap=32,
-        anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])),
-        rois=16,
-        proposals=64,
-        detections=20,
-        score_threshold=0.0,
-    )
+    spec = small_spec(proposals=64)
     return Detector(spec).eval()
 
 

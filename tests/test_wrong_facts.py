@@ -8,13 +8,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from small_detector import small_spec
 
 from cluster import atomic, checkpoint
 from cluster.errors import UserError
 from cluster.weights import build_backbone, read_weights, write_backbone
-from detection.anchors import fit_anchors
 from detection.inference import NO_FIT, detect, load_detector
-from detection.model import Detector, Spec
+from detection.model import Detector
 from detection.onnx_detector import INPUT, OUTPUTS, PROPERTY
 from pretraining.features import open_backbone
 
@@ -23,23 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHEET = np.random.default_rng(0).integers(0, 255, (90, 100), dtype=np.uint8)
 NAN = math.nan
 WRONG = (None, "text", True, -1, 0, 0.5, 10**30, 1e300, NAN, math.inf, [], {}, [[]], [NAN] * 3, [0] * 3)
-SPEC = Spec(
-    arch="resnet10t",
-    norm="group",
-    head="mlp",
-    fpn_channels=16,
-    categories=((4, "relay"), (9, "lamp")),
-    color_mode="gray",
-    mean=(0.9,) * 3,
-    std=(0.2,) * 3,
-    window=128,
-    overlap=32,
-    anchors=fit_anchors(np.array([[0.0, 0, 30, 30]])),
-    rois=16,
-    proposals=32,
-    detections=20,
-    score_threshold=0.0,
-)
+SPEC = small_spec()
 COLORS = {"color_mode": "gray", "mean": [0.9] * 3, "std": [0.2] * 3}
 META = {"arch": "resnet10t", "image_size": 32, **COLORS}
 
