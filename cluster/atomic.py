@@ -86,6 +86,10 @@ def replace(
             reason = (
                 f"the disk is full ({reason}); what was there before is intact, make room and run it again"
             )
+        elif not path.parent.exists():
+            reason = "its folder is gone; bring it back, or run the command again to begin anew"
+        else:
+            reason += "; make the folder writable and run it again"
         raise UserError(f"{path}: not written, {reason}") from None
     finally:
         with contextlib.suppress(OSError):
