@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import atomic
-from cluster.errors import UserError
+from cluster.errors import GONE, UserError
 
 STALE = 60.0  # seconds without a beat after which an owner counts as dead
 
@@ -63,7 +63,7 @@ class Owner:
             holder = _read(self.path)
             taken = f"{name(holder)} has taken over" if holder else "the file is gone"
             if not self.path.parent.exists():
-                taken = "the folder is gone; bring it back, or run the command again to begin anew"
+                taken = GONE
             raise UserError(f"{self.path}: {taken}; this run ({name(self.me)}) writes nothing more and ends")
 
     def release(self) -> None:
