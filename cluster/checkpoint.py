@@ -273,11 +273,12 @@ def check_final(exp_dir: Path) -> dict[str, Any]:
     path = exp_dir / "final.json"
     try:
         signed = json.loads(path.read_text())
-        files = dict(signed["files"])
-        signed["step"] = int(signed["step"])
+        files = signed["files"]
+        if type(signed["step"]) is not int or not isinstance(files, dict):
+            raise ValueError("it signs no step or no files")
     except FileNotFoundError:
         raise UserError(f"{path}: absent, that stage has not finished; run it to its end first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); remove it and run that stage again") from None
     for name, digest in files.items():
         file = exp_dir / name
