@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.errors import UserError
+from cluster.errors import GONE, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -86,6 +86,10 @@ def replace(
             reason = (
                 f"the disk is full ({reason}); what was there before is intact, make room and run it again"
             )
+        elif not path.parent.exists():
+            reason = GONE
+        else:
+            reason += "; make the folder writable and run it again"
         raise UserError(f"{path}: not written, {reason}") from None
     finally:
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,49 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = dict[str, Any]
+OTHER = "finish the run with the code that began it, give another --exp-dir, or move this file away"
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
+
+
+class Saved(State):
+    """What a file that `write` or `write_file` wrote holds, as `read` returns it.
+
+    path: the file. A key that it lacks raises UserError: another version wrote it, or another program.
+    """
+
+    def __init__(self, content: State, path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise self.refusal(f"it has no {key!r}")
+
+    def refusal(self, reason: str) -> UserError:
+        """The error of a file that is whole but has another layout."""
+        return UserError(f"{self.path}: has another layout than this code writes, {reason}; {OTHER}")
+
+    def refuse_other_tensors(self, own: State) -> None:
+        """Raise UserError unless each table of `own` has tensors of the same names, shapes and types here.
+
+        A table without tensors is not looked at: neither the facts beside the weights, nor an optimizer
+        before its first step.
+        """
+        for key, table in own.items():
+            expected = dict(_tensors(table, key)) if isinstance(table, dict) else {}
+            found = dict(_tensors(self[key], key)) if expected else {}
+            for name in expected | found:
+                if expected.get(name) != found.get(name):
+                    told = f"{name} is {found.get(name, 'absent')}, not {expected.get(name, 'absent')}"
+                    raise self.refusal(told)
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The name of each tensor in nested dicts, with its type and shape in words."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}")
+    elif hasattr(value, "dtype"):
+        yield name, f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -61,7 +103,7 @@ def write_file(path: Path, state: State, allowed: Callable[[], None] = lambda: N
     return atomic.replace(path, lambda file: torch.save(content, file), hashed=True, allowed=allowed)  # type: ignore[arg-type]
 
 
-def read(path: Path) -> State:
+def read(path: Path) -> Saved:
     """Read a file that this module wrote, onto the CPU.
 
     Raises UserError with a one-line message if the file is absent, truncated or damaged, has no .sha256
@@ -79,15 +121,22 @@ def listed(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def load_newest(folder: Path) -> tuple[Path | None, State, list[str]]:
-    """Path (or None) and content of the newest checkpoint that loads, and why each later one was rejected."""
+def load_newest(folder: Path) -> tuple[Path | None, Saved, list[str]]:
+    """Path (or None) and content of the newest checkpoint that loads, and why each later one was rejected.
+
+    Raises UserError if the step that it contains is not that of its name: another program wrote it.
+    """
     rejected: list[str] = []
-    for _, path in listed(folder):
+    for step, path in listed(folder):
         try:
-            return path, read(path), rejected
+            saved = read(path)
         except UserError as error:
             rejected.append(str(error))
-    return None, {}, rejected
+            continue
+        if type(saved["step"]) is not int or saved["step"] != step:
+            raise saved.refusal(f"its step is {' '.join(repr(saved['step']).split())[:60]}")
+        return path, saved, rejected
+    return None, Saved({}, folder), rejected
 
 
 class Writer:
@@ -182,7 +231,7 @@ def _copy(tensor: Tensor, blocks: dict[str, Tensor], where: str) -> Tensor:
     return block.copy_(tensor)
 
 
-def _load(path: Path) -> State:
+def _load(path: Path) -> Saved:
     import pickle
 
     import torch
@@ -201,7 +250,7 @@ def _load(path: Path) -> State:
         raise UserError(f"{path}: not a checkpoint ({brief(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint of Linework, it holds a {type(content).__name__}")
-    return content
+    return Saved(content, path)
 
 
 def brief(error: Exception) -> str:
@@ -224,11 +273,12 @@ def check_final(exp_dir: Path) -> dict[str, Any]:
     path = exp_dir / "final.json"
     try:
         signed = json.loads(path.read_text())
-        files = dict(signed["files"])
-        signed["step"] = int(signed["step"])
+        files = signed["files"]
+        if type(signed["step"]) is not int or not isinstance(files, dict):
+            raise ValueError("it signs no step or no files")
     except FileNotFoundError:
         raise UserError(f"{path}: absent, that stage has not finished; run it to its end first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); remove it and run that stage again") from None
     for name, digest in files.items():
         file = exp_dir / name

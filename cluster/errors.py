@@ -41,6 +41,8 @@ DISK = (
     *(errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.EPERM),
 )
 
+GONE = "its folder is gone; bring it back, or run the command again to begin anew"
+
 
 def failing_disk(error: BaseException) -> str:
     """The line for an error of the file system itself; empty for any other error.
@@ -49,9 +51,9 @@ def failing_disk(error: BaseException) -> str:
     """
     if not isinstance(error, OSError):
         return ""
-    file = str(error.filename or "")
+    file = os.fsdecode(error.filename or "")  # TensorBoard has names as bytes
     gone = error.errno == errno.ENOENT and file and not Path(file).parent.exists()
     if error.errno not in DISK and not gone:
         return ""
-    reason = "its folder is gone" if gone else os.strerror(error.errno or 0)
-    return f"{file or 'a file'}: {reason}; make the disk writable, with room, and run the command again"
+    reason = f"{os.strerror(error.errno or 0)}; make the disk writable, with room, and run the command again"
+    return f"{file or 'a file'}: {GONE if gone else reason}"

@@ -14,7 +14,7 @@ from cluster.config import Rule, rules
 from cluster.errors import UserError
 
 LEAST_STD = 1e-6  # of a channel of images, in units of 0..1
-EXPECTED = {int: "an integer", float: "a finite number", str: "text"}
+EXPECTED = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
 
 
 def check_facts(kind: type, values: Any, source: str, cure: str, closed: bool = False) -> dict[str, Any]:
@@ -22,9 +22,9 @@ def check_facts(kind: type, values: Any, source: str, cure: str, closed: bool = 
 
     closed: whether other values are refused, as they are in a dataclass within; else they are left out.
 
-    Fields may be int, float, str, Literal, tuples, dicts and dataclasses of these; floats are finite. source,
-    cure: for the error. Raises UserError for a field that is missing and has no default, is of another type
-    or is out of bounds.
+    Fields may be int, float, str, bool, Literal, tuples, dicts and dataclasses of these; floats are finite.
+    source, cure: for the error. Raises UserError for a field that is missing and has no default, is of
+    another type or is out of bounds.
     """
     try:
         return _fields(kind, values, "", closed)
@@ -70,7 +70,9 @@ def _value(hint: Any, value: Any, name: str, rule: Rule) -> Any:
             raise _refusal(name, value, f"a list of {len(inner)}")
         return tuple(_value(part, item, name, rule) for part, item in zip(inner, value, strict=True))
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (isinstance(value, hint) or (hint is float and number)) or isinstance(value, bool):
+    if not (isinstance(value, hint) or (hint is float and number)) or isinstance(value, bool) != (
+        hint is bool
+    ):
         raise _refusal(name, value, EXPECTED[hint])
     if hint is float and not abs(value) <= 1e300:  # NaN, infinite, or an integer that no float holds
         raise _refusal(name, value, EXPECTED[float])

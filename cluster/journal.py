@@ -10,13 +10,15 @@ import json
 import math
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster import atomic
+from cluster.errors import failing_disk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,8 +64,10 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         truncate(path, start_step, self.every)
-        self._lines = open(path, "a", buffering=1)  # noqa: SIM115 closed by close()
+        # Without a buffer: what a full disk does not take would be written again at exit, with a traceback.
+        self._lines = open(path, "ab", buffering=0)  # noqa: SIM115 closed by close()
         _number_lives(self.folder / "tensorboard")
+        self._hook, threading.excepthook = threading.excepthook, _hushed(threading.excepthook)
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -88,7 +92,9 @@ class Journal:
             return
         line = {"step": step} | {name: _json_float(value) for name, value in scalars.items()}
         with atomic.named(self.folder / "metrics.jsonl"):
-            self._lines.write(json.dumps(line) + "\n")
+            text = (json.dumps(line) + "\n").encode()
+            while text:  # a disk that is nearly full takes a part, and none of the rest
+                text = text[self._lines.write(text) :]
         with atomic.named(self.folder / "tensorboard"):  # the error of its thread is raised here
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
@@ -139,7 +145,9 @@ class Journal:
     def close(self) -> None:
         if self.main:
             self._lines.close()
-            self._board.close()
+            with atomic.named(self.folder / "tensorboard"):
+                self._board.close()
+            threading.excepthook = self._hook
             if self._bar is not None:
                 self._bar.close()
 
@@ -155,8 +163,9 @@ class Journal:
                 "data_share": share,
                 "peak_gib": self._peak(),
             }
-            for name, value in speed.items():
-                self._board.add_scalar(f"speed/{name}", value, step)
+            with atomic.named(self.folder / "tensorboard"):
+                for name, value in speed.items():
+                    self._board.add_scalar(f"speed/{name}", value, step)
             self._since, self._waited = (now, done), 0.0
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
@@ -208,6 +217,17 @@ def truncate(path: Path, start_step: int, every: int = 1) -> None:
             flush=True,
         )
     atomic.write_text(path, "".join(kept))
+
+
+def _hushed(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[[threading.ExceptHookArgs], None]:
+    """`hook`, but silent about a disk that fails TensorBoard's thread: its next call raises that too."""
+
+    def silent(args: threading.ExceptHookArgs) -> None:
+        ours = type(args.thread).__module__.startswith("tensorboard.")
+        if not (ours and args.exc_value and failing_disk(args.exc_value)):
+            hook(args)
+
+    return silent
 
 
 def _number_lives(folder: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cluster import atomic, checkpoint, distributed
-from cluster.checkpoint import State
+from cluster.checkpoint import Saved, State
 from cluster.distributed import World
 from cluster.errors import AGAIN, CRASH, INTERRUPTED, TERMINATED, UserError
 from cluster.heartbeat import Heartbeat
@@ -98,29 +98,35 @@ class Run:
                 return False
             step = checkpoint.check_final(self.exp_dir)["step"]
             if total_steps is not None and step < total_steps:
-                (self.exp_dir / "final.json").unlink()  # it signs a shorter run, whose files will be replaced
-                return False
+                return False  # it signs a shorter run
             print(f"{self.exp_dir}: finished at step {step}, nothing to do", flush=True)
             return True
 
         return distributed.on_main(look)
 
-    def resume(self) -> State | None:
+    def resume(self) -> Saved | None:
         """Content of the newest checkpoint that verifies, the same on every rank; None if there is none.
 
         It includes "step", the number of steps done. For each later checkpoint that is rejected the reason is
         printed. May be called again, to go back to a checkpoint.
-        Raises UserError on a rank that cannot read the checkpoint which rank 0 has found.
+        Raises UserError if there are checkpoints and none verifies, as a run that began anew would overwrite
+        what it did; and on a rank that cannot read the checkpoint which rank 0 has found.
         """
-        state: State = {}
+        saved: Saved | None = None
 
         def find() -> Path | None:
+            nonlocal saved
             self.writer.wait()
             path, content, rejected = checkpoint.load_newest(self.folder)
-            state.update(content)
+            if rejected and not path:
+                raise UserError(
+                    f"{rejected[0]}; {self.folder} holds no other checkpoint that can be read: bring one "
+                    "back, or give another --exp-dir, or remove the folder to begin anew"
+                )
             for reason in rejected:
                 print(f"passed over: {reason}", flush=True)
             if path:
+                saved = content
                 print(f"going on from {path}", flush=True)
             return path
 
@@ -129,7 +135,7 @@ class Run:
             trouble = ""
             if path and not self.world.main:
                 try:
-                    state.update(checkpoint.read(path))
+                    saved = checkpoint.read(path)
                 except UserError as error:
                     trouble = (
                         f"rank {self.world.rank}: {error}; do all nodes share the file system of --exp-dir?"
@@ -137,10 +143,9 @@ class Run:
             (failed,) = distributed.agree(bool(trouble))
         if failed:
             raise UserError(trouble) if trouble else SystemExit(0)
-        if not path:
-            return None
-        self._saved_step = state["step"]
-        return state
+        if saved:
+            self._saved_step = saved["step"]
+        return saved
 
     @property
     def stopping(self) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import atomic
-from cluster.errors import UserError
+from cluster.errors import GONE, UserError
 
 STALE = 60.0  # seconds without a beat after which an owner counts as dead
 
@@ -62,11 +62,15 @@ class Owner:
         if not self.mine():
             holder = _read(self.path)
             taken = f"{name(holder)} has taken over" if holder else "the file is gone"
+            if not self.path.parent.exists():
+                taken = GONE
             raise UserError(f"{self.path}: {taken}; this run ({name(self.me)}) writes nothing more and ends")
 
     def release(self) -> None:
-        if self.mine():
-            self.path.unlink(missing_ok=True)
+        """Let the next run take over at once; where the disk fails it does so when this process is gone."""
+        with contextlib.suppress(OSError):
+            if self.mine():
+                self.path.unlink(missing_ok=True)
 
 
 def describe_self() -> dict[str, Any]:

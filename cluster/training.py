@@ -24,9 +24,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from cluster import checkpoint, distributed
 from cluster.batches import Batches
-from cluster.checkpoint import State
+from cluster.checkpoint import OTHER, Saved, State
 from cluster.distributed import World
 from cluster.errors import UserError
+from cluster.facts import check_facts
 from cluster.guard import SKIPS, Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
@@ -185,21 +186,68 @@ def tell_seconds(seconds: float) -> str:
 
 def begin(
     run: Run,
-    saved: State | None,
+    saved: Saved | None,
     guard: Guard,
     state: Callable[[], State],
-    restore: Callable[[State], None],
+    restore: Callable[[Saved], None],
 ) -> int:
     """The step to start from, after restoring `saved`; without `saved` 0, and that state is saved at once.
 
     A new run thus has a checkpoint to go back to, and a full disk is found before the first step.
+    Raises UserError if `saved` has another layout than `state` returns, as another version may have written.
     """
-    if saved is None:
+    if saved:
+        saved.refuse_other_tensors(state())
+        counters = check_facts(Guard, saved["guard"], str(saved.path), OTHER)
+        restore(saved)
+        guard.restore(counters)
+    if run.world.main:  # a shorter run may have signed files that will be replaced
+        (run.exp_dir / "final.json").unlink(missing_ok=True)
+    if not saved:
         run.save(0, state, wait=True)
-        return 0
-    restore(saved)
-    guard.restore(saved["guard"])
-    return saved["step"]
+    return saved["step"] if saved else 0
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+    """Put saved["optimizer"] into an optimizer.
+
+    Raises UserError if that is the state of another kind of optimizer, or of other parameters. torch compares
+    no more than their number, and the first step would crash.
+    """
+    content, before = saved["optimizer"], optimizer.state_dict()["param_groups"]
+    if other := _other_parameters(optimizer, content):
+        raise saved.refusal(other)
+    optimizer.load_state_dict(content)
+    for group, own in zip(optimizer.param_groups, before, strict=True):
+        for name in own.keys() - {"params"}:
+            if name not in group or not _alike(group[name], own[name]):
+                raise saved.refusal(f"its optimizer has no {name}, or one of another kind than {own[name]}")
+
+
+def _other_parameters(optimizer: torch.optim.Optimizer, content: Any) -> str:
+    """Why `content` is no state of this optimizer's parameters; empty if it may be."""
+    table = content if isinstance(content, dict) else {}
+    state, groups = table.get("state"), table.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, list):
+        return "its optimizer is no state of one"
+    numbers = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    if numbers != [group["params"] for group in optimizer.state_dict()["param_groups"]]:
+        return "its optimizer has other parameters"
+    weights = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for number, weight in enumerate(weights):
+        kept = state.get(number, {})
+        if not isinstance(kept, dict):
+            return f"what its optimizer keeps for parameter {number} is no table"
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != weight.shape:
+                return f"{name} of parameter {number} is {list(value.shape)}, not {list(weight.shape)}"
+    return ""
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether a setting of an optimizer may take the place of another; None is a default of some."""
+    numbers = isinstance(one, (int, float)) and isinstance(other, (int, float))
+    return numbers or one is None or other is None or type(one) is type(other)
 
 
 def train_guarded(
@@ -208,7 +256,7 @@ def train_guarded(
     guard: Guard,
     run: Run,
     journal: Journal,
-    restore: Callable[[State], None],
+    restore: Callable[[Saved], None],
     start: int,
     total: int,
 ) -> None:
@@ -229,7 +277,8 @@ def train_guarded(
         except NotFinite as bad:
             sources = batches.sources(bad.step + guard.offset)
             saved = run.resume()
-            assert saved is not None, "a fresh run saves step 0"
+            if saved is None:  # a fresh run saves step 0
+                raise UserError(f"{run.folder}: its checkpoints are gone; bring the folder back") from None
             start = saved["step"]
             if guard.spent:
                 last = checkpoint.step_path(run.folder, start)

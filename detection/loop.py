@@ -12,11 +12,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from cluster import distributed
-from cluster.errors import UserError
+from cluster.checkpoint import OTHER, Saved
+from cluster.facts import check_facts
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
-from cluster.training import GuardedStep
+from cluster.training import GuardedStep, load_optimizer
 from detection.data import SheetReader
 from detection.draw import annotate
 from detection.inference import detect
@@ -54,6 +55,23 @@ def train(
             return
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best validation so far."""
+
+    AP: float
+    step: int
+
+
+@dataclass(frozen=True)
+class ProgressFacts:
+    """What a checkpoint says beside its tensors and its spec."""
+
+    best: Best
+    phases: tuple[Phase, ...]
+    pending: bool = False  # an earlier version kept none
+
+
 @dataclass
 class Progress:
     """How far a run has come: what a checkpoint holds and a resumed run starts from.
@@ -88,26 +106,20 @@ class Progress:
             "draws": draws.VERSION,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, saved: Saved) -> None:
         """Take weights, optimizer, averaged weights and step from a checkpoint.
 
         Guard and phases stay as they are, because a run that goes back to an earlier checkpoint must keep
-        them. Raises UserError if this version builds the detector in another way.
+        them. Raises UserError for facts that no finetuning writes.
         """
-        try:
-            self.detector.load_state_dict(state["model"])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(
-                f"--exp-dir: its checkpoint holds the detector of another version ({reason}); "
-                "finish the run with the code that began it, or give another folder"
-            ) from None
-        self.optimizer.load_state_dict(state["optimizer"])
+        facts = check_facts(ProgressFacts, saved, str(saved.path), OTHER)
+        load_optimizer(self.optimizer, saved)
+        self.detector.load_state_dict(saved["model"])
         if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-        self.best = max(self.best, dict(state["best"]), key=lambda best: best["AP"])
-        self.step = state["step"]
-        self.pending = state.get("pending", False)
+            self.ema.module.load_state_dict(saved["ema"])
+        self.best = max(self.best, asdict(facts["best"]), key=lambda best: best["AP"])
+        self.step = saved["step"]
+        self.pending = facts.get("pending", False)
 
 
 @dataclass

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cluster import atomic, distributed
 from cluster import config as configuration
 from cluster.batches import Batches
-from cluster.checkpoint import State
+from cluster.checkpoint import OTHER, Saved, State
+from cluster.facts import check_facts
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
@@ -23,6 +24,7 @@ from cluster.training import (
     TIMING,
     GuardedStep,
     begin,
+    load_optimizer,
     paced,
     parallel,
     seconds_per_step,
@@ -57,6 +59,13 @@ DRAWING = 1800.0  # seconds that a picture of the embedding may take
 
 
 @dataclass(frozen=True)
+class PoolFacts:
+    """What a checkpoint says of the pool."""
+
+    windows: int
+
+
+@dataclass(frozen=True)
 class Training:
     """What a checkpoint contains: network, optimizer, guard, and the number of windows in the pool."""
 
@@ -74,11 +83,12 @@ class Training:
             "draws": draws.VERSION,
         }
 
-    def restore(self, saved: State) -> None:
+    def restore(self, saved: Saved) -> None:
+        windows = check_facts(PoolFacts, saved, str(saved.path), OTHER)["windows"]
+        load_optimizer(self.optimizer, saved)
         self.encoder.load_state_dict(saved["encoder"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["windows"] != self.windows:
-            print(f"the pool had {saved['windows']} windows and now has {self.windows}; their order changes")
+        if windows != self.windows:
+            print(f"the pool had {windows} windows and now has {self.windows}; their order changes")
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """A checkpoint is complete or absent, it is verified by its hash, and code in it is never run."""
 
 import contextlib
-import json
 import os
 import pickle
 import random
@@ -372,6 +371,8 @@ def test_final_marker_vouches_for_the_files(tmp_path):
     (tmp_path / "model.pt").unlink()
     with pytest.raises(UserError, match="gone since"):
         checkpoint.check_final(tmp_path)
-    (tmp_path / "final.json").write_text(json.dumps({"step": 7}))
-    with pytest.raises(UserError, match="unreadable"):
-        checkpoint.check_final(tmp_path)
+    signed = '{"step": 7, "files": {}}'
+    for text in ("", "[]", '{"step": 7}', signed.replace("7", "Infinity"), signed.replace("{}", "[[1, 2]]")):
+        (tmp_path / "final.json").write_text(text)
+        with pytest.raises(UserError, match="unreadable"):
+            checkpoint.check_final(tmp_path)

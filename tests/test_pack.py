@@ -170,9 +170,10 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_store(pool, tmp_path)
 def test_a_damaged_store_is_built_anew(pool, tmp_path, damage):
     store = build_store(pool, tmp_path / "store", side=128)
     (file,) = (path for path in store.folder.iterdir() if path.name.startswith(damage))
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match="no whole window store"):
-        WindowStore(store.folder)
+    for content in (b"", file.read_bytes()[:-100]):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="no whole window store"):
+            WindowStore(store.folder)
     assert build_store(pool, tmp_path / "store", side=128).window(0).shape == (128, 128)
 
 

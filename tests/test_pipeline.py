@@ -367,6 +367,12 @@ def test_damaged_files_of_a_stage_leave_the_other_stages_shown(work):
         assert [line["finished"] for line in lines.values()] == [True, True, False]
         assert lines["pretrain"]["figures"] == {"loss": 1.5, "valid_AP": 0.1}
         assert "holds no figures" in pipeline(work, "status").stdout
+    final = work / "run" / "pretrain" / "final.json"
+    for text in ("", "[]", '{"files": {}}'):
+        final.write_text(text)
+        lines = told(work)
+        assert lines["pretrain"]["error"].startswith(f"error: {final}: unreadable (")
+        assert [line["finished"] for line in lines.values()] == [False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ import pytest
 from slurm_cluster import Cluster
 from slurm_jobs import errors, steps
 
+from cluster.errors import GONE
+
 ROOT = Path(__file__).parent.parent
 PRETRAIN = (
     "--arch resnet18 --projector 16 16 --window 96 --image-size 32 --batch-size 4 --workers 0 --log-every 1"
@@ -167,6 +169,18 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_stays(slurm, sheets, tmp_
     assert len(kept) == 4 and kept[:2] == ["step_00000000.pt", "step_00000000.pt.sha256"], kept
     assert kept[3] == f"{kept[2]}.sha256"
     subprocess.run(["sha256sum", "-c", "--quiet", *kept[1::2]], cwd=folder, check=True)
+
+
+def test_a_run_whose_folder_is_removed_ends_and_is_not_started_again(slurm, sheets, tmp_path):
+    """test_slurm_scripts.py has what a later life does where the folder is gone."""
+    job = Job(slurm, sheets, tmp_path / "job", flags="--checkpoint-every 1")
+    job.reach(3)
+    job.exp_dir.rename(tmp_path / "elsewhere")
+    assert slurm.wait(job.id) == "FAILED", job.text()
+    told = errors(job.log)
+    assert len(told) == 1 and GONE in min(told), job.text()
+    assert "Traceback" not in job.text() and "starting again" not in job.text()
+    assert slurm.show(job.id)["Restarts"] == "0" and not job.exp_dir.exists()
 
 
 def test_stopped_rank_is_named_in_time_and_the_job_goes_on(slurm, sheets, tmp_path):

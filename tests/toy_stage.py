@@ -18,7 +18,7 @@ from cluster.batches import Batches, Key
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
-from cluster.training import GuardedStep, begin, parallel, train_guarded
+from cluster.training import GuardedStep, begin, load_optimizer, parallel, train_guarded
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def main(toy: Toy) -> None:
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         return content | {"guard": guard.state(), "ballast": torch.zeros(toy.ballast)}
 
-    def restore(content: checkpoint.State) -> None:
+    def restore(content: checkpoint.Saved) -> None:
         model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(optimizer, content)
 
     timeout = {"checkpoint_every": toy.checkpoint_every, "step_timeout": toy.step_timeout}
     with Run(toy.exp_dir, world, **timeout) as run:
