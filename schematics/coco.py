@@ -362,7 +362,7 @@ def _document(
 def _cure(folder: Path) -> str:
     """What to do about a folder without COCO annotations, for the end of an error's line."""
     if next(folder.rglob("*.xml"), None):
-        return f"it looks like Pascal VOC: python -m schematics.convert {folder} OUT"
+        return f"it looks like Pascal VOC or CVAT: python -m schematics.convert {folder} OUT"
     if next(folder.rglob("data.yaml"), None) or next(folder.rglob("labels"), None):
         return f"it looks like YOLO: python -m schematics.convert {folder} OUT"
     return f"put the sheets of each split and their COCO annotations there, as {ANNOTATIONS}"
