@@ -22,7 +22,7 @@ from schematics.command import Parser, run
 from schematics.folders import refuse_existing, whole_folder
 from schematics.formats import coco, cvat, labelme, table, voc, yolo
 from schematics.formats.source import Labelled, Tree
-from schematics.repair import Tally
+from schematics.rows import Tally
 from schematics.sheets import DataError
 from schematics.splits import draw
 

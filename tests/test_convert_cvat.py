@@ -160,5 +160,5 @@ def test_two_files_that_label_one_image_are_refused_and_voc_beside_cvat_needs_a_
     with pytest.raises(DataError, match="has labels of voc and cvat; give --format"):
         convert(src, tmp_path / "out")
     assert converted(src, tmp_path / "out", tool="cvat") == {"train": {"a.png": [VALVE]}}
-    with pytest.raises(DataError, match=r"it looks like Pascal VOC or CVAT: python -m schematics\.convert"):
+    with pytest.raises(DataError, match=r"it looks like CVAT or Pascal VOC: python -m schematics\.convert"):
         find_splits(src)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from schematics import pdf
-from schematics.sheets import MAX_PAGES, MAX_SCANS, DataError, find_sheets, read_sheet, sheet_size
+from schematics.containers import MAX_PAGES
+from schematics.sheets import MAX_SCANS, DataError, find_sheets, read_sheet, sheet_size
 
 CASES = Path(__file__).parent / "cases"
 BLUE = b"0 0 1 rg 10 10 50 50 re f"

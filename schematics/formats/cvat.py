@@ -22,7 +22,7 @@ from schematics.formats.source import (
     split_named,
     whole,
 )
-from schematics.repair import Tally, printable
+from schematics.rows import Tally, printable
 from schematics.sheets import DataError, Sheet
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from schematics.coco import SPLITS
-from schematics.repair import Tally
-from schematics.sheets import SUFFIXES, DataError, Sheet, find_sheets, looks_truncated, sheet_size
+from schematics.containers import looks_truncated
+from schematics.rows import Tally
+from schematics.sheets import SUFFIXES, DataError, Sheet, find_sheets, sheet_size
 
 IMAGE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".pdf")
 # A label file holds up to this many bytes, those of the picture that labelme may put into it included.

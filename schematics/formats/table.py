@@ -21,7 +21,7 @@ from schematics.formats.source import (
     read_text,
     split_named,
 )
-from schematics.repair import Tally
+from schematics.rows import Tally
 from schematics.sheets import DataError, Sheet
 
 COLUMNS = ("filename", "class", "xmin", "ymin", "xmax", "ymax")

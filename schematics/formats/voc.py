@@ -20,7 +20,7 @@ from schematics.formats.source import (
     split_named,
     whole,
 )
-from schematics.repair import Tally
+from schematics.rows import Tally
 from schematics.sheets import DataError, Sheet
 
 
