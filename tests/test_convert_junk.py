@@ -41,6 +41,16 @@ LABELME = json.dumps(
         "imageWidth": 100,
     }
 )
+COCO = json.dumps(
+    {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 80, "license": 3}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40], "area": 9, "iscrowd": 0},
+            {"id": 2, "image_id": 1, "category_id": 2, "segmentation": [[1, 2, 30, 4, 5, 60]]},
+        ],
+        "categories": [{"id": 1, "name": "valve"}, {"id": 2, "name": "pump"}],
+    }
+)
 CSV = 'filename,width,height,class,xmin,ymin,xmax,ymax\na.png,100,80,valve,10,20,30,60\n"a.png",,,,,,,\n'
 UNNAMED = "images/train/a.png,10,20,30,60,valve\nimages/train/a.png,,,,,\n/x/a.png,1,2,3,4,pump\n"
 YOLO = "0 .5 .5 .2 .2\n1 .1 .1 .3 .1 .2 .5\n0 .5 .5 .2 .2 .9\n0 .5 .5 .2 .2 .5 .5\n"
@@ -92,7 +102,7 @@ def is_json(text: str) -> bool:
     return True
 
 
-def ends_well(**files: bytes) -> None:
+def ends_well(valid: float = 0.0, **files: bytes) -> None:
     """Convert a folder with images/train/a.png and labels: it succeeds or raises DataError of one line."""
     with tempfile.TemporaryDirectory() as name:
         src, out = Path(name, "src"), Path(name, "out")
@@ -101,7 +111,7 @@ def ends_well(**files: bytes) -> None:
             (src / path).write_bytes(content)
         with bounded():
             try:
-                convert(src, out)
+                convert(src, out, valid)
             except DataError as error:
                 assert "\n" not in str(error) and not out.exists()
             else:
@@ -143,6 +153,20 @@ def test_yolo(content, listed):
 @example(LABELME.replace("10", "1e308").replace("30", "-1e308").encode())
 def test_labelme(content):
     ends_well(**{"labels/train/a.json": content})
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(revalued(COCO) | revalued(COCO) | spoiled(COCO) | JUNK.map(lambda junk: b'{"annotations": [' + junk))
+@example(b'{"images": [], "annotations": ' + b"[" * 100_000)
+def test_coco_from_which_a_split_is_drawn(content):
+    ends_well(valid=0.4, **{"annotations/instances_train.json": content})
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(spoiled("a 1\na.png\ntrain/a -1\n"), spoiled("classes = 2\ntrain = train.txt\nnames = obj.names\n"))
+def test_lists(listed, described):
+    ends_well(**{"labels/train/a.xml": XML.encode(), "ImageSets/Main/val.txt": listed})
+    ends_well(**{"obj.data": described, "obj.names": listed, "images/train/a.txt": YOLO.encode()})
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)
