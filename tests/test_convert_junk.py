@@ -17,7 +17,8 @@ from schematics.coco import inspect_split
 from schematics.convert import convert
 from schematics.sheets import DataError
 
-PNG = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (80, 100), np.uint8))[1].tobytes()
+NOISE = np.random.default_rng(0).integers(0, 255, (2, 80, 100), np.uint8)
+PNG, OTHER = (cv2.imencode(".png", image)[1].tobytes() for image in NOISE)
 XML = (
     '<?xml version="1.0" encoding="utf-8"?><annotation><filename>a.png</filename><size><width>100</width>'
     "<height>80</height></size><object><name>valve</name><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>30</xmax>"
@@ -43,10 +44,13 @@ LABELME = json.dumps(
 )
 COCO = json.dumps(
     {
-        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 80, "license": 3}],
+        "images": [
+            {"id": 1, "file_name": "a.png", "width": 100, "height": 80, "license": 3},
+            {"id": 2, "file_name": "b.png", "width": 100, "height": 80},
+        ],
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40], "area": 9, "iscrowd": 0},
-            {"id": 2, "image_id": 1, "category_id": 2, "segmentation": [[1, 2, 30, 4, 5, 60]]},
+            {"id": 2, "image_id": 2, "category_id": 2, "segmentation": [[1, 2, 30, 4, 5, 60]]},
         ],
         "categories": [{"id": 1, "name": "valve"}, {"id": 2, "name": "pump"}],
     }
@@ -159,7 +163,7 @@ def test_labelme(content):
 @given(revalued(COCO) | revalued(COCO) | spoiled(COCO) | JUNK.map(lambda junk: b'{"annotations": [' + junk))
 @example(b'{"images": [], "annotations": ' + b"[" * 100_000)
 def test_coco_from_which_a_split_is_drawn(content):
-    ends_well(valid=0.4, **{"annotations/instances_train.json": content})
+    ends_well(valid=0.4, **{"images/train/b.png": OTHER, "annotations/instances_train.json": content})
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
