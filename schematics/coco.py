@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from schematics.folders import refuse_existing
-from schematics.repair import Row, SheetFile, Tally, clean_rows, match_classes, renumber, usable_images
+from schematics.repair import Row, clean_rows, match_classes, renumber
+from schematics.rows import Tally
+from schematics.sheet_files import SheetFile, usable_images
 from schematics.sheets import DataError, Sheet
 
 ANNOTATIONS = "_annotations.coco.json"
@@ -362,7 +364,7 @@ def _document(
 def _cure(folder: Path) -> str:
     """What to do about a folder without COCO annotations, for the end of an error's line."""
     if next(folder.rglob("*.xml"), None):
-        return f"it looks like Pascal VOC: python -m schematics.convert {folder} OUT"
+        return f"it looks like CVAT or Pascal VOC: python -m schematics.convert {folder} OUT"
     if next(folder.rglob("data.yaml"), None) or next(folder.rglob("labels"), None):
         return f"it looks like YOLO: python -m schematics.convert {folder} OUT"
     return f"put the sheets of each split and their COCO annotations there, as {ANNOTATIONS}"

@@ -3,10 +3,10 @@
     python -m schematics.convert SRC OUT                          SRC's own splits are kept
     python -m schematics.convert SRC OUT --valid 0.2 --test 0.1   what SRC lacks is drawn from its train split
 
-SRC is Pascal VOC, YOLO, labelme, a csv table or, for splits to be drawn, COCO. The result is OUT/train,
-OUT/valid and OUT/test, each with copies of its sheets and _annotations.coco.json. SRC is only read, and OUT
-appears whole or not at all. What is left out or changed is counted on stdout. The next command is
-schematics.check on OUT.
+SRC is Pascal VOC, YOLO, labelme, CVAT's xml, a csv table or, for splits to be drawn, COCO. The result is
+OUT/train, OUT/valid and OUT/test, each with copies of its sheets and _annotations.coco.json. SRC is only
+read, and OUT appears whole or not at all. What is left out or changed is counted on stdout. The next command
+is schematics.check on OUT.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from pathlib import Path
 from schematics.coco import Category, write_split
 from schematics.command import Parser, run
 from schematics.folders import refuse_existing, whole_folder
-from schematics.formats import coco, labelme, table, voc, yolo
+from schematics.formats import coco, cvat, labelme, table, voc, yolo
 from schematics.formats.source import Labelled, Tree
-from schematics.repair import Tally
+from schematics.rows import Tally
 from schematics.sheets import DataError
 from schematics.splits import draw
 
-FORMATS = {"voc": voc, "yolo": yolo, "labelme": labelme, "csv": table, "coco": coco}
+FORMATS = {"voc": voc, "yolo": yolo, "labelme": labelme, "cvat": cvat, "csv": table, "coco": coco}
 
 
 def convert(
@@ -72,8 +72,9 @@ def _tool(tree: Tree, wanted: str | None) -> str:
         raise DataError(f"{tree.root}: no labels of {wanted}")
     if not found:
         raise DataError(
-            f"{tree.root}: neither VOC (xml files), YOLO (data.yaml or classes.txt with class names), labelme"
-            " (json files), a csv table nor COCO; give the folder that holds sheets and labels"
+            f"{tree.root}: neither VOC or CVAT (xml files), YOLO (data.yaml or classes.txt with class names),"
+            " labelme (json files), a csv table (with columns filename, class, xmin, ymin, xmax, ymax) nor"
+            " COCO; give the folder that holds sheets and labels"
         )
     return found[0]
 

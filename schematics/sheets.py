@@ -6,22 +6,20 @@ all become 8-bit gray or RGB. A file that is cut short is an error, never a pict
 
 import mmap
 import os
-import re
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from schematics import pdf
+from schematics.containers import begin_with, is_whole, tiff_pages
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".pdf")
 MAX_PIXELS = 20_000 * 20_000
@@ -30,7 +28,6 @@ Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)
 # Whatever Pillow warns of here ends as a DataError, beside which its warning would be a second line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
-MAX_PAGES = 10_000  # of a TIFF
 MAX_SCANS = 64  # of a progressive JPEG; each is a pass over all pixels, and encoders write about 10
 STRIPE = 1024  # rows worked on at a time, so that a sheet of 400 megapixels needs no second copy in memory
 
@@ -92,43 +89,11 @@ def _pages(path: Path) -> list[Sheet]:
             return [Sheet(path, page) for page in range(1, pdf.page_count(path) + 1)]
         if path.suffix.lower() in (".tif", ".tiff"):
             with open(path, "rb") as file:
-                pages = [page for page, (_, copy) in enumerate(_tiff_pages(file), 1) if not copy]
+                pages = [page for page, (_, copy) in enumerate(tiff_pages(file), 1) if not copy]
                 return [Sheet(path, page) for page in pages] if len(pages) > 1 else [Sheet(path)]
     except Exception:  # on broken bytes a decoder may raise anything
         return [Sheet(path)]
     return [Sheet(path)]
-
-
-def _tiff_pages(file: BinaryIO) -> list[tuple[int, bool]]:
-    """Where each page of a TIFF is described, and whether it is a reduced copy of another, for viewers.
-
-    Pillow reads all pages before the one asked for, with all their tags. Raises ValueError for a file that
-    ends between two pages or has more than MAX_PAGES.
-    """
-    file.seek(0)
-    head = file.read(16)
-    order = "<" if head[:2] == b"II" else ">"
-    big = struct.unpack_from(order + "H", head, 2)[0] == 43  # BigTIFF, with offsets of 64 bits
-    number, offset, tag = (order + kind for kind in (("Q", "Q", "HHQI4x") if big else ("H", "I", "HHII")))
-
-    def read(kind: str) -> int:
-        return struct.unpack(kind, file.read(struct.calcsize(kind)))[0]
-
-    pages: dict[int, bool] = {}
-    file.seek(8 if big else 4)
-    try:
-        while (start := read(offset)) and start not in pages:
-            file.seek(start)
-            tags = file.read(min(read(number), 65535) * struct.calcsize(tag))
-            # NewSubfileType, whose bit 0 says reduced copy, comes first. A short of big-endian files fills
-            # the upper half of the field.
-            first, kind, _, value = next(struct.iter_unpack(tag, tags), (0, 0, 0, 0))
-            pages[start] = first == 254 and bool((value >> 16 if order == ">" and kind == 3 else value) & 1)
-            if len(pages) > MAX_PAGES:
-                raise ValueError(f"more than {MAX_PAGES} pages; split it")
-    except struct.error:
-        raise ValueError("it ends between two pages") from None
-    return list(pages.items())
 
 
 def read_sheet(sheet: Sheet | Path, dpi: int = 200) -> np.ndarray:
@@ -188,24 +153,6 @@ def write_png(path: Path, image: np.ndarray) -> None:
         raise
 
 
-def looks_truncated(path: Path) -> bool:
-    """Whether the end of a jpg, png or webp file is missing, by a few of its bytes and without decoding.
-
-    False does not prove that the file is whole. `read_sheet` looks at every byte.
-    """
-    with open(path, "rb") as file:
-        head = file.read(12)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 12))
-        tail = file.read()
-    if head[:2] == b"\xff\xd8":
-        # A second picture or padding may follow the end mark, so without one at the end look for it inside.
-        return not tail.endswith(b"\xff\xd9") and not _jpeg_is_whole(path.read_bytes())
-    if head[:4] == b"\x89PNG":
-        return tail[4:8] != b"IEND" and not _png_is_whole(path.read_bytes())
-    return (head[:4] == b"RIFF" and not _webp_is_whole(head, size)) or size == 0
-
-
 @contextmanager
 def _errors_named(sheet: Sheet) -> Iterator[None]:
     """Turn whatever a decoder raises, which may be anything, into a DataError that names the sheet."""
@@ -236,7 +183,7 @@ def _open(file: Path | BytesIO, page: int | None = None) -> Iterator[Image.Image
         with open(file, "rb") as raw:
             source = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)  # which can be changed in memory
     if page is not None:
-        _begin_with(source, page)
+        begin_with(source, page)
     with Image.open(source, formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP")) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
@@ -245,19 +192,6 @@ def _open(file: Path | BytesIO, page: int | None = None) -> Iterator[Image.Image
                 " 400 megapixels; split or shrink it"
             )
         yield picture
-
-
-def _begin_with(file: Any, page: int) -> None:
-    """Let the header of a TIFF in memory point to a page, counted from 1, so that Pillow opens it first."""
-    pages = _tiff_pages(file)
-    if page > len(pages):
-        raise ValueError(f"has {len(pages)} pages, not {page}")
-    file.seek(0)
-    head = file.read(4)
-    field = ("<" if head[:2] == b"II" else ">") + ("Q" if 43 in head[2:] else "I")
-    file.seek(8 if field[1] == "Q" else 4)
-    file.write(struct.pack(field, pages[page - 1][0]))
-    file.seek(0)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -279,8 +213,8 @@ def _decode(sheet: Sheet) -> np.ndarray:
         raise DataError(f"{sheet.name}: empty file; copy or export it again")
     with _open(BytesIO(data), sheet.page) as picture:
         if picture.format == "TIFF" and sheet.page is None:
-            _tiff_pages(BytesIO(data))  # raises if it is cut between pages, which find_sheets can't tell
-        if not _is_whole(data, picture):
+            tiff_pages(BytesIO(data))  # raises if it is cut between pages, which find_sheets can't tell
+        if not is_whole(data, picture):
             raise DataError(f"{sheet.name}: truncated; copy or export it again")
         if picture.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
             raise DataError(f"{sheet.name}: drawn in more than {MAX_SCANS} scans; export it again")
@@ -369,62 +303,3 @@ def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         image = image[:, ::-1]
     return np.ascontiguousarray(image)
-
-
-def _is_whole(data: bytes, picture: Image.Image) -> bool:
-    """Whether the file reaches the end that its own format marks.
-
-    Decoders don't tell: they fill up what is missing, or stop without a word.
-    """
-    if picture.format in ("JPEG", "MPO"):
-        return _jpeg_is_whole(data)
-    if picture.format == "PNG":
-        return _png_is_whole(data)
-    if picture.format == "WEBP":
-        return _webp_is_whole(data[:12], len(data))
-    if picture.format == "TIFF":
-        tags = getattr(picture, "tag_v2", {})
-        starts, sizes = tags.get(273) or tags.get(324, ()), tags.get(279) or tags.get(325, ())
-        return all(start + size <= len(data) for start, size in zip(starts, sizes, strict=False))
-    return True  # of a BMP, for which Pillow raises if rows are missing
-
-
-# A marker in a JPEG is FF and another byte, unless that is 00 (FF is pixel data), D0 to D7 (a restart) or FF
-# (a fill byte).
-JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-
-
-def _jpeg_is_whole(data: bytes) -> bool:
-    """Whether the segments lead to an end mark. That of a thumbnail, inside a segment, doesn't count."""
-    position = 2
-    while found := JPEG_MARKER.search(data, position):
-        position = found.end()
-        marker = data[position - 1]
-        if marker == 0xD9:
-            return True
-        if marker not in (0x01, 0xD8):  # all markers but these two and the end mark are followed by a length
-            position += int.from_bytes(data[position : position + 2], "big")
-    return False
-
-
-def _png_is_whole(data: bytes) -> bool:
-    """Whether the chunks lead to IEND, and those that carry the picture have the right checksums."""
-    view, position = memoryview(data), 8
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 12 + length
-        if end > len(data):
-            return False
-        if kind[:1].isupper():
-            (checksum,) = struct.unpack_from(">I", data, end - 4)
-            if zlib.crc32(view[position + 4 : end - 4]) != checksum:
-                return False
-        if kind == b"IEND":
-            return True
-        position = end
-    return False
-
-
-def _webp_is_whole(head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes is as long as its header says."""
-    return size >= 8 + int.from_bytes(head[4:8], "little")

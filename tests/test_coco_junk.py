@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from bounds import bounded
 from coco_documents import document, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -42,7 +43,12 @@ ROW = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(images=st.lists(ROW, max_size=3), categories=st.lists(ROW, max_size=3), rows=st.lists(ROW, max_size=6))
 def test_no_content_breaks_the_reader_or_leaves_a_bad_box(tmp_path, images, categories, rows):
     content = document()
@@ -52,7 +58,8 @@ def test_no_content_breaks_the_reader_or_leaves_a_bad_box(tmp_path, images, cate
     (tmp_path / "valid/_annotations.coco.json").write_text(json.dumps(content))  # the same classes, by name
     write(tmp_path / "train", content)
     (tmp_path / "train/cut.tif").write_bytes(b"II*\0\x08\0\0\0\xff")
-    split = inspect_split(tmp_path / "train")
+    with bounded():
+        split = inspect_split(tmp_path / "train")
     losses(split).encode()
     truth = to_coco(split)
     json.dumps(truth, ensure_ascii=False).encode()
@@ -75,11 +82,16 @@ TEXT = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=TEXT)
 def test_no_bytes_are_more_than_one_line(tmp_path, data):
     (tmp_path / "_annotations.coco.json").write_bytes(data)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as caught, bounded():
         read_split(tmp_path)
     assert "\n" not in str(caught.value)
     str(caught.value).encode()

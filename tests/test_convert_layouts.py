@@ -7,12 +7,12 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+from labelled_sources import boxes_of, converted, sheet, text
 from PIL import Image
 
-from schematics.coco import find_splits, read_split
+from schematics.coco import find_splits
 from schematics.convert import _write, convert
 from schematics.formats.source import Box, Labelled
 from schematics.sheets import DataError, Sheet
@@ -24,42 +24,10 @@ SHAPE = {"label": "valve", "points": [[10, 20], [30, 60]], "shape_type": "rectan
 HEAD = "filename,width,height,class,xmin,ymin,xmax,ymax"
 
 
-def sheet(path: Path, size: tuple[int, int] = (100, 80)) -> None:
-    """A sheet of noise, another one for each path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(list(os.fsencode(path))).integers(0, 255, size[::-1], np.uint8)
-    path.write_bytes(cv2.imencode(".png", noise)[1].tobytes())
-
-
-def text(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
 def xml(file_name: str = "", corners=(10, 20, 30, 60), name: str = "valve") -> str:
     sides = "".join(f"<{s}>{c}</{s}>" for s, c in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
     item = f"<object><name>{name}</name><bndbox>{sides}</bndbox></object>"
     return f"<annotation><filename>{file_name}</filename>{item}</annotation>"
-
-
-def converted(src: Path, out: Path, **flags) -> dict[str, dict[str, list[tuple]]]:
-    """Split -> sheet -> its boxes, as class, x0, y0, x1, y1."""
-    convert(src, out, **flags)
-    return boxes_of(out)
-
-
-def boxes_of(out: Path) -> dict[str, dict[str, list[tuple]]]:
-    splits = {folder.name: read_split(folder) for folder in sorted(path for path in out.iterdir())}
-    return {
-        name: {
-            sheet.file_name: [
-                (split.categories[label - 1].name, *np.round(box, 6))
-                for label, box in zip(sheet.labels, sheet.boxes, strict=True)
-            ]
-            for sheet in split.sheets
-        }
-        for name, split in splits.items()
-    }
 
 
 def names_of(out: Path) -> dict[str, set[str]]:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from schematics import pdf
-from schematics.sheets import MAX_PAGES, MAX_SCANS, DataError, find_sheets, read_sheet, sheet_size
+from schematics.containers import MAX_PAGES
+from schematics.sheets import MAX_SCANS, DataError, find_sheets, read_sheet, sheet_size
 
 CASES = Path(__file__).parent / "cases"
 BLUE = b"0 0 1 rg 10 10 50 50 re f"
@@ -155,56 +156,52 @@ def test_a_large_picture_of_few_bytes_takes_a_few_bytes_a_pixel(tmp_path, kind):
     assert answer[:3] == [str(side), str(side), "3"] and float(answer[3]) < 11  # bytes a pixel
 
 
-def small_files() -> dict[str, bytes]:
+def small_files(kind: str) -> list[bytes]:
+    """Files of a few hundred bytes, of each sort that a decoder has code of its own for."""
+    if kind == "pdf":
+        return [pages(b"", b""), pages(b"/UserUnit 2.5"), bomb(1)]
     image = np.full((40, 60, 3), 255, np.uint8)
     cv2.rectangle(image, (5, 5), (40, 30), (200, 30, 10), 2)
-    files = {"pdf": pages(b"", b""), "tiff": many_pages(3)}
-    for kind in ("png", "jpeg", "tif", "webp", "bmp"):
+    color = Image.fromarray(image)
+    gray, clear = color.convert("L"), color.convert("RGBA")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sorts: dict[str, list[tuple[Image.Image, dict]]] = {
+        "png": [
+            (color, {}),
+            (clear, {}),
+            (gray.convert("I;16"), {}),
+            (color.quantize(7), {"transparency": 0, "exif": turned}),
+        ],
+        "jpeg": [(color, {"exif": turned}), (gray, {"progressive": True}), (color.convert("CMYK"), {})],
+        "tiff": [
+            (color, {}),
+            (clear, {"compression": "tiff_adobe_deflate"}),
+            (color, {"compression": "tiff_lzw"}),
+            (color, {"compression": "jpeg"}),
+            (gray.convert("1"), {"compression": "group4"}),
+        ],
+        "webp": [
+            (color, {}),
+            (clear, {"lossless": True}),
+            (color, {"save_all": True, "append_images": [clear]}),
+        ],
+        "bmp": [(color, {}), (color.quantize(7), {}), (gray.convert("1"), {})],
+    }
+    files = [many_pages(3), many_pages(3, ">")] if kind == "tiff" else []
+    for picture, options in sorts[kind]:
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, {"tif": "TIFF"}.get(kind, kind.upper()))
-        files[kind] = buffer.getvalue()
+        picture.save(buffer, kind.upper(), **options)
+        files.append(buffer.getvalue())
     return files
 
 
-FUZZ = """
-import random, resource, sys
-from pathlib import Path
-from schematics.sheets import DataError, find_sheets, read_sheet, sheet_size
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-source, rounds = Path(sys.argv[1]), int(sys.argv[2])
-data, rng = source.read_bytes(), random.Random(source.suffix)
-path = source.with_name("mutated" + source.suffix)
-read = 0
-for n in range(rounds):
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        at, what = rng.randrange(len(changed)), rng.randrange(4)
-        if what == 0:
-            changed[at] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
-        elif what == 1:
-            changed[at : at + 4] = rng.choice((0, 0x7FFFFFFF, 0xFFFFFFFF)).to_bytes(4, "big")
-        elif what == 2:
-            del changed[at : at + rng.randrange(1, 30)]
-        else:
-            changed[at:at] = changed[at : at + rng.randrange(1, 30)]
-        changed = changed or bytearray(b"x")
-    path.write_bytes(changed)
-    for sheet in find_sheets(path)[:3]:
-        for ask in (sheet_size, read_sheet):
-            try:
-                ask(sheet)
-                read += 1
-            except DataError as error:
-                assert "mutated" in str(error) and len(str(error).splitlines()) == 1, error
-print(read)
-""".replace("\\\\", "\\")
-
-
-@pytest.mark.parametrize("kind", ["pdf", "tiff", "png", "jpeg", "tif", "webp", "bmp"])
+@pytest.mark.parametrize("kind", ["pdf", "tiff", "png", "jpeg", "webp", "bmp"])
 def test_changed_bytes_give_a_picture_or_one_line(tmp_path, kind):
-    path = tmp_path / f"a.{kind}"
-    path.write_bytes(small_files()[kind])
-    answer = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(path), "150"], capture_output=True, text=True, timeout=300
-    )
+    """No traceback, no crash, no hang, and no more memory than the header's pixels may take."""
+    (tmp_path / kind).mkdir()
+    for number, data in enumerate(small_files(kind)):
+        (tmp_path / kind / f"{number}.{kind}").write_bytes(data)
+    command = [sys.executable, str(Path(__file__).with_name("changed_bytes.py")), str(tmp_path / kind)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0 and int(answer.stdout) > 0, answer.stderr[-2000:]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from schematics.sheets import DataError, Sheet, find_sheets, looks_truncated, read_sheet, sheet_size, to_color
+from schematics.containers import looks_truncated
+from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
 
 # pytest lifts the filters that schematics.sheets sets.
 pytestmark = pytest.mark.filterwarnings(

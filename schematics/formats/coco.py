@@ -8,7 +8,7 @@ from pathlib import Path
 
 from schematics.coco import annotation_file, find_splits, inspect_split, to_coco
 from schematics.formats.source import Box, Labelled, Tree, extent, split_named
-from schematics.repair import Tally
+from schematics.rows import Tally
 from schematics.sheets import DataError, Sheet
 
 

@@ -17,7 +17,7 @@ from schematics.formats.source import (
     extent,
     read_text,
 )
-from schematics.repair import Tally
+from schematics.rows import Tally
 from schematics.sheets import DataError, Sheet
 
 # Shapes whose points surround something. Points and lines have no box.

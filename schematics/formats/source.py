@@ -3,6 +3,7 @@
 import os
 import re
 import unicodedata
+import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from schematics.coco import SPLITS
-from schematics.repair import Tally
-from schematics.sheets import SUFFIXES, DataError, Sheet, find_sheets, looks_truncated, sheet_size
+from schematics.containers import looks_truncated
+from schematics.rows import Tally
+from schematics.sheets import SUFFIXES, DataError, Sheet, find_sheets, sheet_size
 
 IMAGE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".pdf")
 # A label file holds up to this many bytes, those of the picture that labelme may put into it included.
@@ -83,12 +85,45 @@ def read_text(path: Path, largest: int = LARGEST, errors: str = "strict") -> str
         raise DataError(f"{path}: neither UTF-8 nor UTF-16; save it as UTF-8") from None
 
 
+def is_xml_of(path: Path, element: str) -> bool:
+    """Whether a file is called xml and opens such an element among its first 4,000 bytes."""
+    if path.suffix.lower() != ".xml":
+        return False
+    with open(path, "rb") as file:
+        head = file.read(4000).replace(b"\0", b"")  # which UTF-16 has
+    return bool(re.search(rb"<%s[\s/>]" % element.encode(), head))
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """The root of an xml file. Raises DataError if it is too large, broken or has a document type."""
+    if path.stat().st_size > LARGEST:
+        raise DataError(f"{path}: above {LARGEST // 2**20} MB; this can't be a file of labels")
+    data = path.read_bytes()
+    # Entities could stand for gigabytes, and no tool writes them into labels.
+    if b"<!DOCTYPE" in data.replace(b"\0", b""):
+        raise DataError(f"{path}: has a document type; take the <!DOCTYPE ...> out")
+    # Expat knows few encodings, such as UTF-8 and UTF-16, and none of these.
+    declared = re.match(rb"(?i)<\?xml[^>]*encoding=[\"']((?:gb|big5|shift|euc|cp|windows|koi8)[\w-]*)", data)
+    try:
+        return ElementTree.fromstring(data.decode(declared[1].decode()) if declared else data)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise DataError(f"{path}: not valid XML ({error}); export it again") from None
+
+
 def number(text: str) -> float:
     """The finite number that a text is. Raises ValueError if it is none."""
     value = float(text)
     if not abs(value) < 1e300 or "_" in text:
         raise ValueError(f"{text!r} is no number")
     return value
+
+
+def whole(text: str | None) -> int:
+    """The whole number that a text is, and 0 for any other."""
+    try:
+        return int(number(text or ""))
+    except ValueError:
+        return 0
 
 
 def class_name(value: object) -> str:

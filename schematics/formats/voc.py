@@ -1,25 +1,26 @@
 """Pascal VOC: an xml file for each image, splits by ImageSets/Main/*.txt or by folders."""
 
 import re
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
 from schematics.formats.source import (
     IMAGE_SUFFIXES,
-    LARGEST,
     Box,
     Labelled,
     Tree,
     assign,
     box_between,
     class_name,
+    is_xml_of,
     number,
     plain_parts,
     read_text,
+    read_xml,
     split_named,
+    whole,
 )
-from schematics.repair import Tally
+from schematics.rows import Tally
 from schematics.sheets import DataError, Sheet
 
 
@@ -31,12 +32,12 @@ class Annotation:
 
 
 def is_there(tree: Tree) -> bool:
-    return next((True for path in tree.files if _is_annotation(path)), False)
+    return any(is_xml_of(path, "annotation") for path in tree.files)
 
 
 def read(tree: Tree, tally: Tally) -> tuple[dict[int, str], list[Labelled]]:
     """Classes by id, numbered in the order of their names, and the sheets. Raises DataError for bad xml."""
-    files = {path: _parse(path, tree, tally) for path in tree.files if _is_annotation(path)}
+    files = {path: _parse(path, tree, tally) for path in tree.files if is_xml_of(path, "annotation")}
     pairs = tree.pair({path: annotation.file_name for path, annotation in files.items()}, tally)
     listed = _listed(tree, pairs, tally)
     splits = assign(tree, pairs.values(), listed, tally)
@@ -54,15 +55,8 @@ def read(tree: Tree, tally: Tally) -> tuple[dict[int, str], list[Labelled]]:
     return dict(enumerate(names, start=1)), sheets
 
 
-def _is_annotation(path: Path) -> bool:
-    if path.suffix.lower() != ".xml":
-        return False
-    with open(path, "rb") as file:
-        return bool(re.search(rb"<annotation[\s/>]", file.read(4000).replace(b"\0", b"")))  # UTF-16 has zeros
-
-
 def _parse(path: Path, tree: Tree, tally: Tally) -> Annotation:
-    root = _root(path)
+    root = read_xml(path)
     boxes = []
     where = tree.name(path)
     for item in root.iter("object"):
@@ -73,32 +67,9 @@ def _parse(path: Path, tree: Tree, tally: Tally) -> Annotation:
             boxes.append(box_between(name, corners, where, tally))
         except ValueError:
             tally["object without a name and four numbers", where, "dropped"] += 1
-    width, height = (_whole(root.findtext(f"size/{side}")) for side in ("width", "height"))
+    width, height = (whole(root.findtext(f"size/{side}")) for side in ("width", "height"))
     size = (width, height) if width and height else None
     return Annotation((root.findtext("filename") or "").strip(), size, boxes)
-
-
-def _root(path: Path) -> ElementTree.Element:
-    if path.stat().st_size > LARGEST:
-        raise DataError(f"{path}: above {LARGEST // 2**20} MB; this can't be a file of labels")
-    data = path.read_bytes()
-    # Entities could stand for gigabytes, and no tool writes them into labels.
-    if b"<!DOCTYPE" in data.replace(b"\0", b""):
-        raise DataError(f"{path}: has a document type; take the <!DOCTYPE ...> out")
-    # Expat knows few encodings, such as UTF-8 and UTF-16, and none of these.
-    declared = re.match(rb"(?i)<\?xml[^>]*encoding=[\"']((?:gb|big5|shift|euc|cp|windows|koi8)[\w-]*)", data)
-    try:
-        return ElementTree.fromstring(data.decode(declared[1].decode()) if declared else data)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: not valid XML ({error}); export it again") from None
-
-
-def _whole(text: str | None) -> int:
-    """The whole number that a text is, and 0 for any other."""
-    try:
-        return int(number(text or ""))
-    except ValueError:
-        return 0
 
 
 def _listed(tree: Tree, pairs: dict[Path, Path], tally: Tally) -> dict[Path, str]:

@@ -26,7 +26,7 @@ from schematics.formats.source import (
     read_text,
     split_named,
 )
-from schematics.repair import Tally
+from schematics.rows import Tally
 from schematics.sheets import DataError, Sheet
 
 NAME_FILES = ("classes.txt", "obj.names")
