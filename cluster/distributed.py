@@ -141,7 +141,7 @@ def lone_device(device: str) -> torch.device:
 
 
 def stop() -> None:
-    """Destroy the process group, if there is one."""
+    """Destroy the process group, if there is one. `entry.live` does it for a command that returns."""
     global _flags
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -38,13 +38,18 @@ def live(work: Callable[[], Any]) -> None:
     An exception that carries `exit_status` (UserError, DataError) is printed as one line by one rank, and
     gives that status; so does one that shows that a disk fails, with status 1. Ctrl-C gives 130. Any other
     exception is a bug: its traceback is printed, and the status is 70. A process that fails does not wait for
-    DataLoader workers; `rendezvous.leave` says how long it waits for other ranks.
+    DataLoader workers; `rendezvous.leave` says how long it waits for other ranks. Where `work` returns, the
+    process group is closed, however early that is.
     """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal can't show must not end the run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         work()
+        if distributed := sys.modules.get("cluster.distributed"):
+            # The threads of a group that is open when the interpreter ends may abort it. After an error it is
+            # left open, and `end` skips that: to close it NCCL would wait for ranks that may never answer.
+            distributed.stop()
     except SystemExit as stop:
         if not isinstance(stop.code, int):  # None, or a text: the interpreter handles both
             raise

@@ -74,17 +74,18 @@ class Heartbeat:
         self.waiting = self.idle = False
         self._last, self._allowed = time.monotonic(), self.step_timeout
 
-    def waits(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; while the next one is awaited, this rank counts as idle."""
+    def waits(self, items: Iterable[T], waited: Callable[[float], None]) -> Iterator[T]:
+        """The items; while one is awaited, this rank counts as idle. waited: called with those seconds."""
         iterator = iter(items)
         while True:
-            before, self.idle = self.idle, True
+            before, self.idle, began = self.idle, True, time.monotonic()
             try:
                 item = next(iterator)
             except StopIteration:
                 return
             finally:
                 self.idle = before
+            waited(time.monotonic() - began)
             yield item
 
     @contextlib.contextmanager

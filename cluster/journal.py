@@ -12,10 +12,10 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cluster import atomic
 from cluster.errors import failing_disk
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cluster.distributed import World
-
-T = TypeVar("T")
 
 
 class Journal:
@@ -99,18 +97,10 @@ class Journal:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
 
-    def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches; the time for which each is awaited counts as waiting for data."""
-        iterator = iter(batches)
-        while True:
-            began = time.monotonic()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            if self.main:
-                self._waited += time.monotonic() - began
-            yield batch
+    def waited(self, seconds: float) -> None:
+        """Count `seconds` as waiting for data."""
+        if self.main:
+            self._waited += seconds
 
     def embeddings(self, step: int, tensor: Tensor, thumbnails: Tensor, names: Sequence[str]) -> None:
         """Add embeddings to TensorBoard's projector: tensor [N, D], thumbnails [N, 3, H, W] in 0 to 1."""

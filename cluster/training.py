@@ -267,7 +267,7 @@ def train_guarded(
     """
     while True:
         try:
-            return train(journal.timed(run.heart.waits(batches.between(start, total, guard.offset))))
+            return train(run.heart.waits(batches.between(start, total, guard.offset), journal.waited))
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
             if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
                 raise

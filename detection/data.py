@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cluster.batches import Key
+from cluster.progress import progress
+from cluster.rendezvous import place
 from detection.model import as_tensor
 from schematics.coco import LabelledSheet, Split
 from schematics.draws import Use, draw
@@ -64,9 +66,9 @@ class SheetReader:
         """Decode every sheet now and return self.
 
         A damaged sheet then raises DataError before training begins, and workers that are forked later share
-        the cached sheets.
+        the cached sheets. Rank 0 tells how far it is.
         """
-        for index in range(len(self)):
+        for index in progress(range(len(self)), f"reading {self.split.name}", shown=not place().rank):
             self[index]
         return self
 

@@ -20,6 +20,7 @@ from cluster.config import Config, setting
 from cluster.distributed import World
 from cluster.errors import GpuFault, UserError
 from cluster.rendezvous import Place, place
+from cluster.training import parallel
 
 BATCH, DIM = 8, 5
 STEP = {
@@ -306,6 +307,35 @@ def test_a_rank_ends_although_rank_0_no_longer_answers(error, status, line, tmp_
         ranks.processes[1].join(30)
         assert ranks.processes[1].exitcode == status
         assert line in ranks.log(1)
+
+
+def return_early(folder: Path) -> None:
+    """Run one rank of a command that returns with its group open, and see that no thread of it is left."""
+
+    def work() -> None:
+        world = distributed.start("cpu")
+        wrapped = parallel(nn.Linear(DIM, DIM), world)
+        wrapped(torch.ones(BATCH, DIM)).sum().backward()
+        distributed.barrier()
+        (folder / f"here-{world.rank}").touch()
+        until((folder / "go").exists, 60)
+
+    entry.live(work)
+    assert not torch.distributed.is_initialized()
+    left = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in left), left
+
+
+@pytest.mark.parametrize("faults", [[], [signal.SIGKILL, signal.SIGSTOP]])
+def test_a_rank_that_returns_closes_its_group_whatever_the_others_do(faults, tmp_path):
+    with Ranks(return_early, tmp_path, size=3, logs=tmp_path / "logs") as ranks:
+        until(lambda: all((tmp_path / f"here-{rank}").exists() for rank in range(3)), 60)
+        for rank, fault in enumerate(faults):
+            ranks.signal(fault, rank)
+        (tmp_path / "go").touch()
+        for rank in range(len(faults), 3):
+            ranks.processes[rank].join(30)
+            assert ranks.processes[rank].exitcode == 0, ranks.log(rank)
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):

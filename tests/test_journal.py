@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster import journal
 from cluster.distributed import World
+from cluster.heartbeat import Heartbeat
 from cluster.journal import Journal
 
 
@@ -150,9 +151,11 @@ def test_speeds_go_to_the_log_and_to_the_board_but_not_into_the_metrics(tmp_path
             yield step
 
     record = Journal(tmp_path, World(), 4, every=2, batch_size=6)
-    for step in record.timed(slow()):
+    heart = Heartbeat(tmp_path / "heartbeat", rank=0, size=1, step_timeout=60)
+    for step in heart.waits(slow(), record.waited):
         time.sleep(0.01)
         record.log(step, loss=1.0)
+    heart.close()
     record.close()
     found = re.findall(r"(\S+) ms/step  (\S+) images/s  data (\d+)%  peak (\S+) GiB", capsys.readouterr().out)
     assert len(found) == 3

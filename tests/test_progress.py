@@ -2,7 +2,11 @@
 
 import time
 
+import pytest
+
 from cluster.progress import progress
+from detection.data import SheetReader
+from schematics.coco import read_split
 
 
 def test_lines_in_a_log(capsys, monkeypatch):
@@ -23,3 +27,14 @@ def test_a_short_loop_and_other_ranks_say_nothing(capsys, monkeypatch):
     assert list(progress("abc", "validation", shown=False)) == [*"abc"]
     assert capsys.readouterr() == ("", "")
     assert list(progress("abc", "validation")) == [*"abc"] and "1 of 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
+def test_sheets_that_are_read_before_training_are_counted_by_rank_0(rank, told, sheets, capsys, monkeypatch):
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    reader = SheetReader(read_split(sheets / "train"), "gray")
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 10000, 20)).__next__)
+    reader.preload()
+    out, err = capsys.readouterr()
+    assert not out and ("reading train: 3 of 8 sheets" in err) == told

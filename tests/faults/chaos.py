@@ -111,8 +111,11 @@ class Trial:
     def saved_since(self, when: float) -> bool:
         return writes.written_since(self.checkpoints, when)
 
-    def until(self, there: Callable[[], Any], seconds: float = 120) -> None:
-        """Wait until `there` holds. Fails if the job ends before, or after `seconds`."""
+    def until(self, there: Callable[[], Any], seconds: float = 600) -> None:
+        """Wait until `there` holds. Fails if the job ends before, or after `seconds`.
+
+        On a machine with eight times as much to do as it has cores, four ranks need minutes for a launch.
+        """
 
         def look() -> bool:
             if there():
@@ -129,7 +132,7 @@ class Trial:
 
     def result(self) -> tuple[list[str], dict[str, str]]:
         """Every logged number as hex, and the sha256 of the final checkpoint and of the stage's results."""
-        assert self.site.wait(self.job, timeout=300) == "COMPLETED", self.tail()
+        assert self.site.wait(self.job, timeout=900) == "COMPLETED", self.tail()
         lines = []
         for line in self.metrics.read_text().splitlines():
             figures = json.loads(line)
