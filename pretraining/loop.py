@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cluster.distributed import all_gather
 from cluster.journal import Journal
 from cluster.training import GuardedStep
-from pretraining.probe import embedding_std, rank_me
+from pretraining.probe import embedding_std, pair_accuracy, rank_me
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -34,6 +34,7 @@ def train(
         value, terms = loss(z1, z2)
         norm = guarded.take(step, value)
         if journal.main and journal.due(step):
-            spread = {"embedding_std": embedding_std(z1), "rank_me": rank_me(z1)}
-            journal.log(step, loss=value.detach(), **terms, **spread, grad_norm=norm, lr=guarded.lr(step))
+            figures = {"accuracy": pair_accuracy(z1, z2)}
+            figures |= {"embedding_std": embedding_std(z1), "rank_me": rank_me(z1)}
+            journal.log(step, loss=value.detach(), **terms, **figures, grad_norm=norm, lr=guarded.lr(step))
         boundary(step + 1)
