@@ -170,12 +170,13 @@ def save(config: Any, path: Path) -> None:
     atomic.write_text(path, json.dumps(_plain(dataclasses.asdict(config)), indent=2) + "\n")
 
 
-def recorded(config: RunType, exp_dir: Path) -> RunType:
+def recorded(config: RunType, exp_dir: Path, *decided: str) -> RunType:
     """The config, with what the run in `exp_dir` decided for itself when it began.
 
-    That is the number of steps for which --minutes had time, and the batch that was fitted to the memory:
-    both stay as they were on whatever machine the run goes on. With --minutes that are new or others than the
-    run's, steps is None. Raises UserError when steps are given too, or config.json is not a saved config.
+    That is the number of steps for which --minutes had time, the batch that was fitted to the memory, and the
+    fields `decided` that are None: all stay as they were on whatever machine the run goes on. With --minutes
+    that are new or others than the run's, steps is None. Raises UserError when steps are given too, or
+    config.json is not a saved config.
     """
     if config.minutes is not None and config.steps is not None:
         raise UserError(f"--minutes {config.minutes:g} and --steps {config.steps}: give one of them")
@@ -186,6 +187,8 @@ def recorded(config: RunType, exp_dir: Path) -> RunType:
         old = json.loads(path.read_text())
         if config.batch_size is None:
             config = dataclasses.replace(config, batch_size=old["batch_size"])
+        kept = {name: old.get(name) for name in decided if getattr(config, name) is None}
+        config = dataclasses.replace(config, **kept)
         if config.minutes is not None and config.minutes == old.get("minutes"):
             config = dataclasses.replace(config, steps=old["steps"])
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:

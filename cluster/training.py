@@ -80,19 +80,27 @@ class GuardedStep:
     def forward(self) -> Iterator[None]:
         """Use around the forward pass: sets its precision and keeps BatchNorm's statistics for an undo."""
         self._before = [buffer.clone() for buffer in self._buffers]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.autocast():
             yield
 
-    def take(self, step: int, loss: Tensor) -> Tensor:
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def take(self, step: int, loss: Tensor, carry: Callable[[], None] | None = None) -> Tensor:
         """Take step number `step` if its gradient is finite. Returns the gradient's norm before clipping, [].
 
-        DDP has averaged the gradient, so the norm and thus the guard's verdict are the same on every rank.
+        carry: called after the backward pass of `loss`, where its graph ends before the weights, to carry the
+        gradient on into them. DDP has averaged the gradient, so the norm and thus the guard's verdict are the
+        same on every rank.
         Raises NotFinite if skipping the step is not enough.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step) * group.get("factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if carry is not None:
+            carry()
         norm = clip_grad_norm_(self.model.parameters(), self.clip_grad)
         verdict = self.guard.judge(bool(torch.isfinite(norm)))
         if verdict == "ok":

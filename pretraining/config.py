@@ -39,6 +39,9 @@ class PretrainConfig(RunConfig):
     epochs: int = 100
     # Windows in a batch over all ranks together; the number of ranks must divide it.
     batch_size: int = 256
+    # Windows that go through the network at a time on each rank, with the gradient of the whole batch; they
+    # must divide a rank's share of it. By default all of them, or as many as the memory takes.
+    micro_batch: int | None = setting(None, least=2)
 
     # Learning rate per 256 windows of the batch; by default the one that the method's authors published.
     base_lr: float | None = setting(None, least=0)

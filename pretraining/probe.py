@@ -1,8 +1,24 @@
-"""Measure the quality of embeddings, without labels (std, RankMe) and with labels (kNN, linear)."""
+"""Measure the quality of embeddings, without labels (pairs, std, RankMe) and with labels (kNN, linear)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@torch.no_grad()
+def pair_accuracy(z1: Tensor, z2: Tensor, cells: int = 1 << 24) -> Tensor:
+    """Share of the 2N embeddings of which the most similar other one is the second view of its window.
+
+    z1, z2 [N, D] -> []. Similarity is the cosine; so many `cells` of its [2N, 2N] matrix exist at one time.
+    """
+    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+    anchors = torch.arange(len(z), device=z.device)
+    right = torch.zeros((), device=z.device)
+    for rows in anchors.split(max(1, cells // len(z))):
+        similarity = z[rows] @ z.T
+        similarity.scatter_(1, rows[:, None], float("-inf"))  # not to itself
+        right += (similarity.argmax(dim=1) == (rows + len(z1)) % len(z)).sum()
+    return right / len(z)
 
 
 @torch.no_grad()

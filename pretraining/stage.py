@@ -37,6 +37,7 @@ from pretraining.data import Pairs, describe_views, epoch_order
 from pretraining.encoder import Encoder
 from pretraining.features import embed, square
 from pretraining.loop import train
+from pretraining.memory import fit_memory
 from pretraining.schedule import Schedule, build_optimizer
 from pretraining.start import (
     Method,
@@ -47,7 +48,6 @@ from pretraining.start import (
     plan_rate,
     refuse_shorter,
     refuse_small_batch,
-    tell_memory,
     view_extent,
 )
 from schematics import draws
@@ -131,7 +131,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     world = distributed.start(**config.joining)
     torch.backends.cudnn.benchmark = not config.deterministic  # views have one size
     refuse_small_batch(config.batch_size, method.joint, world)
-    config = configuration.recorded(config, config.exp_dir)
+    new = not (config.exp_dir / "config.json").exists()
+    config = configuration.recorded(config, config.exp_dir, "micro_batch")
     with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
         with run.allow(PACKING) if run else contextlib.nullcontext():
@@ -149,9 +150,12 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         def build(model: nn.Module) -> torch.optim.Optimizer:
             return build_optimizer(model, **config.optimizing)
 
-        loop = partial(train, loss=method.loss)
-        fits = tell_memory(encoder, config.image_size, config.batch_size, config.precision, world)
-        if config.seconds or (config.dry_run and fits):
+        fit = fit_memory(
+            encoder, config.image_size, config.batch_size, config.micro_batch, new, config.precision, world
+        )
+        config = replace(config, micro_batch=fit.micro_batch)
+        loop = partial(train, loss=method.loss, micro_batch=fit.at_once)
+        if config.seconds or (config.dry_run and fit.fits):
             with run.allow(TIMING) if run else contextlib.nullcontext():
                 seconds = seconds_per_step(loop, encoder, build, batches, world, config.precision)
             if config.seconds:

@@ -12,9 +12,6 @@ from cluster import distributed
 from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
-from cluster.memory import PEAK, free_memory, saved_bytes
-from cluster.rendezvous import place
-from cluster.training import rehearsal
 from cluster.weights import Normalise, build_backbone
 from pretraining.encoder import Encoder, build_projector
 from pretraining.loop import Loss
@@ -122,26 +119,6 @@ def build_encoder(
         encoder = convert_sync_batchnorm(encoder)
     encoder.to(memory_format=torch.channels_last)
     return encoder.to(world.device)
-
-
-def tell_memory(encoder: Encoder, size: int, batch_size: int, precision: str, world: World) -> bool:
-    """Print how much memory a step will take. Returns whether every rank has it."""
-    views = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device)
-    with rehearsal(encoder, world.device, precision) as copied:
-        kept = saved_bytes(lambda: copied(views, views), copied) // 2
-    weights = sum(p.nbytes for p in encoder.parameters())
-    need = int(2 * weights + PEAK * kept * batch_size / world.size)
-    free = free_memory(world.device, place().local_size)
-    if world.main:
-        print(f"a step takes about {need / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free", flush=True)
-    (short,) = distributed.agree(need > free)
-    if short and world.main:
-        print(
-            f"warning: --batch-size {batch_size} at --image-size {size} may not fit into it; give less of "
-            "either, or --preset laptop",
-            flush=True,
-        )
-    return not short
 
 
 def plan_rate(

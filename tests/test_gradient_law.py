@@ -1,8 +1,10 @@
-"""Law 3: W ranks give the one-rank gradient of the global batch, for both losses."""
+"""Law 3: W ranks give the one-rank gradient of the global batch, for both losses, in micro-batches too."""
 
+import itertools
 import multiprocessing
 import os
 import socket
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -13,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster import distributed
 from cluster.weights import Normalise
 from pretraining.encoder import Encoder
+from pretraining.gradcache import GradCache
 from simclr.loss import nt_xent
 from vicreg.loss import vicreg_loss
 
 LOSSES = {"simclr": partial(nt_xent, temperature=0.1), "vicreg": vicreg_loss}
 BATCH = 24
+MICRO = [None, 2, 6]  # windows of a micro-batch; with 4 ranks, the last is a rank's share
 
 
 def encoder(joint: bool) -> Encoder:
@@ -27,7 +31,7 @@ def encoder(joint: bool) -> Encoder:
     return Encoder(Normalise([0.5] * 3, [0.3] * 3), backbone, nn.Linear(24, 20, bias=False), joint)
 
 
-def gradients(method: str, world: distributed.World) -> torch.Tensor:
+def gradients(method: str, world: distributed.World, micro_batch: int | None = None) -> torch.Tensor:
     """The gradient of one step over this rank's share, flattened."""
     shape, generator = (2, BATCH, 3, 2, 2), torch.Generator().manual_seed(2)
     views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -35,9 +39,12 @@ def gradients(method: str, world: distributed.World) -> torch.Tensor:
     view1, view2 = views[:, world.rank * share : (world.rank + 1) * share]
     model = encoder(joint=method == "simclr")
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
-    z1, z2 = wrapped(view1, view2)
+    cache = GradCache(wrapped, micro_batch, nullcontext) if micro_batch else None
+    z1, z2 = cache.embed(view1, view2) if cache else wrapped(view1, view2)
     loss, _ = LOSSES[method](distributed.all_gather(z1), distributed.all_gather(z2))
     loss.backward()
+    if cache:
+        cache.carry()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -58,7 +65,8 @@ def rank_main(rank: int, size: int, port: int, results) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = distributed.start("cpu")
     assert gather_sums_as_an_all_reduce_would(world)
-    results.put((rank, {method: gradients(method, world).tolist() for method in LOSSES}))
+    found = {(method, m): gradients(method, world, m).tolist() for method in LOSSES for m in MICRO}
+    results.put((rank, found))
     distributed.stop()
 
 
@@ -83,7 +91,7 @@ def test_gradient_does_not_depend_on_the_number_of_ranks(size, alone):
         process.join(30)
         assert process.exitcode == 0
     for method, expected in alone.items():
-        for rank in range(size):
-            gradient = torch.tensor(found[rank][method])
+        for rank, micro_batch in itertools.product(range(size), MICRO):
+            gradient = torch.tensor(found[rank][method, micro_batch])
             assert f"{gradient.norm() / expected.norm():.4f}" == "1.0000", method
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from pretraining.features import ClassFolder, class_names
-from pretraining.probe import embedding_std, fit_linear, knn_predict, rank_me, unseen
+from pretraining.probe import embedding_std, fit_linear, knn_predict, pair_accuracy, rank_me, unseen
 from schematics.sheets import DataError
+
+
+@pytest.mark.parametrize("cells", [1, 50, 1 << 24])  # a row at a time, three, and all
+def test_pair_accuracy_is_one_for_perfect_pairs_and_chance_for_a_point(cells):
+    assert pair_accuracy(torch.eye(8) * 3, torch.eye(8), cells) == 1
+    mixed = torch.eye(8)[[0, 1, 2, 3, 5, 4, 7, 6]]  # of the last four windows, the views of two are swapped
+    assert pair_accuracy(torch.eye(8), mixed, cells) == 0.5
+    assert pair_accuracy(torch.ones(8, 4), torch.ones(8, 4), cells) < 0.2
 
 
 def test_std_is_one_on_the_sphere_and_zero_at_a_point():

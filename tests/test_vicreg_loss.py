@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vicreg.loss import covariance, variance, vicreg_loss
+from vicreg import loss as module
+from vicreg.loss import hinge, moments, vicreg_loss
 
 
 def transcription(z1, z2, lam, mu, nu):
@@ -34,24 +35,31 @@ def test_equals_a_transcription_of_the_paper(n, d):
     assert loss.item() == pytest.approx(transcription(z1, z2, 25.0, 25.0, 1.0), rel=1e-5)
 
 
-def test_gram_and_covariance_matrix_agree_in_value_and_gradient():
-    z = torch.randn(12, 40, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("block", [5, 1024])  # more than one, of unequal sizes; one
+@pytest.mark.parametrize(("n", "d"), [(12, 40), (40, 12), (12, 12)])
+def test_both_products_give_the_moments_and_their_gradients(n, d, block, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", block)
+    generator = torch.Generator().manual_seed(n)
+    z = (torch.randn(n, d, dtype=torch.float64, generator=generator) + 3).requires_grad_()
+    weight = torch.randn(d, dtype=torch.float64, generator=generator)
     direct = torch.cov(z.T)
-    direct = (direct.square().sum() - direct.diagonal().square().sum()) / 40
-    torch.testing.assert_close(covariance(z), direct)
-    torch.testing.assert_close(*(torch.autograd.grad(f, z)[0] for f in (covariance(z), direct)))
+    off = (direct.square().sum() - direct.diagonal().square().sum()) / d
+    variance, covariance = moments(z)
+    torch.testing.assert_close((variance, covariance), (z.var(dim=0), off))
+    ours = torch.autograd.grad(3 * covariance + weight @ variance, z)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(3 * off + weight @ z.var(dim=0), z)[0])
 
 
 def test_float32_gram_is_exact_enough_at_the_published_width():
-    z = torch.randn(128, 8192, generator=torch.Generator().manual_seed(0))
-    assert covariance(z).item() == pytest.approx(covariance(z.double()).item(), rel=1e-5)
+    z = torch.randn(128, 8192, generator=torch.Generator().manual_seed(0)) + 2
+    assert moments(z)[1].item() == pytest.approx(moments(z.double())[1].item(), rel=1e-5)
 
 
 def test_collapse_is_what_the_variance_term_sees():
-    assert variance(torch.ones(8, 4)).item() == pytest.approx(1 - 1e-2)  # 1 - sqrt(eps)
-    assert variance(2 * torch.randn(4096, 4)).item() == 0
+    assert hinge(moments(torch.ones(8, 4))[0]).item() == pytest.approx(1 - 1e-2)  # 1 - sqrt(eps)
+    assert hinge(moments(2 * torch.randn(4096, 4))[0]).item() == 0
     independent = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
-    assert covariance(independent).item() == 0
+    assert moments(independent)[1].item() == 0
 
 
 def test_computed_in_float32_where_half_precision_overflows():

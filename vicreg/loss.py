@@ -1,26 +1,28 @@
 """The loss of VICReg (Bardes, Ponce, LeCun 2022, arXiv 2105.04906)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 1024  # columns or rows of z of which a centred copy exists at one time
 
 
-def variance(z: Tensor, eps: float = 1e-4) -> Tensor:
-    """Hinge loss that pushes the std of every dimension to 1 or above, equation (1): z [N, D] -> []."""
-    return F.relu(1 - torch.sqrt(z.var(dim=0) + eps)).mean()
+def hinge(variance: Tensor, eps: float = 1e-4) -> Tensor:
+    """Pushes the std of every dimension to 1 or above, equation (1): variance [D] -> []."""
+    return F.relu(1 - torch.sqrt(variance + eps)).mean()
 
 
-def covariance(z: Tensor) -> Tensor:
-    """Sum of the squared off-diagonal covariances over D, equations (3) and (4): z [N, D] -> [].
+def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The variance of every dimension, and the covariance term, equations (3) and (4): z [N, D] -> [D], [].
 
-    With fewer samples than dimensions the Gram matrix replaces the covariance matrix: ||Z'Z||_F = ||ZZ'||_F,
-    so the D x D product (8192 x 8192 by default) is never computed, and the work falls from N D^2 to N^2 D.
+    The term is the sum of the squared off-diagonal covariances over D. With fewer samples than dimensions the
+    Gram matrix replaces the covariance matrix: ||Z'Z||_F = ||ZZ'||_F, so the D x D product (8192 x 8192 by
+    default) is never computed, and the work falls from N D^2 to N^2 D.
     """
-    n, d = z.shape
-    z = z - z.mean(dim=0)
-    product = z @ z.T if n < d else z.T @ z
-    diagonal = z.square().sum(dim=0)  # [D], the variances times N - 1
-    return (product.square().sum() - diagonal.square().sum()) / ((n - 1) ** 2 * d)
+    return _Moments.apply(z)
 
 
 def vicreg_loss(
@@ -47,7 +49,66 @@ def vicreg_loss(
     with torch.autocast(z1.device.type, enabled=False):  # squares of half-precision sums overflow
         z1, z2 = z1.float(), z2.float()
         invariance = F.mse_loss(z1, z2)
-        std = (variance(z1) + variance(z2)) / 2
-        cov = covariance(z1) + covariance(z2)
+        (variance1, cov1), (variance2, cov2) = moments(z1), moments(z2)
+        std = (hinge(variance1) + hinge(variance2)) / 2
+        cov = cov1 + cov2
         loss = sim_coeff * invariance + std_coeff * std + cov_coeff * cov
     return loss, {"invariance": invariance.detach(), "variance": std.detach(), "covariance": cov.detach()}
+
+
+class _Moments(torch.autograd.Function):
+    """`moments`, block by block of the longer side of z, so that no second copy of z is made.
+
+    The product P is ZZ' or Z'Z of the centred Z, whichever is smaller. The gradient of ||P||^2 is 4 PZ or
+    4 ZP: one product where autograd would compute two, as it does not know that P is symmetric.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        n, d = z.shape
+        mean, diagonal = z.mean(dim=0), torch.zeros_like(z[0])
+        product = z.new_zeros(min(n, d), min(n, d))
+        for block in _blocks(max(n, d)):
+            centred = _centred(z, mean, block)
+            if n < d:
+                diagonal[block] = centred.square().sum(dim=0)
+            _add_square(product, centred if n < d else centred.T)
+        product = product.triu_() + product.triu(1).T
+        if n >= d:
+            diagonal.copy_(product.diagonal())  # [D], the variances times N - 1
+        ctx.save_for_backward(z, mean, diagonal, product)
+        off = product.square().sum() - diagonal.square().sum()
+        return diagonal / (n - 1), off / ((n - 1) ** 2 * d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        z, mean, diagonal, product = ctx.saved_tensors
+        n, d = z.shape
+        scale = 4 * grads[1] / ((n - 1) ** 2 * d)
+        own = 2 * grads[0] / (n - 1) - scale * diagonal  # what a centred value itself contributes
+        grad = torch.empty_like(z)
+        with torch.autocast(z.device.type, enabled=False):
+            product = product * scale
+            for block in _blocks(max(n, d)):
+                centred = _centred(z, mean, block)
+                if n < d:
+                    grad[:, block] = torch.addcmul(product @ centred, centred, own[block])
+                else:
+                    grad[block] = torch.addcmul(centred @ product, centred, own)
+        return grad
+
+
+def _blocks(length: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, length, BLOCK)]
+
+
+def _centred(z: Tensor, mean: Tensor, block: slice) -> Tensor:
+    """Columns of z less their mean, or rows of it: [N, block] if N < D, else [block, D]."""
+    return z[:, block] - mean[block] if len(z) < z.shape[1] else z[block] - mean
+
+
+def _add_square(product: Tensor, a: Tensor) -> None:
+    """Add a a' to the product [A, A], on and above its diagonal at least: a [A, B]."""
+    for rows in _blocks(len(a)):
+        product[rows, rows.start :].addmm_(a[rows], a[rows.start :].T)
