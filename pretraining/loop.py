@@ -1,6 +1,7 @@
 """The training loop of pretraining.
 
-Shapes: n is a rank's share of the global batch N, D the width of the embedding, S a view's side in pixels.
+Shapes: n is a rank's share of the global batch N, D the width of the embedding, S a view's side in pixels, C
+its channels: 1 if all of the pool is gray, else 3.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ def train(
     journal: Journal,
     boundary: Callable[[int], object],
 ) -> None:
-    """Take one optimizer step for each (step, (view1, view2)) of `batches`; views are uint8 [n, 3, S, S].
+    """Take one optimizer step for each (step, (view1, view2)) of `batches`; views are uint8 [n, C, S, S].
 
     boundary: called after each step with the number of steps done, to save, stop and draw the embedding.
     """

@@ -37,7 +37,7 @@ from cluster.training import (
 )
 from cluster.weights import Normalise, build_backbone, write_backbone
 from pretraining.config import PretrainConfig
-from pretraining.data import Pairs, describe_views, epoch_order
+from pretraining.data import Pairs, collate, describe_views, epoch_order
 from pretraining.encoder import Encoder, build_projector
 from pretraining.features import embed, square
 from pretraining.loop import Loss, train
@@ -168,7 +168,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             config.orientation,
         )
         order = epoch_order(config.seed, len(store))
-        batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers)
+        batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers, collate)
         fits = tell_memory(encoder, config.image_size, config.batch_size, config.precision, world)
         if to_time or (config.dry_run and fits):
 
@@ -393,4 +393,5 @@ def gallery(store: WindowStore, size: int, chosen: list[int]) -> Tensor:
 def views(pairs: Pairs, count: int = 8) -> np.ndarray:
     """A picture of the views of some windows in the first epoch, a column each: uint8 [2 S, count * S, 3]."""
     columns = [torch.cat(pairs[0, 0, i], 1) for i in spread(len(pairs), count)]
-    return torch.cat(columns, 2).permute(1, 2, 0).numpy()
+    picture = torch.cat(columns, 2)
+    return picture.expand(3, *picture.shape[1:]).permute(1, 2, 0).numpy()
