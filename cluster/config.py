@@ -114,8 +114,9 @@ class RunConfig(Config):
     # Largest norm of the gradient, to which longer ones are scaled down; None leaves them as they are.
     clip_grad: float | None = setting(None, least=1e-6, may_change=True)
 
-    # Processes on each rank that prepare batches; 0 prepares them in the training process.
-    workers: int = setting(2, least=0, may_change=True)
+    # Processes on each rank that prepare batches; 0 prepares them in the training process. By default one for
+    # each CPU of the rank but one, at most 16, to feed a GPU; 2 where the CPU itself trains.
+    workers: int | None = setting(None, least=0, may_change=True)
     # Number from which the first weights, the order of the data and its changes are drawn.
     seed: int = setting(0, least=0, most=LARGEST_SEED)
     # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.

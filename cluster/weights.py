@@ -56,7 +56,9 @@ class BackboneFacts:
 
 
 class Normalise(nn.Module):
-    """Pixels uint8 [B, 3, H, W] -> (pixels / 255 - mean) / std, float32; mean and std in units of 0..1.
+    """Pixels uint8 [B, C, H, W] -> (pixels / 255 - mean) / std, float32 [B, 3, H, W]; C is 3, or 1 for gray.
+
+    mean and std are in units of 0..1.
 
     mean and std are not in the state dict: they are stored beside the weights and given to the constructor.
     memory_format: layout of the result; channels_last suits a network that is trained in it.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from cluster.batches import Key
 from schematics.draws import Use, draw
@@ -27,10 +27,11 @@ def describe_views(recipe: str, size: int, extent: int) -> str:
 
 
 class Pairs(Dataset):
-    """Item (epoch, position, sample) -> two views of window `sample`, uint8 [3, S, S] each.
+    """Item (epoch, position, sample) -> two views of window `sample`, uint8 [C, S, S] each.
 
-    Each window occurs once an epoch, so its views are a function of (seed, epoch, sample) alone. extent: see
-    `two_views`.
+    C is 1 in a gray store, whose views become three equal channels where they are normalised: on the device,
+    after a third of the copying. Else it is 3. Each window occurs once an epoch, so its views are a function
+    of (seed, epoch, sample) alone. extent: see `two_views`.
     """
 
     def __init__(
@@ -62,10 +63,22 @@ class Pairs(Dataset):
             orientation=self.orientation,
             extent=self.extent,
             tolerance=self.store.tolerance(sample),
+            paper=self.store.paper(sample),
+            color_mode=self.store.color_mode,
         )
-        view1, view2 = (torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1))) for view in views)
+        view1, view2 = (torch.from_numpy(np.atleast_3d(view)).permute(2, 0, 1) for view in views)
         return view1, view2
 
     def source(self, key: Key) -> str:
         """File and position of the window, for error messages: "file.png @x,y"."""
         return self.store.source(key[2])
+
+
+def collate(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The pairs of a batch as two tensors, uint8 [n, C, S, S] each.
+
+    They lie in memory as channels_last, as the views did, so that pixels are copied in one piece and once.
+    """
+    upright = [tuple(view.permute(1, 2, 0) for view in pair) for pair in pairs]
+    view1, view2 = (views.permute(0, 3, 1, 2) for views in default_collate(upright))
+    return view1, view2

@@ -41,12 +41,12 @@ class Encoder(nn.Module):
         self.joint = joint
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """view1, view2 uint8 [n, 3, S, S] -> z1, z2 [n, D]."""
+        """view1, view2 uint8 [n, C, S, S], gray with C = 1 or RGB with 3 -> z1, z2 [n, D]."""
         if self.joint:
             z1, z2 = self.embed(torch.cat([view1, view2])).chunk(2)
             return z1, z2
         return self.embed(view1), self.embed(view2)
 
     def embed(self, views: Tensor) -> Tensor:
-        """Embeddings of views: uint8 [n, 3, S, S] -> [n, D]."""
+        """Embeddings of views: uint8 [n, C, S, S] -> [n, D]."""
         return self.projector(self.backbone(self.normalise(views)))

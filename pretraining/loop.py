@@ -1,6 +1,7 @@
 """The training loop of pretraining.
 
-Shapes: n is a rank's share of the global batch N, D the width of the embedding, S a view's side in pixels.
+Shapes: n is a rank's share of the global batch N, D the width of the embedding, S a view's side in pixels, C
+its channels: 1 if all of the pool is gray, else 3.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ def train(
     loss: Loss,
     micro_batch: int | None = None,
 ) -> None:
-    """Take one optimizer step for each (step, (view1, view2)) of `batches`; views are uint8 [n, 3, S, S].
+    """Take one optimizer step for each (step, (view1, view2)) of `batches`; views are uint8 [n, C, S, S].
 
     boundary: called after each step with the number of steps done, to save, stop and draw the embedding.
     micro_batch: windows that go through the encoder at a time, a divisor of n; None for all n at once.

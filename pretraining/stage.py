@@ -33,7 +33,7 @@ from cluster.training import (
 )
 from cluster.weights import write_backbone
 from pretraining.config import PretrainConfig
-from pretraining.data import Pairs, describe_views, epoch_order
+from pretraining.data import Pairs, collate, describe_views, epoch_order
 from pretraining.encoder import Encoder
 from pretraining.features import embed, square
 from pretraining.loop import train
@@ -145,7 +145,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         extent = view_extent(config.view, config.recipe, config.image_size, store)
         pairs = Pairs(store, extent=extent, **config.views)
         order = epoch_order(config.seed, len(store))
-        batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers)
+        batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers, collate)
 
         def build(model: nn.Module) -> torch.optim.Optimizer:
             return build_optimizer(model, **config.optimizing)
@@ -242,4 +242,5 @@ def gallery(store: WindowStore, size: int, chosen: list[int]) -> Tensor:
 def views(pairs: Pairs, count: int = 8) -> np.ndarray:
     """A picture of the views of some windows in the first epoch, a column each: uint8 [2 S, count * S, 3]."""
     columns = [torch.cat(pairs[0, 0, i], 1) for i in spread(len(pairs), count)]
-    return torch.cat(columns, 2).permute(1, 2, 0).numpy()
+    picture = torch.cat(columns, 2)
+    return picture.expand(3, *picture.shape[1:]).permute(1, 2, 0).numpy()

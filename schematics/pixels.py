@@ -6,6 +6,8 @@ a level of rounding.
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 
@@ -30,28 +32,39 @@ def resize(image: Image, size: int) -> Image:
 
 def adjust_brightness(image: Image, factor: float) -> Image:
     """Blend with black: 0 gives black, 1 the image."""
-    return cv2.addWeighted(image, factor, image, 0.0, 0.0)
+    return cv2.convertScaleAbs(image, alpha=factor)
 
 
 def adjust_contrast(image: Image, factor: float) -> Image:
     """Blend with the mean of the image's luma: 0 gives an even gray, 1 the image."""
-    return cv2.addWeighted(image, factor, image, 0.0, (1 - factor) * cv2.mean(to_color(image, "gray"))[0])
+    shift = (1 - factor) * cv2.mean(to_color(image, "gray"))[0]
+    if shift >= 0:  # convertScaleAbs is the faster of the two, but gives |x| for negative x, not 0
+        return cv2.convertScaleAbs(image, alpha=factor, beta=shift)
+    return cv2.addWeighted(image, factor, image, 0.0, shift)
+
+
+LUMA = np.full((3, 3), (0.299, 0.587, 0.114))
 
 
 def adjust_saturation(image: Image, factor: float) -> Image:
     """Blend with the image's luma: 0 gives grays, 1 the image."""
     if image.ndim == 2:
         return image
-    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * np.array([0.299, 0.587, 0.114]))
+    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * LUMA)
 
 
 def adjust_hue(image: Image, turn: float) -> Image:
     """Turn the hue by a share `turn` of the full circle, in 256 steps as Pillow does."""
     if image.ndim == 2:
         return image
-    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
-    hue += np.uint8(round(turn * 256) % 256)  # uint8 goes round from 255 to 0, as the hue does
-    return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB_FULL)
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    # A row of the image as one vector: numpy is slow on every third byte. uint8 goes round from 255 to 0, as
+    # the hue does.
+    row = np.zeros(3 * image.shape[1], np.uint8)
+    row[::3] = round(turn * 256) % 256
+    rows = hsv.reshape(len(hsv), -1)
+    np.add(rows, row, out=rows)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=hsv)
 
 
 def blur(image: Image, sigma: float) -> Image:
@@ -59,16 +72,33 @@ def blur(image: Image, sigma: float) -> Image:
 
     sigma: in px. Taps beyond 3 sigma are left out, since they change less than a gray level.
     """
-    radius = min(image.shape[0] // 10 // 2, int(np.ceil(3 * sigma)))
-    return cv2.GaussianBlur(image, (2 * radius + 1, 2 * radius + 1), sigma)
+    return smooth(image, min(image.shape[0] // 10 // 2, math.ceil(3 * sigma)), sigma)
 
 
-SOLARIZED = np.array([x if x < 128 else 255 - x for x in range(256)], dtype=np.uint8)
+def smooth(image: Image, radius: int, sigma: float) -> Image:
+    """Blur with a Gaussian of 2 radius + 1 taps, as cv2.GaussianBlur does, in a half to a third of its time.
+
+    Each weight is a whole number of 256ths. What rounding leaves over goes to the next weight, and the rest
+    of 1 to the middle, so that even paper stays what it is. Only sums that are half-way between two gray
+    levels are rounded otherwise than by cv2.GaussianBlur.
+    """
+    if radius == 0:
+        return image
+    weights = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, 1)]
+    scale = 256 / (2 * sum(weights) - weights[-1])
+    kernel, rest = np.zeros(2 * radius + 1, np.float32), 0.0
+    for i, weight in enumerate(weights[:-1]):
+        exact = weight * scale + rest
+        kernel[i] = kernel[-1 - i] = whole = round(exact)
+        rest = exact - whole
+    kernel[radius] = 256 - kernel.sum()
+    kernel /= 256
+    return cv2.sepFilter2D(image, -1, kernel, kernel)
 
 
 def solarize(image: Image) -> Image:
     """Invert the values that are 128 or more."""
-    return cv2.LUT(image, SOLARIZED)
+    return cv2.min(image, cv2.bitwise_not(image))
 
 
 def invert(image: Image) -> Image:

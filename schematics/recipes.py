@@ -9,7 +9,9 @@ schematics.draws. Everything is worked on as uint8 with OpenCV, on as many threa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
 import cv2
@@ -25,6 +27,7 @@ from schematics.pixels import (
     invert,
     jpeg,
     resize,
+    smooth,
     solarize,
 )
 from schematics.sheets import to_color
@@ -44,6 +47,8 @@ def two_views(
     orientation: bool = False,
     extent: int | None = None,
     tolerance: int | None = None,
+    paper: Color | None = None,
+    color_mode: str = "rgb",
 ) -> tuple[Image, Image]:
     """Two views, uint8 RGB [size, size, 3] each, of a window uint8 [H, W] or [H, W, 3].
 
@@ -51,12 +56,14 @@ def two_views(
     orientation: whether `drawing` mirrors and makes quarter turns too, which erases classes that are told
     apart by their orientation; the photo recipes mirror in any case. extent: side of what the views of
     `drawing` show of the window at most, px; that for 2-px lines if not given. tolerance: of ink on
-    uneven paper, for `drawing`; None if the paper is even. Raises ValueError for an unknown recipe.
+    uneven paper, for `drawing`; None if the paper is even. paper: the color of even paper, looked for on the
+    window if not given. color_mode: "gray" for views [size, size] in one channel, which are what a gray
+    window's three channels would be. Raises ValueError for an unknown recipe.
     """
     if recipe == "drawing":
         extent = extent or default_extent(size, None)
         first, second = _drawing_pair(
-            window, size, seed, epoch, sample, strength, orientation, extent, tolerance
+            window, size, seed, epoch, sample, strength, orientation, extent, tolerance, paper
         )
     elif recipe in PHOTO:
         first, second = (
@@ -65,7 +72,7 @@ def two_views(
         )
     else:
         raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
-    return to_color(first, "rgb"), to_color(second, "rgb")
+    return to_color(first, color_mode), to_color(second, color_mode)
 
 
 # --- the photo recipes -----------------------------------------------------------------------------------
@@ -111,6 +118,9 @@ def _photo_view(image: Image, size: int, rng: np.random.Generator, strength: flo
     return image
 
 
+LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+
+
 def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Draw a crop x, y, w, h in px: 8 % of the window's area to all of it, w / h log-uniform in 3/4 to 4/3.
 
@@ -118,8 +128,8 @@ def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tu
     """
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        ratio = math.exp(rng.uniform(*LOG_RATIO))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
@@ -128,10 +138,10 @@ def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tu
 
 def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
     """Change brightness, contrast, saturation and hue in random order, by factors drawn from the ranges."""
-    ranges = strength * np.array([photo.brightness, photo.contrast, photo.saturation])
-    factors = rng.uniform(np.maximum(0, 1 - ranges), 1 + ranges)
+    ranges = (strength * largest for largest in (photo.brightness, photo.contrast, photo.saturation))
+    factors = [rng.uniform(max(0.0, 1 - most), 1 + most) for most in ranges]
     turn = rng.uniform(-1, 1) * min(0.5, strength * photo.hue)
-    for operation in rng.permutation(4):
+    for operation in rng.permutation(4).tolist():
         if operation == 0:
             image = adjust_brightness(image, factors[0])
         elif operation == 1:
@@ -151,10 +161,10 @@ REACH = 1.75
 # A crop's side as a share of the region's. Even with the ratio below it is over a half: two crops overlap.
 SHARE = (0.56, 1.0)
 RATIO = 0.1  # a crop's width / height is drawn from exp(-2 * RATIO) to exp(2 * RATIO)
-TRIES = 512  # random pixels that are looked at for ink before all pixels are
+TRIES = 64  # random pixels that are looked at for ink before all pixels are
 PAIR = 2  # the number of the stream for what both views share; views 0 and 1 have streams of their own
-# For each value of a random byte, the gray level of scan noise in units of its standard deviation.
-NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
+GRAINS = 1 << 18  # pixels of the strip of noise from which a view takes a random piece, at least
+GRAIN = 32.0  # gray levels, the strip's standard deviation
 
 
 def default_extent(size: int, line: float | None) -> int:
@@ -175,9 +185,11 @@ def _drawing_pair(
     orientation: bool,
     extent: int,
     tolerance: int | None,
+    paper: Color | None,
 ) -> list[Image]:
     """Both views show the same region around ink, whose sides are at most `extent` px."""
-    paper = paper_color(window)
+    if paper is None or tolerance is not None:  # a window of an uneven sheet has a color of its own
+        paper = paper_color(window)
     nearby = None if tolerance is None else nearby_paper(window)
     tolerance = INK_TOLERANCE if tolerance is None else tolerance
     width, height = (min(side, extent) for side in window.shape[1::-1])
@@ -211,15 +223,19 @@ def _around_ink(
 
     paper, tolerance: see `ink_mask`.
     """
-    ys, xs = (rng.integers(side, size=TRIES) for side in image.shape[:2])
+    high, wide = image.shape[:2]
+    ys, xs = (rng.random((2, TRIES)) * [[high], [wide]]).astype(np.intp)
     there = paper[ys, xs][:, None] if isinstance(paper, np.ndarray) else paper
-    hit = ink_mask(image[ys, xs][:, None], there, tolerance)[:, 0]
-    if not hit.any():  # there is so little ink that every pixel must be looked at
-        ys, xs = np.nonzero(ink_mask(image, paper, tolerance))
-        hit = rng.permutation(len(ys)) == 0
-    at = (xs[hit][0], ys[hit][0]) if hit.any() else (image.shape[1] / 2, image.shape[0] / 2)
-    x, y = at - rng.uniform(0.25, 0.75, 2) * (width, height)
-    return int(np.clip(x, 0, image.shape[1] - width)), int(np.clip(y, 0, image.shape[0] - height))
+    hits = np.flatnonzero(ink_mask(image[ys, xs][:, None], there, tolerance))
+    x, y = wide / 2, high / 2
+    if len(hits):
+        x, y = int(xs[hits[0]]), int(ys[hits[0]])
+    else:  # there is so little ink that every pixel must be looked at
+        hits = np.flatnonzero(ink_mask(image, paper, tolerance))
+        if len(hits):
+            y, x = divmod(int(hits[rng.integers(len(hits))]), wide)
+    x, y = x - rng.uniform(0.25, 0.75) * width, y - rng.uniform(0.25, 0.75) * height
+    return min(max(int(x), 0), wide - width), min(max(int(y), 0), high - height)
 
 
 def _drawing_view(
@@ -250,15 +266,16 @@ def _crop(
 ) -> Image:
     """Cut a crop around ink out of the region, four times in ten turned and sheared by a few degrees."""
     height, width = region.shape[:2]
-    share, ratio = rng.uniform(*SHARE), np.exp(rng.uniform(-RATIO, RATIO))
+    share, ratio = rng.uniform(*SHARE), math.exp(rng.uniform(-RATIO, RATIO))
     w = max(1, min(width, round(width * share * ratio)))
     h = max(1, min(height, round(height * share / ratio)))
     x, y = _around_ink(region, nearby, tolerance, w, h, rng)
     if rng.random() < 0.6:
         return region[y : y + h, x : x + w]
     # The crop is turned before it is shrunk, since interpolation costs a thin line less at this resolution.
-    angle, shear = np.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
+    angle, shear = math.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = np.array([[cos, -sin], [sin, cos]]) @ [[1, shear], [0, 1]]
     shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
     return cv2.warpAffine(
         region,
@@ -269,21 +286,28 @@ def _crop(
     )
 
 
+SQUARE = np.ones((2, 2), np.uint8)
+
+
 def _is_light(paper: Color) -> bool:
-    return bool(np.mean(paper) > 127)
+    return paper > 127 if isinstance(paper, int) else sum(paper) > 3 * 127
 
 
 def _wear(image: Image, paper: Color, rng: np.random.Generator) -> Image:
     """Do to lines what pens and copiers do: make them thicker or thinner, blur them, or leave them alone."""
     kind = rng.random()
     if kind < 0.25:  # thicker by a pixel
-        return (cv2.erode if _is_light(paper) else cv2.dilate)(image, np.ones((2, 2), np.uint8))
+        return (cv2.erode if _is_light(paper) else cv2.dilate)(image, SQUARE)
     if kind < 0.4:  # thinner, but only by half: a whole pixel would wipe out lines that are one pixel wide
-        thin = (cv2.dilate if _is_light(paper) else cv2.erode)(image, np.ones((2, 2), np.uint8))
+        thin = (cv2.dilate if _is_light(paper) else cv2.erode)(image, SQUARE)
         return cv2.addWeighted(image, 0.5, thin, 0.5, 0)
     if kind < 0.7:
-        return cv2.GaussianBlur(image, (5, 5), rng.uniform(0.2, 0.7))
+        return smooth(image, 2, rng.uniform(0.2, 0.7))
     return image
+
+
+GRAYS = np.full((3, 3), 1 / 3)
+ACROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
 
 
 def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float) -> Image:
@@ -295,21 +319,30 @@ def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float)
     contrast = 1 + strength * rng.uniform(-0.3, 0.1)
     brightness = strength * rng.uniform(-25, 25)
     saturation = 1 + strength * rng.uniform(-0.2, 0.2)
-    angle = 2 * np.pi * strength * rng.uniform(-0.02, 0.02)
+    angle = 2 * math.pi * strength * rng.uniform(-0.02, 0.02)
     inverted = rng.random() < 0.2
     if isinstance(paper, int):
         image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * paper + brightness)
     else:  # where a drawing has color it tells classes apart, so hues turn by 7 degrees at most
-        grays = np.full((3, 3), 1 / 3)
-        across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-        turn = grays + np.cos(angle) * (np.eye(3) - grays) + np.sin(angle) * across  # about r = g = b
-        matrix = contrast * (grays + saturation * (turn - grays))
+        turn = GRAYS + math.cos(angle) * (np.eye(3) - GRAYS) + math.sin(angle) * ACROSS  # about r = g = b
+        matrix = contrast * (GRAYS + saturation * (turn - GRAYS))
         image = cv2.transform(image, np.column_stack([matrix, paper - matrix @ paper + brightness]))
     return invert(image) if inverted else image
 
 
+@cache
+def _grains(count: int, channels: int) -> Image:
+    """Normal noise about 128 with the deviation GRAIN, uint8 [count, channels], equal in all channels."""
+    levels = [128 + GRAIN * NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)]
+    quantiles = np.frombuffer(np.random.Generator(np.random.Philox(0)).bytes(count), np.uint8)
+    noise = cv2.LUT(quantiles, np.rint(levels).astype(np.uint8))
+    return cv2.merge([noise] * channels).reshape(count, channels)
+
+
 def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
-    """Add Gaussian noise of `sigma` gray levels, equal in all channels, whose quantiles are random bytes."""
-    quantile = np.frombuffer(rng.bytes(image.shape[0] * image.shape[1]), np.uint8).reshape(image.shape[:2])
-    noise = cv2.LUT(quantile, np.clip(np.rint(128 + sigma * NORMAL), 0, 255).astype(np.uint8))
-    return cv2.addWeighted(image, 1.0, noise if image.ndim == 2 else cv2.merge([noise] * 3), 1.0, -128)
+    """Add Gaussian noise of `sigma` gray levels, equal in all channels: a piece of one long strip of it."""
+    pixels = image.shape[0] * image.shape[1]
+    count = max(GRAINS, 2 * pixels)
+    first = int(rng.integers(count - pixels + 1))
+    noise = _grains(count, image.size // pixels)[first : first + pixels].reshape(image.shape)
+    return cv2.addWeighted(image, 1.0, noise, sigma / GRAIN, -128 * sigma / GRAIN)

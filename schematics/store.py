@@ -25,6 +25,7 @@ import numpy as np
 from schematics.folders import remove_stale, sync, turn_to_build, unfinished_folder
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
 from schematics.windows import (
+    Color,
     Image,
     cut,
     ink_mask,
@@ -88,6 +89,11 @@ class WindowStore:
         """
         sheet, x, y = self.windows[i].tolist()
         return cut(self.sheet(sheet), x, y, self.side, self.index["sheets"][sheet]["paper"])
+
+    def paper(self, i: int) -> Color:
+        """The most frequent color of the sheet that window i is on."""
+        paper = self.index["sheets"][int(self.windows[i, 0])]["paper"]
+        return tuple(paper) if isinstance(paper, list) else paper
 
     def tolerance(self, i: int) -> int | None:
         """How far ink is from the paper if window i is of an uneven sheet, else None (see `uneven_paper`).

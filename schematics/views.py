@@ -25,17 +25,21 @@ from schematics.pixels import resize
 from schematics.recipes import RECIPES, default_extent, two_views
 from schematics.sheets import DataError, find_sheets, read_sheet, to_color, write_png
 from schematics.store import WindowStore
-from schematics.windows import Image, cut, ink_windows, paper_color, uneven_paper
+from schematics.windows import Color, Image, cut, ink_windows, paper_color, uneven_paper
 
 MIN_INK = 0.002  # share of a window's pixels, as in a store
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of the pool, by its number there, and the tolerance of ink on its sheet if that is uneven."""
+    """A window of the pool, by its number there, and what is known of its sheet.
+
+    That is the color of its paper, and the tolerance of ink if it is uneven.
+    """
 
     number: int
     window: Image
+    paper: Color
     tolerance: int | None
 
 
@@ -56,6 +60,7 @@ def contact_sheet(
                     recipe,
                     epoch=epoch,
                     sample=sample.number,
+                    paper=sample.paper,
                     tolerance=sample.tolerance,
                     **flags,
                 )
@@ -68,7 +73,7 @@ def contact_sheet(
 def of_store(store: WindowStore, most: int) -> list[Sample]:
     """`most` windows, evenly spread over the store."""
     numbers = np.unique(np.linspace(0, len(store) - 1, most).astype(int)).tolist()
-    return [Sample(i, store.window(i), store.tolerance(i)) for i in numbers]
+    return [Sample(i, store.window(i), store.paper(i), store.tolerance(i)) for i in numbers]
 
 
 def of_sheets(folder: Path, most: int, side: int, dpi: int) -> list[Sample]:
@@ -82,7 +87,7 @@ def of_sheets(folder: Path, most: int, side: int, dpi: int) -> list[Sample]:
         corners = ink_windows(image, side, max(1, side // 2), MIN_INK, paper, uneven)
         if len(corners):
             x, y = corners[len(corners) // 2].tolist()
-            samples.append(Sample(number, cut(image, x, y, side, paper), tolerance))
+            samples.append(Sample(number, cut(image, x, y, side, paper), paper, tolerance))
     if not samples:
         raise DataError(f"{folder}: blank paper; give drawings with lines")
     return samples

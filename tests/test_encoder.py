@@ -33,6 +33,16 @@ def test_unknown_backbone_is_refused_with_the_nearest_names():
         build_backbone("resnet5O")
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_gray_views_in_one_channel_have_the_embeddings_of_three_equal_ones(joint):
+    torch.manual_seed(0)
+    normalise = Normalise([0.9, 0.8, 0.7], [0.2, 0.3, 0.4], torch.channels_last)
+    encoder = Encoder(normalise, build_backbone("resnet18"), build_projector([512, 16, 8], True), joint)
+    gray = torch.randint(0, 256, (2, 4, 1, 32, 32), dtype=torch.uint8)
+    one, three = encoder(*gray), encoder(*gray.expand(2, 4, 3, 32, 32))
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
 def test_projectors_of_the_papers():
     def shapes(m):
         return [(*p.weight.shape,) for p in m if isinstance(p, nn.Linear)], [type(p).__name__ for p in m]

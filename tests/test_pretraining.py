@@ -24,11 +24,12 @@ from cluster.lifecycle import SAVING
 from detection.validation import VALIDATING
 from pretraining import stage
 from pretraining.config import PretrainConfig
-from pretraining.data import epoch_order
+from pretraining.data import Pairs, collate, epoch_order
 from pretraining.features import open_backbone
 from pretraining.stage import Method, pretrain
 from schematics import draws
 from schematics.sheets import DataError
+from schematics.store import build_store
 from simclr import pretrain as simclr
 from simclr.loss import nt_xent
 from vicreg import pretrain as vicreg
@@ -137,6 +138,19 @@ def test_what_a_view_shows_is_said_and_a_run_of_before_the_flag_goes_on(config, 
     run(dataclasses.replace(config, steps=3))
     with pytest.raises(UserError, match=r"--view 80: the run in .* has None"):
         run(dataclasses.replace(config, steps=4, view=80))
+
+
+@pytest.mark.parametrize("color_mode", ["gray", "auto", "rgb"])
+def test_a_gray_pool_has_views_in_one_channel_and_a_pool_with_color_in_three(pool, tmp_path, color_mode):
+    store = build_store(pool, tmp_path / "store", 64, color_mode=color_mode)
+    pairs = Pairs(store, "drawing", 32, 56, 0, 1.0, False)
+    items = [pairs[1, 0, i] for i in range(5)]
+    for views, one_by_one in zip(collate(items), zip(*items, strict=True), strict=True):
+        assert views.shape == (5, 3 if color_mode == "rgb" else 1, 32, 32) and views.dtype == torch.uint8
+        assert views.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(views, torch.stack(one_by_one))
+        assert (views == views[:, :1]).all()  # the pool is gray
+    assert stage.views(pairs, 2).shape == (64, 64, 3)
 
 
 def test_workers_change_nothing(config):

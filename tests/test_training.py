@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cluster.batches import Batches, to_device
+from cluster.batches import Batches, default_workers, to_device
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.guard import Guard
@@ -127,6 +128,49 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(size):
     with pytest.raises(UserError, match=words):
         next(batches.between(0, 3))
     assert next(dataclasses.replace(batches, workers=0).between(0, 3))[0] == 0
+
+
+def test_workers_by_default_are_as_many_as_shared_memory_holds(monkeypatch):
+    room = os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
+
+    class Large:
+        def __getitem__(self, key):
+            return torch.zeros(1).expand(room // 4 // 9)  # 4 workers need 9 batches of it
+
+    world = World(device=torch.device("cuda"))
+    batches = Batches(Large(), lambda _: np.arange(6), 6, 1, world, None, collate=lambda items: items[0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)))
+    assert 2 <= batches._measure(0) <= 4 < default_workers(torch.device("cuda"), {})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "env", "device", "workers"),
+    [
+        (8, {}, "cpu", 2),
+        (8, {}, "cuda", 7),
+        (1, {}, "cuda", 1),
+        (128, {}, "cuda", 16),
+        (64, {"SLURM_CPUS_PER_TASK": "6"}, "cuda", 5),  # a plain python in a batch script
+        (64, {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, "cuda", 7),
+        (64, {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, "cuda", 15),
+        (
+            64,
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"},
+            "cuda",
+            15,
+        ),
+        (
+            6,
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+            | {"SLURM_CPUS_PER_TASK": "6"},
+            "cuda",
+            5,
+        ),
+    ],
+)
+def test_workers_by_default_come_from_the_cpus_of_the_rank(cpus, env, device, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    assert default_workers(torch.device(device), env) == workers
 
 
 class Numbers:

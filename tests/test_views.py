@@ -20,6 +20,7 @@ from schematics.draws import Use, draw
 from schematics.recipes import RECIPES, two_views
 from schematics.sheets import to_color
 from schematics.store import build_store
+from schematics.windows import paper_color
 
 torch.set_num_threads(1)
 SHEET = draw_sheet(0, 0)[0]
@@ -112,6 +113,28 @@ def test_blur_equals_torchvisions_with_the_published_kernel(sigma):
     image = cv2.resize(SHEET, (224, 224), interpolation=cv2.INTER_AREA)
     want = F.gaussian_blur(torch.from_numpy(image)[None], [23, 23], [sigma, sigma])[0].numpy().astype(int)
     assert np.abs(pixels.blur(image, sigma).astype(int) - want).max() <= 2
+
+
+def test_blur_equals_opencvs_but_where_it_rounds_halves():
+    rng = np.random.default_rng(0)
+    for shape in ((224, 224), (96, 96, 3), (32, 32), (12, 12, 3)):
+        image = rng.integers(0, 256, shape, np.uint8)
+        for sigma in rng.uniform(0.1, 2.0, 12):
+            radius = min(shape[0] // 20, int(np.ceil(3 * sigma)))
+            want = cv2.GaussianBlur(image, (2 * radius + 1, 2 * radius + 1), sigma).astype(int)
+            apart = np.abs(pixels.blur(image, sigma) - want)
+            assert apart.max() <= 1 and apart.mean() < 0.05
+        np.testing.assert_array_equal(pixels.blur(np.full_like(image, 255), 1.7), 255)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gray_views_are_a_channel_of_the_views_in_rgb(recipe):
+    paper = paper_color(SHEET)
+    for sample in range(8):
+        gray = two_views(SHEET, recipe, 64, 0, 0, sample, paper=paper, color_mode="gray")
+        for one, three in zip(gray, two_views(SHEET, recipe, 64, 0, 0, sample), strict=True):
+            assert one.shape == (64, 64) and one.flags.c_contiguous
+            np.testing.assert_array_equal(three, np.dstack([one] * 3))
 
 
 def test_gray_windows_give_what_their_three_equal_channels_give():
@@ -310,6 +333,27 @@ def test_color_that_carries_meaning_stays_in_drawing():
         assert np.median(away) < 12
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (224, 224, 3), (600, 600)])
+def test_scan_noise_is_normal_and_equal_in_all_channels(shape):
+    image, drawn = np.full(shape, 120, np.uint8), draw(Use.VIEWS, 0)
+    for sigma in (2.0, 10.0):
+        noise = recipes._scan_noise(image, sigma, drawn).astype(float).reshape(shape[0] * shape[1], -1) - 120
+        assert (noise == noise[:, :1]).all()
+        assert abs(noise.mean()) < 0.1 * sigma and noise.std() == pytest.approx(sigma, rel=0.08)
+        again = recipes._scan_noise(image, sigma, drawn).reshape(len(noise), -1)
+        assert abs(np.corrcoef(again[:, 0], noise[:, 0])[0, 1]) < 0.1
+
+
+def test_paper_of_the_sheet_holds_where_a_window_has_more_of_another_color():
+    window = np.full((400, 400), 20, np.uint8)
+    window[:, :60] = 255  # a dark panel on white paper
+    at = [recipes._around_ink(window, 255, 40, 100, 100, draw(Use.VIEWS, 0, 0, i)) for i in range(30)]
+    assert np.mean([window[y + 50, x + 50] for x, y in at]) < 40
+    given = two_views(window, "drawing", 64, 0, 0, 3, paper=20)
+    np.testing.assert_array_equal(given, two_views(window, "drawing", 64, 0, 0, 3))
+    assert not np.array_equal(given, two_views(window, "drawing", 64, 0, 0, 3, paper=255))
+
+
 def test_inverting_keeps_the_hue_and_undoes_itself():
     inverted = pixels.invert(PHOTO_RGB)
     np.testing.assert_array_equal(pixels.invert(inverted), PHOTO_RGB)
@@ -354,7 +398,8 @@ def test_command_draws_the_very_views_of_a_run(tmp_path, shared):
     assert "at most 100 px of the sheet, drawn at 48 px" in done.stdout
     picture, last = cv2.imread(str(out))[..., ::-1], len(store) - 1
     assert picture.shape == (2 * 50, 48 * 9, 3)
-    views = two_views(store.window(last), "drawing", 48, 5, 3, last, 0.5, True, extent=100)
+    paper = store.paper(last)
+    views = two_views(store.window(last), "drawing", 48, 5, 3, last, 0.5, True, extent=100, paper=paper)
     np.testing.assert_array_equal(picture[50:98, -96:], np.hstack(views))
     (tmp_path / "run/config.json").unlink()
     failed = subprocess.run(command, capture_output=True, text=True)
