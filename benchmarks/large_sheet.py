@@ -22,7 +22,8 @@ import torch
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from detection.anchors import fit_anchors
 from detection.inference import detect
-from detection.model import Detector, Spec
+from detection.model import Detector
+from detection.spec import Spec
 from schematics.sheets import Sheet, read_sheet
 from schematics.windows import tile_sheet
 

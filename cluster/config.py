@@ -135,6 +135,11 @@ class RunConfig(Config):
     log_every: int = setting(10, least=1, may_change=True)
 
     @property
+    def seconds(self) -> float | None:
+        """Seconds to fill with training while --minutes still has to find the number of steps, else None."""
+        return None if self.minutes is None or self.steps is not None else 60 * self.minutes
+
+    @property
     def joining(self) -> dict[str, Any]:
         """The arguments of `distributed.start`."""
         return {

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from cluster.config import Rule, rules
 from cluster.errors import UserError
 
+LEAST_STD = 1e-6  # of a channel of images, in units of 0..1
 EXPECTED = {int: "an integer", float: "a finite number", str: "text"}
 
 

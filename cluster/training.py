@@ -121,17 +121,19 @@ def rehearsal(model: ModuleType, device: torch.device, precision: str) -> Iterat
 
 
 def seconds_per_step(
-    model: nn.Module,
-    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    train: Callable[
+        [nn.Module, GuardedStep, Iterable[tuple[int, Any]], Journal, Callable[[int], bool]], None
+    ],
+    model: ModuleType,
+    build_optimizer: Callable[[ModuleType], torch.optim.Optimizer],
     batches: Batches,
     world: World,
     precision: str,
-    train: Callable[[nn.Module, GuardedStep, Iterable[tuple[int, Any]], Journal], None],
 ) -> float:
     """Seconds that a step takes on the slowest rank, by TIMED throw-away steps of a copy of the model.
 
     The first step is not timed, because it allocates memory and starts the loader. The loader goes on making
-    batches meanwhile, as it will in the run.
+    batches meanwhile, as it will in the run. train: the loop of the stage.
     """
     moments: list[float] = []
 
@@ -146,7 +148,8 @@ def seconds_per_step(
         optimizer = build_optimizer(copied)
         guarded = GuardedStep(wrapped, optimizer, lambda step: 0.0, Guard(), device, None, precision)
         # The journal of a rank other than the first records nothing.
-        train(wrapped, guarded, watched(), Journal(Path(), replace(world, rank=1), LONG, every=LONG))
+        silent = Journal(Path(), replace(world, rank=1), LONG, every=LONG)
+        train(wrapped, guarded, watched(), silent, lambda step: True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = (time.monotonic() - moments[1]) / (len(moments) - 1)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from cluster import atomic, checkpoint
 from cluster.config import setting
 from cluster.errors import UserError
-from cluster.facts import check_facts
+from cluster.facts import LEAST_STD, check_facts
 
 # A foreign file does not say how its images were normalised. Nearly all projects use these values.
 IMAGENET = {"color_mode": "rgb", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 AGAIN = "copy the file again from where it was made, or run its pretraining again"
-LEAST_STD = 1e-6  # of a channel, in units of 0..1
 
 
 def build_backbone(arch: str) -> Any:

@@ -24,8 +24,9 @@ from cluster.errors import UserError
 from cluster.facts import check_facts
 from cluster.weights import refuse_not_finite
 from detection.data import scaled_size, shrink
-from detection.model import AGAIN, Detector, ModelFacts, Spec, as_tensor
+from detection.model import Detector, as_tensor
 from detection.onnx_detector import OnnxDetector
+from detection.spec import AGAIN, ModelFacts, Spec
 from schematics.sheets import to_color
 from schematics.windows import cut, paper_color, tile_sheet
 

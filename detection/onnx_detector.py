@@ -16,7 +16,7 @@ from cluster.config import setting
 from cluster.errors import UserError
 from cluster.facts import check_facts
 from cluster.weights import refuse_not_finite
-from detection.model import Spec
+from detection.spec import Spec
 
 PROPERTY = "linework"  # the property of the ONNX model that holds {"spec", "thresholds"} as JSON
 EXPORT = "python -m detection.export"

@@ -11,7 +11,7 @@ import numpy as np
 from cluster.errors import UserError
 from detection.anchors import fit_anchors, recall_table
 from detection.data import KEEP, MULTIPLE, SheetReader, crop_boxes, scale_sheet
-from detection.model import Spec
+from detection.spec import Spec
 from schematics.coco import LabelledSheet, Split
 from schematics.sheets import read_sheet
 from schematics.windows import mean_and_std, tile_sheet

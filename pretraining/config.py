@@ -76,3 +76,32 @@ class PretrainConfig(RunConfig):
     checkpoint_epochs: int = setting(10, least=0, may_change=True)
     # Epochs from one picture of the embedding in TensorBoard to the next; the last step always draws one.
     embed_every: int = setting(10, least=0, may_change=True)
+
+    @property
+    def pool(self) -> dict[str, Any]:
+        """The arguments of `start.pack`."""
+        named = ("data_dir", "exp_dir", "store_dir", "window", "stride", "color_mode", "dpi")
+        return {name: getattr(self, name) for name in named}
+
+    @property
+    def views(self) -> dict[str, Any]:
+        """The arguments of `Pairs` that flags set."""
+        named = ("recipe", "seed", "strength", "orientation")
+        return {"size": self.image_size, **{name: getattr(self, name) for name in named}}
+
+    @property
+    def optimizing(self) -> dict[str, Any]:
+        """The arguments of `build_optimizer`."""
+        return {"name": self.optimizer, "momentum": self.momentum, "weight_decay": self.weight_decay}
+
+    @property
+    def rates(self) -> dict[str, Any]:
+        """The arguments of `plan_rate` that flags set."""
+        return {
+            name: getattr(self, name) for name in ("base_lr", "lr_scaling", "warmup_epochs", "min_lr_ratio")
+        }
+
+    @property
+    def due(self) -> dict[str, int]:
+        """Epochs from one checkpoint, and from one picture of the embedding, to the next."""
+        return {"checkpoint_epochs": self.checkpoint_epochs, "embed_every": self.embed_every}

@@ -17,11 +17,11 @@ Loss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 def train(
     encoder: nn.Module,
-    loss: Loss,
     guarded: GuardedStep,
     batches: Iterable[tuple[int, tuple[Tensor, Tensor]]],
     journal: Journal,
     boundary: Callable[[int], object],
+    loss: Loss,
 ) -> None:
     """Take one optimizer step for each (step, (view1, view2)) of `batches`; views are uint8 [n, 3, S, S].
 

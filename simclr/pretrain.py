@@ -19,8 +19,6 @@ from typing import Any, ClassVar
 from cluster.config import setting
 from cluster.entry import run
 from pretraining.config import LAPTOP, PretrainConfig
-from pretraining.stage import Method, pretrain
-from simclr.loss import nt_xent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +41,10 @@ def base_lr(batch_size: int, epochs: float) -> float:
 
 
 def main(config: SimCLRConfig) -> None:
+    # Imported here, so that --help and wrong flags are answered before torch is loaded.
+    from pretraining.stage import Method, pretrain
+    from simclr.loss import nt_xent
+
     loss = partial(nt_xent, temperature=config.temperature)
     pretrain(config, Method(name="simclr", loss=loss, joint=True, last_norm=True, base_lr=base_lr))
 

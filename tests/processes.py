@@ -14,7 +14,7 @@ from pathlib import Path
 # A server process imports the slow modules once, and the ranks are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "torch.utils.tensorboard", "tyro", "detection.finetune", "cluster.lifecycle"]
+    ["torch._dynamo", "torch.utils.tensorboard", "tyro", "detection.stage", "cluster.lifecycle"]
 )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from detection.anchors import fit_anchors
-from detection.model import Spec
+from detection.spec import Spec
 
 
 def small_spec(**changes: Any) -> Spec:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import checkpoint
-from detection.finetune import FinetuneConfig
+from detection.config import FinetuneConfig
 
 
 def config_of(data: Path, exp_dir: Path, **changes: Any) -> FinetuneConfig:

@@ -14,8 +14,9 @@ from cluster.guard import Guard
 from cluster.weights import read_weights, write_backbone
 from detection.anchors import STRIDES, TORCHVISION, best_iou, fit_anchors, recall_table
 from detection.loop import Progress
-from detection.model import Detector, PixelAnchors, SeededSampler, Spec, iou_in_parts
+from detection.model import Detector, PixelAnchors, SeededSampler, iou_in_parts
 from detection.pretrained import fill_backbone
+from detection.spec import Spec
 
 
 def spec_of(arch="resnet18", norm="sync", head="mlp", **changes):

@@ -20,11 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cluster import checkpoint, distributed
 from cluster.errors import UserError
 from detection.data import SheetReader
-from detection.finetune import main, read_splits
+from detection.finetune import main
 from detection.inference import load_detector
 from detection.metrics.coco import NAMES, evaluate
 from detection.predict import PredictConfig
 from detection.predict import main as predict
+from detection.start import read_splits
 from detection.validation import validate
 from schematics.coco import find_split, read_split, to_coco
 from schematics.sheets import DataError, read_sheet

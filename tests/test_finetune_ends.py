@@ -14,7 +14,8 @@ from cluster import checkpoint, training
 from cluster.distributed import World
 from cluster.errors import UserError
 from detection import validation
-from detection.finetune import main, refuse_unsynced
+from detection.finetune import main
+from detection.start import refuse_unsynced
 from schematics import draws
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,9 +20,11 @@ from cluster.errors import UserError
 from cluster.journal import Journal
 from cluster.memory import _main_memory, free_memory
 from cluster.training import paced
-from detection.finetune import FinetuneConfig, main, steps_in
+from detection.config import FinetuneConfig
+from detection.finetune import main
 from detection.memory import Footprint, fit_to_memory
-from detection.model import Spec
+from detection.spec import Spec
+from detection.start import steps_in
 from schematics.coco import read_split
 from schematics.store import WindowStore
 from simclr.pretrain import SimCLRConfig

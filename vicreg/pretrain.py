@@ -19,8 +19,6 @@ from typing import Any, ClassVar
 from cluster.config import setting
 from cluster.entry import run
 from pretraining.config import LAPTOP, PretrainConfig
-from pretraining.stage import Method, pretrain
-from vicreg.loss import vicreg_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,10 @@ def base_lr(batch_size: int, epochs: float) -> float:
 
 
 def main(config: VICRegConfig) -> None:
+    # Imported here, so that --help and wrong flags are answered before torch is loaded.
+    from pretraining.stage import Method, pretrain
+    from vicreg.loss import vicreg_loss
+
     loss = partial(
         vicreg_loss, sim_coeff=config.sim_coeff, std_coeff=config.std_coeff, cov_coeff=config.cov_coeff
     )

@@ -1,0 +1,197 @@
+"""The finetuning stage, from a configuration to the signed detector in model.pt."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+
+from cluster import checkpoint, distributed
+from cluster import config as configuration
+from cluster.batches import Batches
+from cluster.checkpoint import State
+from cluster.errors import UserError
+from cluster.guard import Guard
+from cluster.journal import Journal
+from cluster.lifecycle import Run
+from cluster.training import (
+    TIMING,
+    GuardedStep,
+    begin,
+    paced,
+    parallel,
+    seconds_per_step,
+    tell_seconds,
+    train_guarded,
+)
+from detection.classes import boxes_by_class
+from detection.config import FinetuneConfig
+from detection.data import Augment, SheetReader, TrainingWindows, collate, steps_per_epoch
+from detection.loop import Boundary, Progress, train
+from detection.memory import BATCHES
+from detection.metrics.matching import coco_classes
+from detection.model import Detector
+from detection.schedule import Phase, continue_phases, lr_at
+from detection.spec import Spec
+from detection.start import (
+    Beginning,
+    build_optimizer,
+    choose_norm,
+    length_of,
+    put_on_device,
+    read_splits,
+    refuse_other_classes,
+    refuse_unsynced,
+    steps_in,
+    validation_seconds,
+)
+from schematics import draws
+from schematics.coco import losses
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Finetune a detector from where an earlier launch of this run stopped, and sign model.pt and last.pt.
+
+    Raises UserError or DataError for input that cannot be used, and UserError if gradients stay non-finite.
+    """
+    config = configuration.recorded(config, config.exp_dir)
+    world = distributed.start(**config.joining)
+    distributed.per_rank(config.batch_size or BATCHES[0], world)
+    configuration.refuse_changes(config, config.exp_dir)
+    coco_classes(config.coco_engine)
+    norm = choose_norm(config.norm, config.backbone, world)
+    refuse_unsynced(norm, world)
+    splits = read_splits(config.data_dir)
+    for line in filter(None, map(losses, splits)):
+        if world.main:
+            print(line, flush=True)
+
+    # A new detector is built before the exp-dir is touched, so that bad input leaves no folder behind.
+    beginning = Beginning(splits=splits, norm=norm, world=world, **config.beginning)
+    folder = config.exp_dir / "checkpoints"
+    (there,) = distributed.agree(bool(checkpoint.listed(folder)))
+    fresh = None if there else beginning.new()
+    with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
+        saved = run.resume() if run else checkpoint.load_newest(folder)[1] if there else None
+        if saved:
+            if config.batch_size is None:
+                raise UserError(f"{config.exp_dir}: config.json is gone; give the run's --batch-size")
+            detector = Detector(Spec.from_dict(saved["spec"], str(folder)))
+            story, fit = f"going on at step {saved['step']}", beginning.fit(detector, detector.spec.window)
+        else:
+            detector, story, fit = fresh or beginning.new()
+        spec, batch = detector.spec, fit.batch
+        config = replace(config, batch_size=batch)
+        refuse_other_classes(spec, splits[0], config.data_dir, config.exp_dir)
+        refuse_unsynced(spec.norm, world)
+
+        # Validation sees the sheets as `detect` gets them, which scales them itself.
+        readers = [
+            SheetReader(split, spec.color_mode, scale=scale).preload()
+            for split, scale in zip(splits, (spec.scale, 1.0), strict=True)
+        ]
+        augment = Augment(shift=True, **config.augmenting)
+        windows = TrainingWindows(
+            readers[0], spec.window, spec.overlap, config.seed, augment, config.negatives, config.repeat
+        )
+        per_epoch = steps_per_epoch(windows, batch)
+        total = config.epochs * per_epoch if config.steps is None else config.steps
+        patience = config.patience * per_epoch
+        if run and config.seconds is None and run.finished(length_of(config.exp_dir, patience, total)):
+            return
+
+        told = [story, str(fit)]
+        detector = put_on_device(detector, world, config.freeze_stages)
+        order = functools.partial(windows.order, at_least=batch)
+        batches = Batches(windows, order, per_epoch, batch, world, config.workers, collate)
+
+        def build(model: Detector) -> torch.optim.Optimizer:
+            return build_optimizer(model, **config.optimizing)
+
+        if config.seconds or (config.dry_run and fit.fits):
+            if world.main:  # at once, as the steps that are timed may take minutes
+                print("\n".join([*told, "timing a few steps"]), flush=True)
+            with run.allow(TIMING) if run else contextlib.nullcontext():
+                step = seconds_per_step(train, detector, build, batches, world, config.precision)
+                validation = validation_seconds(detector, readers[1], world)
+            between = per_epoch * config.validate_every
+            if config.seconds:
+                total = steps_in(config.seconds, step, validation, between)
+                config = replace(config, steps=total)
+                if run and run.finished(length_of(config.exp_dir, patience, total)):
+                    return
+            length = tell_seconds(total * step + math.ceil(total / between) * validation)
+            told = [
+                f"{tell_seconds(step)} a step, {tell_seconds(validation)} a validation: about {length} in all"
+            ]
+        told.append(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
+        if not run:
+            if world.main:
+                print("\n".join(told))
+            return
+        if world.main:
+            configuration.save(config, config.exp_dir / "config.json")
+
+        optimizer = build(detector)
+        ema = ModelEmaV3(detector, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        progress = Progress(detector, optimizer, Guard(), ema)
+        start = begin(run, saved, progress.guard, progress.state, progress.restore)
+        begun = [Phase(**phase) for phase in saved["phases"]] if saved else []
+        progress.phases = continue_phases(begun, config.phase(per_epoch, total), start)
+        # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.
+        progress.pending |= start >= total
+
+        journal = Journal(config.exp_dir, world, total, start, config.log_every, batch)
+        journal.message("\n".join(told))
+        tell_changes(journal, saved, begun, progress.phases)
+        # Windows have one size, but a head of convolutions sees a varying number of proposals.
+        torch.backends.cudnn.benchmark = not config.deterministic and spec.head == "mlp"
+        model = parallel(detector, world)
+        lr = functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10))
+        guarded = GuardedStep(
+            model, optimizer, lr, progress.guard, world.device, config.clip_grad, config.precision
+        )
+        boundary = Boundary(
+            progress,
+            run,
+            journal,
+            readers[1],
+            per_epoch,
+            total,
+            train_boxes=boxes_by_class(splits[0]),
+            validate_every=config.validate_every,
+            patience=patience,
+            engine=config.coco_engine,
+        )
+
+        def train_on(rest: Iterable[tuple[int, Any]]) -> None:
+            if not progress.pending or boundary.validate():
+                train(model, guarded, paced(rest, total, journal, world.device), journal, boundary)
+
+        train_guarded(train_on, batches, progress.guard, run, journal, progress.restore, start, total)
+        run.finish(progress.step, progress.state, ["model.pt", "last.pt"])
+        journal.close()
+    distributed.stop()
+
+
+def tell_changes(journal: Journal, saved: State | None, begun: list[Phase], phases: list[Phase]) -> None:
+    """Say in the log what a resumed run does otherwise than the launch that saved its checkpoint.
+
+    begun, phases: of the learning rate, until then and from now on.
+    """
+    if saved is None:
+        return
+    if saved.get("draws") != draws.VERSION:
+        journal.message(draws.CHANGED)
+    if begun and phases != begun:
+        step = saved["step"]
+        before, now = (lr_at(step, course, 0) for course in (begun, phases))
+        journal.message(
+            f"a new phase of the learning rate begins at step {step}: {now:.4g} where it was {before:.4g}"
+        )

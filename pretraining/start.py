@@ -1,0 +1,178 @@
+"""What stands before the first step of pretraining: pool, network, memory and schedule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+from cluster import distributed
+from cluster.checkpoint import State
+from cluster.distributed import World
+from cluster.errors import UserError
+from cluster.memory import PEAK, free_memory, saved_bytes
+from cluster.rendezvous import place
+from cluster.training import rehearsal
+from cluster.weights import Normalise, build_backbone
+from pretraining.encoder import Encoder, build_projector
+from pretraining.loop import Loss
+from pretraining.schedule import Schedule, peak_lr
+from schematics.recipes import default_extent
+from schematics.store import WindowStore, build_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The facts in which methods differ; everything else is shared.
+
+    base_lr: the published learning rate per 256 windows, as a function of global batch size and length in
+    epochs. joint: whether both views go through the network as one batch (see Encoder). last_norm: whether a
+    BatchNorm follows the projector's last layer.
+    """
+
+    name: str
+    loss: Loss
+    joint: bool
+    last_norm: bool
+    base_lr: Callable[[int, float], float]
+
+
+def refuse_small_batch(batch_size: int, joint: bool, world: World) -> None:
+    """Raise UserError if BatchNorm would see only one sample, or if the ranks do not divide the batch."""
+    share = distributed.per_rank(batch_size, world)
+    unsynced = world.device.type == "cpu" and not joint  # each rank then normalises each view by itself
+    if batch_size < 2 or (unsynced and share < 2):
+        raise UserError(
+            f"--batch-size {batch_size}: BatchNorm needs 2 windows on each rank; give {2 * world.size}"
+        )
+
+
+def pack(
+    data_dir: Path,
+    exp_dir: Path,
+    store_dir: Path | None,
+    window: int,
+    stride: int | None,
+    color_mode: str,
+    dpi: int,
+) -> Path:
+    """The folder of the pool's packed windows, built unless one that matches exists.
+
+    It is --data-dir itself if that is a packed store, the folder of this run if an earlier version made one,
+    else a folder of `store_dir`, by default beside the exp-dir, that all runs on the same sheets and windows
+    share. Prints the sheets that cannot be read.
+    """
+    if (data_dir / "windows.npy").exists():
+        return data_dir
+    own = exp_dir / "windows"
+    shared = not own.exists()
+    out = (store_dir or exp_dir.parent) if shared else own
+    store = build_store(data_dir, out, window, stride, color_mode=color_mode, dpi=dpi, shared=shared)
+    for line in store.skipped:
+        print(f"skipped {line}")
+    print(f"windows in {store.folder}, {store.index['bytes'] / 1e6:.0f} MB", flush=True)
+    return store.folder
+
+
+def view_extent(view: int | None, recipe: str, size: int, store: WindowStore) -> int:
+    """Side of what a view shows at most, in px of the sheet. Raises UserError for one that can't be had."""
+    if view and recipe != "drawing":
+        raise UserError(
+            f"--view {view}: the recipe {recipe} crops the whole window; leave it out, or give --window"
+        )
+    if view and view > store.side:
+        raise UserError(
+            f"--view {view}: a window has {store.side} px; give at most that, or a larger --window"
+        )
+    return view or min(store.side, default_extent(size, store.line))
+
+
+def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:
+    """Steps of an epoch and of the whole run. Raises UserError if the pool is smaller than a batch."""
+    per_epoch = windows // batch_size
+    if per_epoch == 0:
+        raise UserError(
+            f"--batch-size {batch_size}: the pool has {windows} windows; "
+            "take a smaller batch, or more windows by a smaller --stride"
+        )
+    return per_epoch, epochs * per_epoch if steps is None else steps
+
+
+def refuse_shorter(epochs: int, steps: int | None, total: int, saved: State | None, exp_dir: Path) -> None:
+    """Raise UserError if the checkpoint that is resumed has done more steps than the run is to have."""
+    if saved and saved["step"] > total:
+        raise UserError(
+            f"{f'--epochs {epochs}' if steps is None else f'--steps {steps}'}: the newest checkpoint in "
+            f"{exp_dir} has done {saved['step']} of now {total} steps; give as many, or another --exp-dir"
+        )
+
+
+def build_encoder(
+    arch: str, projector: tuple[int, ...], method: Method, store: WindowStore, world: World, seed: int
+) -> Encoder:
+    """The network on this rank's device, equal on all ranks. Raises UserError if `arch` does not exist."""
+    torch.manual_seed(seed)
+    backbone = build_backbone(arch)
+    widths = [int(backbone.num_features), *projector]
+    normalise = Normalise(store.mean, store.std, torch.channels_last)
+    encoder = Encoder(normalise, backbone, build_projector(widths, method.last_norm), method.joint)
+    if world.size > 1 and world.device.type == "cuda":
+        encoder = convert_sync_batchnorm(encoder)
+    encoder.to(memory_format=torch.channels_last)
+    return encoder.to(world.device)
+
+
+def tell_memory(encoder: Encoder, size: int, batch_size: int, precision: str, world: World) -> bool:
+    """Print how much memory a step will take. Returns whether every rank has it."""
+    views = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device)
+    with rehearsal(encoder, world.device, precision) as copied:
+        kept = saved_bytes(lambda: copied(views, views), copied) // 2
+    weights = sum(p.nbytes for p in encoder.parameters())
+    need = int(2 * weights + PEAK * kept * batch_size / world.size)
+    free = free_memory(world.device, place().local_size)
+    if world.main:
+        print(f"a step takes about {need / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free", flush=True)
+    (short,) = distributed.agree(need > free)
+    if short and world.main:
+        print(
+            f"warning: --batch-size {batch_size} at --image-size {size} may not fit into it; give less of "
+            "either, or --preset laptop",
+            flush=True,
+        )
+    return not short
+
+
+def plan_rate(
+    method: Method,
+    batch_size: int,
+    per_epoch: int,
+    total: int,
+    base_lr: float | None,
+    lr_scaling: str,
+    warmup_epochs: float,
+    min_lr_ratio: float,
+) -> Schedule:
+    """The course of the learning rate over `total` steps; base_lr is the published one if it is None."""
+    published = method.base_lr(batch_size, total / per_epoch)
+    peak = peak_lr(published if base_lr is None else base_lr, batch_size, lr_scaling)
+    warmup = min(round(warmup_epochs * per_epoch), total // 10)
+    return Schedule(per_epoch, total, warmup, peak, peak * min_lr_ratio)
+
+
+def describe(
+    arch: str, batch_size: int, encoder: Encoder, store: WindowStore, schedule: Schedule, world: World
+) -> str:
+    """A description of the run for the log, in several lines."""
+    size = sum(p.numel() for p in encoder.parameters()) / 1e6
+    widths = [layer.out_features for layer in encoder.projector.modules() if isinstance(layer, nn.Linear)]
+    lines = [
+        f"{arch} with projector {'-'.join(map(str, widths))}, {size:.1f}M parameters",
+        f"{len(store)} {store.color_mode} windows of {store.side} px from {len(store.sheet_names)} sheets",
+        f"{schedule.total} steps, {schedule.per_epoch} an epoch, batch {batch_size} = {world.size} x "
+        f"{batch_size // world.size}, peak lr {schedule.peak:.4g} after {schedule.warmup} steps",
+    ]
+    if world.size > 1 and world.device.type == "cpu":
+        lines.append("BatchNorm's statistics are per rank: torch's SyncBatchNorm takes no CPU tensor")
+    return "\n".join(lines)
