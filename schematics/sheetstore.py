@@ -79,7 +79,7 @@ class SheetStore:
         )
 
     def verify(self) -> bool:
-        """Read all bytes. Raises DataError if one has changed. False if the store is too old to have hashes."""
+        """Read all bytes. Raises DataError if one has changed. False if the store is too old for hashes."""
         for number in range(len(self.sheets)):
             packed = self._packed(number)
             if isinstance(packed, np.ndarray):
