@@ -1,5 +1,6 @@
 # `make demo` goes from drawings to mAP on this machine, `make test` runs the checks and the whole suite,
-# `make chaos` strikes runs by faults, and `make gpu` tries what is claimed on a machine with GPUs. Each makes .venv first if it is not there or its list of packages changed.
+# `make chaos` strikes runs by faults, `make bench` races against peers, and `make gpu` tries what is claimed on a
+# machine with GPUs. Each makes .venv first if it is not there or its list of packages changed.
 # PYTHON=... picks another Python (3.10 or later), RUNS=... another folder for the demo.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ RUNS ?= runs/demo
 PACKAGES = $(shell PYTHONPATH=.:slurm $(BIN)/python -c \
 	'import stages; print(*(name for name in stages.packages() if "." not in name))')
 
-.PHONY: install demo check test chaos gpu clean
+.PHONY: install demo check test chaos gpu bench clean
 
 install: .venv/installed
 
@@ -31,6 +32,11 @@ check: install
 chaos: install
 	$(BIN)/python tests/faults/chaos.py
 	$(BIN)/python tests/faults/chaos.py --parts runs --ranks 3 4 --workers 2 --faults 8
+
+# The peers come from the extra `bench`. It takes about an hour and writes docs/benchmarks.md.
+bench: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python benchmarks/bench.py
 
 # One line a claim: PASS, FAIL or FIGURE.
 gpu: install

@@ -29,7 +29,7 @@ from pathlib import Path
 
 # A server process that imports torch once, and does not touch the GPU; each run is forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vicreg.pretrain", "detection.finetune", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["pretraining.stage", "detection.stage", "torch.utils.tensorboard"])
 failed: list[str] = []
 
 

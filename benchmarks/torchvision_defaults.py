@@ -43,7 +43,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
 from cluster import atomic  # noqa: E402
-from detection.inference import Detections, detect, load_detector, to_results  # noqa: E402
+from detection.detections import Detections, to_results  # noqa: E402
+from detection.inference import detect, load_detector  # noqa: E402
 from detection.metrics.analysis import fit_thresholds  # noqa: E402
 from detection.metrics.bootstrap import Interval, average_precision, interval, ratio, resample  # noqa: E402
 from detection.metrics.counts import count  # noqa: E402

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from detection.inference import Detections
+from detection.detections import Detections
 from schematics.coco import Split
 
 

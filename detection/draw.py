@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from cluster import atomic
 
 LONGEST = (1000, 2400)  # a sheet is scaled so that its longer side has at least and at most this many pixels
 # The font to try first. It has Latin, Greek and Cyrillic letters.
-DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 COLORS = 48  # classes that have a color of their own
 NAMED = 150  # with more boxes than this, only the legend names classes; with fewer, each box does too
 
@@ -79,20 +76,28 @@ def annotate(
     return np.vstack([_legend(picture.width, labels, names, title, file), np.asarray(picture)])
 
 
+# matplotlib is imported where it is needed, since that takes longer than all else before a first picture.
+
+
 @functools.cache
 def find_font(letters: str) -> Path:
     """A font file with all these letters: DejaVu, or else one of the system's, or DejaVu if none has them."""
-    if _characters(DEJAVU).issuperset(letters):
-        return DEJAVU
-    from matplotlib.font_manager import findSystemFonts  # here: slow to import and rarely needed
+    import matplotlib
+
+    dejavu = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    if _characters(dejavu).issuperset(letters):
+        return dejavu
+    from matplotlib.font_manager import findSystemFonts
 
     files = map(Path, sorted(findSystemFonts()))
-    return next((file for file in files if _characters(file).issuperset(letters)), DEJAVU)
+    return next((file for file in files if _characters(file).issuperset(letters)), dejavu)
 
 
 @functools.cache
 def _characters(file: Path) -> frozenset[str]:
     """The characters that a font file has; none if FreeType can't read it."""
+    from matplotlib.ft2font import FT2Font
+
     try:
         return frozenset(map(chr, FT2Font(str(file)).get_charmap()))
     except (OSError, RuntimeError):  # a bitmap font, or a broken file

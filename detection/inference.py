@@ -10,10 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ from cluster import checkpoint
 from cluster.errors import UserError
 from cluster.facts import check_facts
 from cluster.weights import refuse_not_finite
+from detection.detections import Detections
 from detection.model import Detector, as_tensor
 from detection.onnx_detector import OnnxDetector
 from detection.sheets import scaled_size, shrink
@@ -32,26 +30,6 @@ from schematics.windows import cut, paper_color, tile_sheet
 
 NO_FIT = "its weights and the detector that it describes do not fit together"
 EDGE = 4.0  # px; a box that comes this close to an edge of its window inside the sheet counts as cut by it
-
-
-@dataclass(frozen=True)
-class Detections:
-    """The detections on one sheet, highest score first.
-
-    boxes: float64 [N, 4], xyxy in pixels of the sheet. scores: float64 [N]. labels: int64 [N], 1..K.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def above(self, threshold: float | np.ndarray) -> Detections:
-        """The detections with at least this score; an array [K] has a threshold for each class."""
-        kept = self.scores >= (np.asarray(threshold)[self.labels - 1] if np.ndim(threshold) else threshold)
-        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept])
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector | OnnxDetector:
@@ -166,22 +144,3 @@ def merge(
         kept.append(rows[nms(torch.from_numpy(boxes[rows]), torch.from_numpy(scores[rows]), iou).numpy()])
     rows = np.concatenate([np.empty(0, int), *kept])
     return rows[np.argsort(-scores[rows], kind="stable")]
-
-
-def to_results(found: Mapping[int, Detections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """COCO results of {image_id: detections}, with the category ids of the data set.
-
-    Label k has the id category_ids[k - 1].
-    """
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": score,
-        }
-        for image_id, detections in found.items()
-        for (x0, y0, x1, y1), score, label in zip(
-            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
-        )
-    ]

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 from tyro.conf import Positional
 
-from cluster import atomic, distributed
+from cluster import atomic
 from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import FAILED, UserError
 from cluster.progress import progress
+from detection.detections import Detections, to_results
 from detection.draw import annotate, write_png
-from detection.inference import Detections, detect, load_detector, to_results
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
 
 
@@ -63,6 +63,10 @@ class PredictConfig(Config):
 
 
 def main(config: PredictConfig) -> None:
+    # Imported here, so that --help and wrong flags are answered before torch is loaded.
+    from cluster import distributed
+    from detection.inference import detect, load_detector
+
     if not config.sheets:
         raise UserError("name the sheets: image files, PDFs or folders, after the flags")
     pictures = config.out / "pictures"

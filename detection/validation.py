@@ -9,7 +9,8 @@ from typing import Any
 from cluster import checkpoint, distributed
 from cluster.distributed import World
 from cluster.progress import progress
-from detection.inference import detect, to_results
+from detection.detections import to_results
+from detection.inference import detect
 from detection.metrics.analysis import fit_thresholds
 from detection.metrics.coco import Figures, measure
 from detection.metrics.matching import Engine

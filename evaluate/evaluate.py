@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from cluster import atomic, checkpoint, distributed
+from cluster import atomic
 from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import UserError
 from cluster.progress import progress
 from detection.classes import match_classes
+from detection.detections import Detections, to_results
 from detection.draw import annotate, side_by_side, write_png
-from detection.inference import Detections, detect, load_detector, to_results
 from detection.metrics.analysis import analyse
 from detection.metrics.coco import measure
 from detection.metrics.matching import Engine, coco_classes
@@ -62,6 +61,12 @@ class EvaluateConfig(Config):
 
 
 def main(config: EvaluateConfig) -> None:
+    # Imported here, so that --help and wrong flags are answered before torch is loaded.
+    import torch
+
+    from cluster import distributed
+    from detection.inference import detect, load_detector
+
     if not config.unfinished:
         refuse_unfinished(config.checkpoint)
     device = distributed.lone_device(config.device)
@@ -212,6 +217,8 @@ def refuse_unfinished(path: Path) -> None:
     """Raise UserError for a file in the exp-dir of a finetuning that has not signed it."""
     if not (path.parent / "config.json").exists():
         return  # a copy elsewhere: its sha256 is checked, its history is its owner's affair
+    from cluster import checkpoint  # here, as it loads torch
+
     try:
         signed = checkpoint.check_final(path.parent)
     except UserError as error:

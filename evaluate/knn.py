@@ -15,11 +15,8 @@ synthetic sheets for 50 steps 0.83 (one seed).
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import distributed
 from cluster.config import Config, setting
 from cluster.entry import run
-from pretraining.features import split_features
-from pretraining.probe import accuracy, knn_predict, unseen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +40,11 @@ class KnnConfig(Config):
 
 
 def main(config: KnnConfig) -> None:
+    # Imported here, so that --help and wrong flags are answered before torch is loaded.
+    from cluster import distributed
+    from pretraining.features import split_features
+    from pretraining.probe import accuracy, knn_predict, unseen
+
     device = distributed.lone_device(config.device)
     classes, (train, test) = split_features(
         config.checkpoint,

@@ -15,11 +15,8 @@ synthetic sheets for 50 steps 0.91 (one seed).
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import distributed
 from cluster.config import Config, setting
 from cluster.entry import run
-from pretraining.features import split_features
-from pretraining.probe import accuracy, fit_linear, unseen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +36,11 @@ class LinearConfig(Config):
 
 
 def main(config: LinearConfig) -> None:
+    # Imported here, so that --help and wrong flags are answered before torch is loaded.
+    from cluster import distributed
+    from pretraining.features import split_features
+    from pretraining.probe import accuracy, fit_linear, unseen
+
     device = distributed.lone_device(config.device)
     classes, (train, valid, test) = split_features(
         config.checkpoint,

@@ -274,6 +274,18 @@ ENTRIES = [
 ]
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_and_wrong_flags_are_answered_before_torch_is_loaded(name):
+    command = [name] if name.endswith(".py") else ["-m", name]
+    for flags, status in (["--help"], 0), (["--bacth-size", "4"], 2):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", *command, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+        imported = set(re.findall(r"\|\s+(\S+)$", done.stderr, re.M))
+        assert "cluster.entry" in imported and not imported & {"torch", "timm", "matplotlib"}
+
+
 def own_comments(config_class: type) -> dict[str, str]:
     """The comment right above each field in the source, by flag; a derived class's own comes first."""
     found: dict[str, str] = {}
@@ -297,13 +309,9 @@ def test_the_help_of_each_flag_is_the_sentence_of_its_own_field(name, monkeypatc
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "entry_under_test", module)
     spec.loader.exec_module(module)
-    (config_class,) = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type)
-        and issubclass(item, config.Config)
-        and item.__module__ == "entry_under_test"
-    ]
+    found = [item for item in vars(module).values() if isinstance(item, type) and is_dataclass(item)]
+    config_class = max(found, key=lambda item: len(item.__mro__))
+    assert issubclass(config_class, config.Config)
     monkeypatch.setenv("COLUMNS", "10000")
     with pytest.raises(SystemExit):
         entry.parse(config_class, ["--help"])

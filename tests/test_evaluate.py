@@ -18,7 +18,7 @@ from cluster import checkpoint
 from cluster.errors import UserError
 from detection.anchors import fit_anchors
 from detection.classes import match_classes
-from detection.inference import Detections
+from detection.detections import Detections
 from detection.model import Detector
 from schematics.coco import read_split
 

@@ -8,8 +8,9 @@ from small_detector import small_spec
 
 from cluster import checkpoint
 from cluster.errors import UserError
-from detection import export
-from detection.inference import Detections, detect, load_detector
+from detection import export, onnx_export
+from detection.detections import Detections
+from detection.inference import detect, load_detector
 from detection.model import Detector
 from detection.onnx_detector import OnnxDetector
 from detection.predict import PredictConfig
@@ -56,7 +57,7 @@ def grouped(one_thread, noise, tmp_path_factory):
 def agrees(out, file, image):
     found, expected = detect(load_detector(out), image), detect(load_detector(file), image)
     assert len(expected) > 5
-    return export.compare(expected, found)[0] == export.compare(found, expected)[0] == 0
+    return onnx_export.compare(expected, found)[0] == onnx_export.compare(found, expected)[0] == 0
 
 
 def test_onnxruntime_finds_what_torch_finds(grouped, noise):
@@ -84,8 +85,8 @@ def test_predict_takes_the_file(grouped, noise, tmp_path):
 def test_a_file_that_disagrees_is_not_written(grouped, noise, tmp_path, monkeypatch):
     before = grouped.read_bytes()
     stranger = load_detector(save(tmp_path, "group", seed=1))
-    to_onnx = export.to_onnx
-    monkeypatch.setattr(export, "to_onnx", lambda _: to_onnx(stranger))
+    to_onnx = onnx_export.to_onnx
+    monkeypatch.setattr(onnx_export, "to_onnx", lambda _: to_onnx(stranger))
     with pytest.raises(UserError, match=r"detector\.onnx: not written, \d+ detections of 2 sheets"):
         export_to(grouped, grouped.with_name("model.pt"), noise)
     assert grouped.read_bytes() == before and not list(grouped.parent.glob(".*"))
@@ -94,7 +95,7 @@ def test_a_file_that_disagrees_is_not_written(grouped, noise, tmp_path, monkeypa
 def test_what_counts_as_agreement():
     one = Detections(np.array([[0.0, 0, 9, 9], [50, 50, 60, 60]]), np.array([0.9, 0.04]), np.array([1, 2]))
     moved = Detections(one.boxes + 0.01, one.scores - 5e-4, one.labels)
-    alone, pixels, score = export.compare(one, moved)
+    alone, pixels, score = onnx_export.compare(one, moved)
     assert alone == 0 and pixels == pytest.approx(0.01) and score == pytest.approx(5e-4)
     for other in (
         Detections(one.boxes + 0.1, one.scores, one.labels),
@@ -102,7 +103,7 @@ def test_what_counts_as_agreement():
         Detections(one.boxes, one.scores, one.labels[::-1]),
         Detections(one.boxes[1:], one.scores[1:], one.labels[1:]),
     ):
-        assert export.compare(one, other)[0] == 1, "only what is from the least score up"
+        assert onnx_export.compare(one, other)[0] == 1, "only what is from the least score up"
 
 
 def test_bad_input_is_one_line(grouped, noise, tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ from small_detector import small_spec
 
 from cluster import checkpoint
 from cluster.errors import UserError
+from detection.detections import Detections, to_results
 from detection.draw import annotate, color_of, side_by_side
-from detection.inference import Detections, detect, load_detector, merge, to_results
+from detection.inference import detect, load_detector, merge
 from detection.model import Detector
 from detection.predict import PredictConfig, main, picture_name
 from schematics.coco import read_split
