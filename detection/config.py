@@ -32,6 +32,9 @@ class FinetuneConfig(RunConfig):
     data_dir: Path = Path("data")
     # Folder of this run; the same command again goes on from its newest valid checkpoint.
     exp_dir: Path = Path("checkpoints/detector")
+    # Folder for the packed sheets of a set that is too large for memory (1 GiB decoded), which runs on the
+    # same sheets share; by default the one that holds --exp-dir.
+    store_dir: Path | None = setting(None, may_change=True)
     # Backbone to start from: backbone.safetensors of a finished pretraining, a .pth with torchvision's keys,
     # or none (random weights).
     backbone: str = setting("checkpoints/vicreg/backbone.safetensors", may_change=True, exists=True)
@@ -137,6 +140,11 @@ class FinetuneConfig(RunConfig):
         """The course of the learning rate from step 0 to step `stop`, of which an epoch has `per_epoch`."""
         drop = self.lr_step_size * per_epoch
         return Phase(0, self.lr, self.scheduler, drop, self.lr_gamma, stop)
+
+    @property
+    def store(self) -> Path:
+        """The folder for packed sheets."""
+        return self.store_dir or self.exp_dir.parent
 
     @property
     def choices(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ in a sampler or a worker, and a resumed run sees the very data that an uninterru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -17,16 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cluster.batches import Key
-from cluster.progress import progress
-from cluster.rendezvous import place
 from detection.model import as_tensor
-from schematics.coco import LabelledSheet, Split
+from detection.sheets import SheetReader
 from schematics.draws import Use, draw
-from schematics.sheets import DataError, read_sheet, to_color
-from schematics.windows import Color, cut, paper_color, tile_sheet
+from schematics.windows import tile_sheet
 
 MULTIPLE = 64  # a window's side is a multiple of this, the stride of the feature pyramid's last level
-CACHE = 1 << 30  # bytes of decoded sheets that are kept
 KEEP = 0.6  # share of a symbol's area that must lie in a window for the symbol to be one of its targets
 
 
@@ -43,83 +39,6 @@ class Augment:
     photometric: float = 0.0  # strength of the changes in brightness, contrast, blur and noise, 0 to 1
     flip: bool = False  # mirror left-right and up-down, each with probability 1/2
     rot90: bool = False  # rotate by a random number of quarter turns
-
-
-class SheetReader:
-    """The sheets of a split as uint8 [H, W] or [H, W, 3].
-
-    A decoded sheet is kept if it fits into what is left of `cache_bytes`, else it is decoded at each access.
-    scale: 1 or less shrinks each sheet as it is read, and the labels in `split` with it.
-    """
-
-    def __init__(self, split: Split, color_mode: str, cache_bytes: int = CACHE, scale: float = 1.0):
-        self.sizes = [(sheet.width, sheet.height) for sheet in split.sheets]  # in the files
-        self.split = replace(split, sheets=[scale_sheet(sheet, scale) for sheet in split.sheets])
-        self.color_mode = color_mode
-        self.free = cache_bytes
-        self.cache: dict[int, tuple[np.ndarray, Color]] = {}
-
-    def __len__(self) -> int:
-        return len(self.split.sheets)
-
-    def preload(self) -> SheetReader:
-        """Decode every sheet now and return self.
-
-        A damaged sheet then raises DataError before training begins, and workers that are forked later share
-        the cached sheets. Rank 0 tells how far it is.
-        """
-        for index in progress(range(len(self)), f"reading {self.split.name}", shown=not place().rank):
-            self[index]
-        return self
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Color]:
-        """The sheet's image and the color of its paper.
-
-        Raises DataError if the file can't be read or the image has another size than its header says.
-        """
-        if index in self.cache:
-            return self.cache[index]
-        sheet = self.split.sheets[index]
-        image = to_color(read_sheet(sheet.file), self.color_mode)
-        width, height = self.sizes[index]
-        if image.shape[:2] != (height, width):
-            raise DataError(
-                f"{sheet.file.name}: {image.shape[1]} x {image.shape[0]} px, its header says {width} x "
-                f"{height}; export it again"
-            )
-        image = shrink(image, sheet.width, sheet.height)
-        sheet_and_paper = image, paper_color(image)
-        if image.nbytes <= self.free:
-            self.free -= image.nbytes
-            self.cache[index] = sheet_and_paper
-        return sheet_and_paper
-
-
-def cached_bytes(split: Split, color_mode: str) -> int:
-    """Bytes that a SheetReader of the split keeps, at most."""
-    pixels = sum(sheet.width * sheet.height for sheet in split.sheets)
-    return min(CACHE, pixels * (3 if color_mode == "rgb" else 1))
-
-
-def scale_sheet(sheet: LabelledSheet, scale: float) -> LabelledSheet:
-    """The sheet at `scale` times its size, rounded to whole pixels, with its boxes."""
-    if scale == 1:
-        return sheet
-    width, height = scaled_size(sheet.width, sheet.height, scale)
-    factors = np.array([width / sheet.width, height / sheet.height] * 2)
-    return replace(sheet, width=width, height=height, boxes=sheet.boxes * factors)
-
-
-def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
-    """Whole pixels, at least one a side."""
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def shrink(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The image at that size, averaged over areas: thin lines get fainter but do not vanish."""
-    if image.shape[:2] == (height, width):
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 class TrainingWindows(Dataset):
@@ -185,7 +104,6 @@ class TrainingWindows(Dataset):
         rng = draw(Use.DETECTION_WINDOW, self.seed, epoch, position, tile)
         sheet_index, x, y = self.tiles[tile].tolist()
         sheet = self.reader.split.sheets[sheet_index]
-        image, paper = self.reader[sheet_index]
 
         exponent = rng.uniform(-1, 1) * (rng.random() < 0.5)
         scale = float(np.exp(exponent * np.log1p(self.augment.scale)))
@@ -194,7 +112,7 @@ class TrainingWindows(Dataset):
             x = _shift(rng, x, self.side, reach, self.stride, sheet.width)
             y = _shift(rng, y, self.side, reach, self.stride, sheet.height)
         known = ~sheet.crowd
-        window = cut(image, x, y, reach, paper)
+        window = self.reader.window(sheet_index, x, y, reach)
         boxes, labels = crop_boxes(sheet.boxes[known], sheet.labels[known], x, y, reach, KEEP)
         window, boxes = resize(window, boxes, self.side)
         window, boxes = turn(window, boxes, rng, self.augment.flip, self.augment.rot90)

@@ -20,10 +20,10 @@ from cluster import checkpoint
 from cluster.errors import UserError
 from cluster.facts import check_facts
 from cluster.weights import refuse_not_finite
-from detection.data import scaled_size, shrink
 from detection.detections import Detections
 from detection.model import Detector, as_tensor
 from detection.onnx_detector import OnnxDetector
+from detection.sheets import scaled_size, shrink
 from detection.spec import AGAIN, ModelFacts, Spec
 from schematics.sheets import to_color
 from schematics.windows import cut, paper_color, tile_sheet

@@ -18,12 +18,12 @@ from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
 from cluster.training import GuardedStep, load_optimizer
-from detection.data import SheetReader
 from detection.draw import annotate
 from detection.inference import detect
 from detection.metrics.coco import Engine, Figures
 from detection.model import Detector
 from detection.schedule import Phase
+from detection.sheets import SheetReader
 from detection.validation import VALIDATING, out_of_patience, validate, write_model
 from schematics import draws
 from schematics.coco import to_coco

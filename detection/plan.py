@@ -10,7 +10,8 @@ import numpy as np
 
 from cluster.errors import UserError
 from detection.anchors import fit_anchors, recall_table
-from detection.data import KEEP, MULTIPLE, SheetReader, crop_boxes, scale_sheet
+from detection.data import KEEP, MULTIPLE, crop_boxes
+from detection.sheets import SheetReader, scale_sheet
 from detection.spec import Spec
 from schematics.coco import LabelledSheet, Split
 from schematics.sheets import read_sheet

@@ -32,7 +32,7 @@ from cluster.training import (
 )
 from detection.classes import boxes_by_class
 from detection.config import FinetuneConfig
-from detection.data import Augment, SheetReader, TrainingWindows, collate, steps_per_epoch
+from detection.data import Augment, TrainingWindows, collate, steps_per_epoch
 from detection.loop import Boundary, Progress, train
 from detection.memory import BATCHES
 from detection.metrics.matching import coco_classes
@@ -44,6 +44,7 @@ from detection.start import (
     build_optimizer,
     choose_norm,
     length_of,
+    open_sheets,
     put_on_device,
     read_splits,
     refuse_other_classes,
@@ -53,6 +54,8 @@ from detection.start import (
 )
 from schematics import draws
 from schematics.coco import losses
+
+PACKING = 24 * 3600.0  # seconds that packing the sheets may take before the run counts as hung
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -92,10 +95,11 @@ def finetune(config: FinetuneConfig) -> None:
         refuse_unsynced(spec.norm, world)
 
         # Validation sees the sheets as `detect` gets them, which scales them itself.
-        readers = [
-            SheetReader(split, spec.color_mode, scale=scale).preload()
-            for split, scale in zip(splits, (spec.scale, 1.0), strict=True)
-        ]
+        with run.allow(PACKING) if run else contextlib.nullcontext():
+            readers = [
+                open_sheets(split, spec.color_mode, scale, config.store, world)
+                for split, scale in zip(splits, (spec.scale, 1.0), strict=True)
+            ]
         augment = Augment(shift=True, **config.augmenting)
         windows = TrainingWindows(
             readers[0], spec.window, spec.overlap, config.seed, augment, config.negatives, config.repeat

@@ -17,12 +17,20 @@ from cluster.memory import free_memory
 from cluster.rendezvous import place
 from cluster.training import in_bf16, rehearsal
 from cluster.weights import read_weights
-from detection.data import SheetReader, cached_bytes, scale_sheet, scaled_size
 from detection.inference import detect
 from detection.memory import Fit, fit_to_memory, measure_footprint
 from detection.model import Detector
 from detection.plan import describe, plan_detector
 from detection.pretrained import fill_backbone
+from detection.sheets import (
+    CACHE,
+    SheetReader,
+    cached_bytes,
+    decoded_bytes,
+    pack_split,
+    scale_sheet,
+    scaled_size,
+)
 from detection.spec import Spec
 from detection.validation import out_of_patience
 from schematics.coco import Split, find_split, read_split
@@ -96,7 +104,9 @@ class Beginning:
         free = free_memory(self.world.device, place().local_size)
         spec = detector.spec
         if self.world.device.type == "cpu":
-            free -= sum(cached_bytes(split, spec.color_mode) for split in self.splits)
+            scales = (spec.scale, 1.0)  # see `open_sheets`
+            kept = zip(self.splits, scales, strict=True)
+            free -= sum(cached_bytes(split, spec.color_mode, scale) for split, scale in kept)
         free = -distributed.agree(-free)[0]  # the least of all ranks
         sheets = [scale_sheet(sheet, spec.scale) for sheet in self.splits[0].sheets]
         return fit_to_memory(
@@ -123,6 +133,22 @@ def refuse_unsynced(norm: Norm, world: World) -> None:
             f"--norm sync: {world.size} CPU processes can't sync BatchNorm; give --norm group, or resume in "
             "one process a run that was begun in one"
         )
+
+
+def open_sheets(split: Split, color_mode: str, scale: float, store_dir: Path, world: World) -> SheetReader:
+    """The sheets of a split, read and found whole: in memory if they fit into CACHE, else in a store.
+
+    Rank 0 builds the store, in a folder of `store_dir` that runs on the same sheets share. Raises DataError
+    for a sheet that can't be used.
+    """
+    if decoded_bytes(split, color_mode, scale) <= CACHE:
+        return SheetReader(split, color_mode, scale=scale).preload()
+    store = distributed.on_main(lambda: pack_split(split, color_mode, scale, store_dir))
+    reader = SheetReader(split, color_mode, scale=scale, store=store)
+    if world.main and reader.store:
+        megabytes = reader.store.index["bytes"] / 1e6
+        print(f"{len(reader)} sheets packed in {store}, {megabytes:.0f} MB", flush=True)
+    return reader
 
 
 def refuse_other_classes(spec: Spec, split: Split, data_dir: Path, exp_dir: Path) -> None:

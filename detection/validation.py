@@ -9,13 +9,13 @@ from typing import Any
 from cluster import checkpoint, distributed
 from cluster.distributed import World
 from cluster.progress import progress
-from detection.data import SheetReader
 from detection.detections import to_results
 from detection.inference import detect
 from detection.metrics.analysis import fit_thresholds
 from detection.metrics.coco import Figures, measure
 from detection.metrics.matching import Engine
 from detection.model import Detector
+from detection.sheets import SheetReader
 
 VALIDATING = 6 * 3600.0  # seconds that a validation may take before it counts as hung
 

@@ -9,9 +9,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from schematics.sheets import DataError
 
+LOCK = "lock"  # the file in a resumable folder that its process holds
 STALE = 24 * 3600.0  # seconds without a change after which an unfinished folder is that of a killed process
 
 
@@ -53,26 +55,78 @@ def unfinished_folder(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def turn_to_build(out: Path) -> Iterator[None]:
-    """Wait until no other process is building `out`, and keep others waiting until the block has ended.
+def resumable_folder(out: Path, key: str) -> Iterator[Path]:
+    """Yield the folder beside `out` for work of this key, with all that a killed process has left there.
 
-    The lock is an empty file beside `out`, which stays. Where the file system has no locks nobody waits.
-    Raises DataError where no file can be made there.
+    Only one process has it at a time: others that ask for it wait, and find it empty once it was renamed to
+    `out`. It is removed at the end unless it was renamed, but kept where the block is interrupted or the file
+    system fails, so that the next process goes on. Where the file system has no locks it is an
+    `unfinished_folder`. Raises OSError where no folder can be made.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(out.with_name(f".{out.name}.lock"), "a")  # noqa: SIM115 closed below
-    except OSError as error:
-        raise DataError(f"{out.parent}: {error.strerror}; choose another folder") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = _resumable(out, key)
+    lock = _claim(folder)
+    if lock is None:
+        with unfinished_folder(out) as private:
+            yield private
+        return
     with lock:
-        with contextlib.suppress(OSError):
+        try:
+            yield folder
+        except (OSError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            _remove(folder, lock)
+            raise
+        _remove(folder, lock)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(out / LOCK)
+
+
+def _resumable(out: Path, key: str) -> Path:
+    return out.with_name(f".{out.name}.{key[:16]}.tmp")
+
+
+def _claim(folder: Path) -> TextIO | None:
+    """Wait for the lock in a folder and hold it; None where the file system has no locks."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            lock = open(folder / LOCK, "a")  # noqa: SIM115 held by the caller
+        except FileNotFoundError:
+            continue  # its process has just moved the folder away
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            lock.close()
+            return None
+        if _holds(folder, lock):
+            return lock
+        lock.close()
 
 
-def remove_stale(out: Path) -> None:
-    """Remove the unfinished folders beside `out` in which nothing has changed for a day."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+def _holds(folder: Path, lock: TextIO) -> bool:
+    """Whether an open lock is still that of the folder, which another process may have moved or removed."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(folder: Path, lock: TextIO) -> None:
+    """Remove a folder whose lock is held, unless it was moved: at once, for the next may ask for it."""
+    if _holds(folder, lock):
+        away = folder.with_name(f"{folder.name[:-4]}.{uuid.uuid4().hex[:8]}.tmp")
+        os.rename(folder, away)
+        shutil.rmtree(away, ignore_errors=True)
+
+
+def remove_stale(out: Path, key: str = "") -> None:
+    """Remove the unfinished folders beside `out` in which nothing has changed for a day.
+
+    key: of a `resumable_folder` that is kept.
+    """
+    for folder in set(out.parent.glob(f".{glob.escape(out.name)}.*.tmp")) - {_resumable(out, key)}:
         with contextlib.suppress(FileNotFoundError):  # its process has just finished
             newest = max(path.stat().st_mtime for path in [folder, *folder.glob("*")])
             if time.time() - newest > STALE:

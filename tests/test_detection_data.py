@@ -14,7 +14,6 @@ from cluster.errors import UserError
 from detection.data import (
     KEEP,
     Augment,
-    SheetReader,
     TrainingWindows,
     collate,
     crop_boxes,
@@ -26,6 +25,7 @@ from detection.data import (
 from detection.model import as_tensor
 from detection.plan import fit_colors, fit_overlap, fit_window, large_side, plan_detector
 from detection.schedule import Phase, continue_phases, lr_at
+from detection.sheets import SheetReader, pack_split
 from schematics.coco import Category, read_split, write_split
 from schematics.sheets import DataError
 
@@ -289,6 +289,37 @@ def test_a_damaged_sheet_shows_before_training_though_it_fits_no_cache(split, tm
     sheets = [*split.sheets[:2], replace(split.sheets[2], path=tmp_path / "cut.png")]
     with pytest.raises(DataError, match=r"cut\.png"):
         SheetReader(replace(split, sheets=sheets), "gray", cache_bytes=0).preload()
+
+
+def test_sheets_of_a_store_give_the_very_windows_of_sheets_in_memory(split, tmp_path):
+    """Gray ones and one in color, at full and at half size, whatever the detector sees."""
+    color = cv2.imread(str(split.sheets[0].path))
+    color[200:260, 300:390] = (40, 90, 200)
+    cv2.imwrite(str(tmp_path / "color.png"), color)
+    sheets = [replace(split.sheets[0], path=tmp_path / "color.png"), *split.sheets[1:]]
+    mixed = replace(split, sheets=sheets)
+    for mode, scale in (("gray", 1.0), ("rgb", 1.0), ("rgb", 0.45)):
+        store = pack_split(mixed, mode, scale, tmp_path)
+        assert store.parent == tmp_path and store == pack_split(mixed, mode, scale, tmp_path)
+        readers = SheetReader(mixed, mode, scale=scale), SheetReader(mixed, mode, scale=scale, store=store)
+        for n in range(3):
+            (image, paper), (image2, paper2) = readers[0][n], readers[1][n]
+            np.testing.assert_array_equal(image, image2)
+            assert paper == paper2
+        kept, stored = (TrainingWindows(reader, 256, 64, 3, EVERYTHING) for reader in readers)
+        for place, tile in enumerate(kept.order(0)):
+            assert equal(kept[0, place, int(tile)], stored[0, place, int(tile)])
+    assert len(list(tmp_path.glob("sheets-*"))) == 3
+
+
+def test_a_damaged_sheet_leaves_no_store_and_is_named(split, tmp_path):
+    data = split.sheets[2].path.read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    wrong = replace(split.sheets[1], width=121)
+    for sheet, said in ((replace(split.sheets[2], path=tmp_path / "cut.png"), "cut.png"), (wrong, "header")):
+        with pytest.raises(DataError, match=said):
+            pack_split(replace(split, sheets=[split.sheets[0], sheet]), "gray", 1.0, tmp_path / "stores")
+    assert not list((tmp_path / "stores").iterdir())
 
 
 def test_the_learning_rate_is_a_function_of_the_step():

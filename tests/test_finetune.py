@@ -19,12 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster import checkpoint, distributed
 from cluster.errors import UserError
-from detection.data import SheetReader
 from detection.finetune import main
 from detection.inference import load_detector
 from detection.metrics.coco import NAMES, evaluate
 from detection.predict import PredictConfig
 from detection.predict import main as predict
+from detection.sheets import SheetReader
 from detection.start import read_splits
 from detection.validation import validate
 from schematics.coco import find_split, read_split, to_coco
@@ -147,7 +147,7 @@ def test_deterministic_changes_nothing_on_a_cpu(data, four_steps, tmp_path, monk
 VALIDATE = """
 import json, sys
 from cluster import distributed
-from detection.data import SheetReader
+from detection.sheets import SheetReader
 from detection.validation import validate
 from detection.inference import load_detector
 from schematics.coco import read_split, to_coco

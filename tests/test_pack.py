@@ -4,10 +4,8 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from multiprocessing import get_context
 from threading import Thread
 
@@ -15,9 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
-from schematics import store as stores
+from schematics import sheetstore
 from schematics.drafting import draw_sheet
-from schematics.folders import turn_to_build
+from schematics.folders import resumable_folder
 from schematics.sheets import DataError
 from schematics.store import WindowStore, build_store
 from schematics.windows import cut, ink_windows
@@ -133,40 +131,20 @@ def test_a_shared_store_is_built_by_one_and_has_its_own_folder_by_content(pool, 
     assert build_store(pool, out, side=128, shared=True).folder not in (store.folder, other.folder)
     (pool / "new.png").unlink()
     shutil.rmtree(store.folder)
-    with turn_to_build(store.folder):
+    with resumable_folder(store.folder, store.index["key"]):
         waiting = Thread(target=build_store, args=(pool, out, 128), kwargs={"shared": True})
         waiting.start()
         waiting.join(1)
-        assert waiting.is_alive() and not list(out.glob(".*.tmp")), "it waits for the one that builds"
-        build_store(pool, store.folder, side=128)
+        assert waiting.is_alive(), "it waits for the one that builds"
+        build_store(pool, tmp_path / "elsewhere", side=128)
+        os.rename(tmp_path / "elsewhere", store.folder)
         built = (store.folder / "index.json").stat().st_mtime_ns
     waiting.join()
     assert (store.folder / "index.json").stat().st_mtime_ns == built
+    assert not list(out.glob(".*")), "nothing is left of the waiting"
 
 
-def test_a_killed_build_leaves_nothing_that_is_taken_for_a_store(pool, tmp_path):
-    for i in range(60):
-        (pool / f"copy{i}.png").write_bytes((pool / "d.png").read_bytes())
-    out = tmp_path / "store"
-    build = subprocess.Popen([sys.executable, "-m", "schematics.pack", str(pool), str(out), "--side", "128"])
-    while not list(tmp_path.glob(".store.*.tmp/sheets-*.bin")) and build.poll() is None:
-        time.sleep(0.001)  # until it writes
-    build.send_signal(signal.SIGKILL)
-    build.wait()
-    (partial,) = tmp_path.glob(".store.*.tmp")
-    with pytest.raises(DataError, match="no whole window store"):
-        WindowStore(out)
-    with pytest.raises(DataError, match="no whole window store"):
-        WindowStore(partial)
-    # The next build works beside what is left, and clears it away once it's a day old.
-    assert len(build_store(pool, out, side=128)) > 0 and partial.exists()
-    for path in [*partial.iterdir(), partial]:
-        os.utime(path, (0, 0))
-    build_store(pool, out, side=64)
-    assert not partial.exists()
-
-
-@pytest.mark.parametrize("damage", ["sheets", "index.json", "windows.npy"])
+@pytest.mark.parametrize("damage", ["tiles", "index.json", "windows.npy"])
 def test_a_damaged_store_is_built_anew(pool, tmp_path, damage):
     store = build_store(pool, tmp_path / "store", side=128)
     (file,) = (path for path in store.folder.iterdir() if path.name.startswith(damage))
@@ -198,7 +176,7 @@ def test_bad_pools_end_in_one_line_and_write_nothing(pool, tmp_path, monkeypatch
     refused("--min-ink", min_ink=0.9)
     refused("--color-mode", color_mode="cmyk")
     refused("at least 1", side=0)
-    monkeypatch.setattr(stores, "MARGIN", 1 << 60)
+    monkeypatch.setattr(sheetstore, "MARGIN", 1 << 60)
     refused("GB are free")
     monkeypatch.undo()
     for path in pool.iterdir():
@@ -214,24 +192,53 @@ def test_a_folder_of_someone_elses_is_never_replaced(pool, tmp_path):
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 
-def test_uneven_sheets_are_noted_and_a_store_of_before_that_is_used_as_it_is(pool, tmp_path):
+def test_uneven_sheets_are_noted(pool, tmp_path):
     shaded = (draw_sheet(0, 1, 700, 400)[0] * np.linspace(0.3, 1, 700)).astype(np.uint8)
     cv2.imwrite(str(pool / "e.png"), shaded)
     store = build_store(pool, tmp_path / "store", side=128)
     noted = {store.source(i).split(" @")[0][-5:]: store.tolerance(i) for i in range(len(store))}
     assert noted.pop("e.png") >= 40 and set(noted.values()) == {None} and 1 < store.line < 4
-    index = json.loads((store.folder / "index.json").read_text())
-    del index["line"]
-    for entry in index["sheets"]:
-        del entry["tolerance"]
-    (store.folder / "index.json").write_text(json.dumps(index))
+
+
+def test_a_store_of_before_tiles_is_used_as_it_is(pool, tmp_path):
+    store = build_store(pool, tmp_path / "store", side=128)
+    expected = [store.window(i) for i in range(len(store))]
+    index = {
+        name: store.index[name] for name in ("key", "parameters", "color_mode", "mean", "std", "skipped")
+    }
+    pixels, index["sheets"] = b"", []
+    for number, entry in enumerate(store.sheets):
+        kept = {name: entry[name] for name in ("name", "shape", "paper", "blank")}
+        index["sheets"].append({**kept, "offset": len(pixels)})
+        pixels += store.sheet(number).tobytes()
+    sheetstore.pixel_file(store.folder, store.index).unlink()
+    (store.folder / f"sheets-{index['key'][:16]}.bin").write_bytes(pixels)
+    (store.folder / "index.json").write_text(json.dumps({**index, "bytes": len(pixels)}))
     before = (store.folder / "index.json").stat()
     older = build_store(pool, tmp_path / "store", side=128)
     assert (store.folder / "index.json").stat() == before  # not built anew
     assert older.line is None and {older.tolerance(i) for i in range(len(older))} == {None}
+    assert not older.verify()
+    for i, window in enumerate(expected):
+        np.testing.assert_array_equal(older.window(i), window)
+    (store.folder / "windows.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="no whole window store"):
+        WindowStore(store.folder)
 
 
 def test_command_prints_a_summary(pool, tmp_path):
     command = [sys.executable, "-m", "schematics.pack", str(pool), str(tmp_path / "s"), "--side", "128"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "4 sheets" in done.stdout and "rgb windows of 128 px" in done.stdout and "MB" in done.stdout
+
+
+def test_command_verifies_a_store(pool, tmp_path):
+    store = build_store(pool, tmp_path / "s", side=128)
+    command = [sys.executable, "-m", "schematics.pack", "--verify", str(store.folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 sheets" in done.stdout and "as they were packed" in done.stdout
+    file = sheetstore.pixel_file(store.folder, store.index)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "is damaged; delete this folder" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
