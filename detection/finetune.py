@@ -68,7 +68,7 @@ from detection.data import (
 from detection.inference import detect
 from detection.loop import Boundary, Progress, train
 from detection.memory import BATCHES, Fit, fit_to_memory, measure_footprint
-from detection.metrics.matching import Engine, coco_classes
+from detection.metrics.engines import Engine, check_engine
 from detection.model import MOST_BOXES, MOST_CHANNELS, Detector, Spec
 from detection.plan import describe, plan_detector
 from detection.pretrained import fill_backbone
@@ -174,9 +174,9 @@ class FinetuneConfig(RunConfig):
     score_threshold: float = setting(0.01, least=0, most=1)
     # Detections kept of a window, at most; by default fitted to the fullest window.
     detections_per_image: int | None = setting(None, least=1, most=MOST_BOXES)
-    # Program that computes validation AP: pycocotools, or hotcoco, which gives the same figures faster
-    # (pip install 'linework[fast]').
-    coco_engine: Engine = setting("pycocotools", may_change=True)
+    # Program that computes validation AP: linework, or to compare with it pycocotools or hotcoco
+    # (pip install 'linework[fast]'), which give the same.
+    coco_engine: Engine = setting("linework", may_change=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -336,7 +336,7 @@ def main(config: FinetuneConfig) -> None:
     world = distributed.start(**config.joining)
     distributed.per_rank(config.batch_size or BATCHES[0], world)
     configuration.refuse_changes(config, config.exp_dir)
-    coco_classes(config.coco_engine)
+    check_engine(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)

@@ -20,7 +20,8 @@ from cluster.training import GuardedStep
 from detection.data import SheetReader
 from detection.draw import annotate
 from detection.inference import detect
-from detection.metrics.coco import Engine, Figures
+from detection.metrics.coco import Figures
+from detection.metrics.engines import Engine
 from detection.model import Detector
 from detection.schedule import Phase
 from detection.validation import VALIDATING, out_of_patience, validate, write_model
