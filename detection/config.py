@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from cluster.config import RunConfig, setting
 from cluster.errors import UserError
-from detection.metrics.matching import Engine
+from detection.metrics.engines import Engine
 from detection.schedule import Phase
 from detection.spec import MOST_BOXES, MOST_CHANNELS, MOST_PIXELS
 
@@ -109,9 +109,9 @@ class FinetuneConfig(RunConfig):
     score_threshold: float = setting(0.01, least=0, most=1)
     # Detections kept of a window, at most; by default fitted to the fullest window.
     detections_per_image: int | None = setting(None, least=1, most=MOST_BOXES)
-    # Program that computes validation AP: pycocotools, or hotcoco, which gives the same figures faster
-    # (pip install 'linework[fast]').
-    coco_engine: Engine = setting("pycocotools", may_change=True)
+    # Program that computes validation AP: linework, or to compare with it pycocotools or hotcoco
+    # (pip install 'linework[fast]'), which give the same.
+    coco_engine: Engine = setting("linework", may_change=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,8 @@ from cluster.lifecycle import Run
 from cluster.training import GuardedStep, load_optimizer
 from detection.draw import annotate
 from detection.inference import detect
-from detection.metrics.coco import Engine, Figures
+from detection.metrics.coco import Figures
+from detection.metrics.engines import Engine
 from detection.model import Detector
 from detection.schedule import Phase
 from detection.sheets import SheetReader

@@ -139,11 +139,12 @@ def all_boxes(sheets: Sequence[LabelledSheet]) -> np.ndarray:
 
 
 def boxes_per_window(sheets: Sequence[LabelledSheet], window: int, overlap: int) -> list[int]:
-    """For each tile of the sheets the number of boxes, crowds included, of which it shows at least KEEP."""
+    """For each tile of the sheets the number of boxes of which it shows at least KEEP, without crowds."""
     counts = []
     for sheet in sheets:
+        boxes, labels = sheet.boxes[~sheet.crowd], sheet.labels[~sheet.crowd]
         for x, y, _, _ in tile_sheet(sheet.width, sheet.height, window, overlap).tolist():
-            counts.append(len(crop_boxes(sheet.boxes, sheet.labels, x, y, window, KEEP)[0]))
+            counts.append(len(crop_boxes(boxes, labels, x, y, window, KEEP)[0]))
     return counts
 
 

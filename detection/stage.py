@@ -35,7 +35,7 @@ from detection.config import FinetuneConfig
 from detection.data import Augment, TrainingWindows, collate, steps_per_epoch
 from detection.loop import Boundary, Progress, train
 from detection.memory import BATCHES
-from detection.metrics.matching import coco_classes
+from detection.metrics.engines import check_engine
 from detection.model import Detector
 from detection.schedule import Phase, continue_phases, lr_at
 from detection.spec import Spec
@@ -67,7 +67,7 @@ def finetune(config: FinetuneConfig) -> None:
     world = distributed.start(**config.joining)
     distributed.per_rank(config.batch_size or BATCHES[0], world)
     configuration.refuse_changes(config, config.exp_dir)
-    coco_classes(config.coco_engine)
+    check_engine(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
     splits = read_splits(config.data_dir)

@@ -13,7 +13,7 @@ from detection.detections import to_results
 from detection.inference import detect
 from detection.metrics.analysis import fit_thresholds
 from detection.metrics.coco import Figures, measure
-from detection.metrics.matching import Engine
+from detection.metrics.engines import Engine
 from detection.model import Detector
 from detection.sheets import SheetReader
 
@@ -25,7 +25,7 @@ def validate(
     reader: SheetReader,
     truth: dict[str, Any],
     world: World,
-    engine: Engine = "pycocotools",
+    engine: Engine = "linework",
     leave: Callable[[], bool] = lambda: False,
 ) -> tuple[Figures, dict[int, float]] | None:
     """COCO figures in sheet coordinates, and by category id the score threshold with the highest F1.

@@ -27,7 +27,7 @@ from detection.detections import Detections, to_results
 from detection.draw import annotate, side_by_side, write_png
 from detection.metrics.analysis import analyse
 from detection.metrics.coco import measure
-from detection.metrics.matching import Engine, coco_classes
+from detection.metrics.engines import Engine, check_engine
 from detection.report.page import CHOSEN_HERE, write_report
 from schematics.coco import SPLITS, LabelledSheet, Split, find_split, losses, read_split, to_coco
 from schematics.sheets import DataError, read_sheet
@@ -49,9 +49,9 @@ class EvaluateConfig(Config):
     threshold: float | None = setting(None, least=0, most=1)
     # Measure a model.pt whose finetuning has not signed its end: its best so far.
     unfinished: bool = False
-    # Program that computes the figures: pycocotools, or hotcoco, which gives the same ones faster
-    # (pip install 'linework[fast]').
-    coco_engine: Engine = "pycocotools"
+    # Program that computes the figures: linework, or to compare with it pycocotools or hotcoco
+    # (pip install 'linework[fast]'), which give the same.
+    coco_engine: Engine = "linework"
     # Size at which sheets are seen, such as 0.5 for half of it; by default that of the detector's training.
     scale: float | None = setting(None, least=0.01, most=1)
     # Windows in one forward pass; memory grows with it.
@@ -70,7 +70,7 @@ def main(config: EvaluateConfig) -> None:
     if not config.unfinished:
         refuse_unfinished(config.checkpoint)
     device = distributed.lone_device(config.device)
-    coco_classes(config.coco_engine)
+    check_engine(config.coco_engine)
     detector = load_detector(config.checkpoint, device)
     spec = detector.spec
     data_dir = config.data_dir or finetuned_on(config.checkpoint)

@@ -116,10 +116,11 @@ def grid_set(count, side=20, pitch=25, first_id=1):
 
 def check_same_matches(one: Matches, other: Matches):
     """Every field, and every bit of every array."""
-    for whole, same in ((one, other), (one.truth, other.truth), (one.found, other.found)):
+    parts = ("truth", "found", "pairs")
+    for whole, same in ((one, other), *((getattr(one, name), getattr(other, name)) for name in parts)):
         for field in fields(whole):
             left, right = getattr(whole, field.name), getattr(same, field.name)
             if isinstance(left, np.ndarray):
                 assert left.dtype == right.dtype and np.array_equal(left, right), field.name
-            elif field.name not in ("truth", "found"):
+            elif field.name not in parts:
                 assert left == right, field.name

@@ -23,7 +23,7 @@ from detection.data import (
     turn,
 )
 from detection.model import as_tensor
-from detection.plan import fit_colors, fit_overlap, fit_window, large_side, plan_detector
+from detection.plan import boxes_per_window, fit_colors, fit_overlap, fit_window, large_side, plan_detector
 from detection.schedule import Phase, continue_phases, lr_at
 from detection.sheets import SheetReader, pack_split
 from schematics.coco import Category, read_split, write_split
@@ -270,6 +270,14 @@ def test_a_title_block_does_not_make_the_window_the_sheet(split):
         plan_detector(split, meta, window=256, overlap=250, score_threshold=0.01, **choices)
     with pytest.raises(UserError, match="--window 0"):
         plan_detector(split, meta, window=0, overlap=None, score_threshold=0.01, **choices)
+
+
+def test_crowds_are_not_among_the_boxes_of_a_window(split):
+    """Training leaves them out, so they ask for no proposals and no detections either."""
+    boxes = np.array([[10.0 * n, 0, 10.0 * n + 9, 9] for n in range(8)])
+    crowd = np.arange(8) % 2 == 0
+    sheet = replace(split.sheets[0], width=100, height=50, boxes=boxes, labels=np.ones(8, int), crowd=crowd)
+    assert boxes_per_window([sheet, replace(sheet, crowd=~np.zeros(8, bool))], 128, 16) == [4, 0]
 
 
 def test_colors_are_measured_exactly_on_large_sheets(split, tmp_path):

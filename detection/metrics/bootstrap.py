@@ -8,13 +8,18 @@ In shapes B is the number of resamples; for the other letters see `metrics.match
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from detection.metrics.accumulate import accumulate, least_right
 from detection.metrics.matching import Matches
 
-CELLS = 4_000_000  # resamples times detections that are held in memory at a time
+CELLS = 4_000_000  # numbers of a table over resamples that are held in memory at a time
+# Numpy is slow at sums and maxima that run down a table, as each row needs the one before. So such a table is
+# cut into blocks of this many rows, and all blocks are gone through at once: [BLOCK, blocks, B].
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,6 @@ def resample(sheets: int, count: int, seed: int = 0) -> np.ndarray:
     return np.bincount(drawn.ravel(), minlength=count * sheets).reshape(count, sheets)
 
 
-def every_sheet_once(matches: Matches) -> np.ndarray:
-    """int64 [1, I]: the weights that leave the sheets as they are."""
-    return np.ones((1, len(matches.image_ids)), np.int64)
-
-
 def interval(draws: np.ndarray, value: float) -> Interval:
     """The percentile interval of draws [B] of a figure; draws that are NaN are left out."""
     draws = draws[~np.isnan(draws)]
@@ -66,18 +66,25 @@ def average_precision(
     weights: int64 [B, I]; None takes every sheet once. limit: as `precision_at_recall` takes it. A figure is
     NaN where a set of sheets has no truth for it.
     """
-    if weights is None:
-        weights = every_sheet_once(matches)
     at_half, at_three_quarters = (int(np.argmin(abs(matches.ious - iou))) for iou in (0.5, 0.75))
     figures: dict[str, list] = {"AP": [], "AP50": [], "AP75": [], "AP50_class": []}
-    for first in range(0, len(weights), 64):
-        for precision in precision_at_recall(matches, weights[first : first + 64], limit):
-            figures["AP"].append(_mean(precision))
-            figures["AP50"].append(_mean(precision[at_half]))
-            figures["AP75"].append(_mean(precision[at_three_quarters]))
-            by_class = precision[at_half].mean(0)
-            figures["AP50_class"].append(np.where(by_class > -1, by_class, np.nan))
+    for precision in _each_precision(matches, weights, limit):
+        figures["AP"].append(_mean(precision))
+        figures["AP50"].append(_mean(precision[at_half]))
+        figures["AP75"].append(_mean(precision[at_three_quarters]))
+        by_class = precision[at_half].mean(0)
+        figures["AP50_class"].append(np.where(by_class > -1, by_class, np.nan))
     return {name: np.array(values) for name, values in figures.items()}
+
+
+def _each_precision(matches: Matches, weights: np.ndarray | None, limit: int | None) -> Iterator[np.ndarray]:
+    """Precision [T, R, K] of each weighting of the sheets in turn."""
+    if weights is None:
+        yield accumulate(matches, limit)[0]
+        return
+    held = max(1, CELLS // (len(matches.ious) * len(matches.recalls) * max(1, len(matches.category_ids))))
+    for first in range(0, len(weights), held):
+        yield from precision_at_recall(matches, weights[first : first + held], limit)
 
 
 def _mean(precision: np.ndarray) -> float:
@@ -95,46 +102,102 @@ def precision_at_recall(matches: Matches, weights: np.ndarray, limit: int | None
     shape = (len(weights), len(matches.ious), len(matches.recalls), len(matches.category_ids))
     precision = np.full(shape, -1.0)
     positives = weights @ matches.positives  # [B, K]
+    # By sheet, with one more that is never there.
+    times = np.vstack([weights.T, np.zeros((1, len(weights)))]).astype(np.int32)
     for label in range(len(matches.category_ids)):
         rows = np.arange(len(matches.found.score))[matches.of_class(label)]
         rows = rows[matches.found.rank[rows] < (limit or matches.limit)]
-        held = max(1, CELLS // max(1, len(rows)))
+        held = max(1, CELLS // (4 * max(1, len(rows))))
         for first in range(0, len(weights), held):
             part = slice(first, first + held)
-            precision[part, :, :, label] = _of_class(matches, rows, weights[part], positives[part, label])
+            block = np.ascontiguousarray(times[:, part])
+            precision[part, :, :, label] = _of_class(matches, rows, block, positives[part, label])
     return precision
 
 
-def _of_class(matches: Matches, rows: np.ndarray, weights: np.ndarray, positives: np.ndarray) -> np.ndarray:
+def _of_class(matches: Matches, rows: np.ndarray, times: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """float64 [B, T, R]: precision of the detections `rows` of one class, which come by falling score.
 
-    Precision only rises where a detection is right, so those places alone give its envelope.
+    times: int32 [I + 1, B], of each sheet and of one that is never there. Precision rises where a detection
+    is right, so the last of each run of right ones gives its envelope, whatever the weights.
     """
-    precision = np.zeros((len(weights), len(matches.ious), len(matches.recalls)))
-    times = weights[:, matches.found.sheet[rows]]  # [B, D]
-    so_far = times.cumsum(1)
-    wanted = _least_right(positives, matches.recalls)
+    precision = np.zeros((len(positives), len(matches.ious), len(matches.recalls)))
+    wanted = np.maximum(least_right(positives, matches.recalls), 1)
+    sheet, nowhere = matches.found.sheet[rows], len(times) - 1
+    counted, ignored = RunningSum(times, sheet), np.zeros(len(rows), bool)
     for t in range(len(matches.ious)):
-        ignored = matches.ignored[t, rows]
-        counted = (times * ~ignored).cumsum(1) if ignored.any() else so_far
+        if not np.array_equal(matches.ignored[t, rows], ignored):
+            ignored = matches.ignored[t, rows]
+            counted = RunningSum(times, np.where(ignored, nowhere, sheet))
         right = np.flatnonzero((matches.match[t, rows] >= 0) & ~ignored)
-        if not len(right):
-            continue
-        true = times[:, right].cumsum(1)  # [B, P]
-        false = counted[:, right] - true
-        envelope = true / (false + true + np.spacing(1))
-        envelope = np.maximum.accumulate(envelope[:, ::-1], axis=1)[:, ::-1]
-        place = _first_reaching(true, wanted)
-        reached = place < len(right)
-        precision[:, t] = np.where(reached, np.take_along_axis(envelope, place - ~reached, 1), 0.0)
+        if len(right):
+            turn = np.flatnonzero(np.diff(right) > 1)
+            first, last = right[np.append(0, turn + 1)], right[np.append(turn, len(right) - 1)]
+            best = _at_recalls(counted, first, last, wanted)
+            precision[:, t, : best.shape[1]] = best
     precision[positives == 0] = -1.0
     return precision
 
 
-def _least_right(positives: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """int64 [B, R]: the fewest right detections whose share of `positives` [B] reaches each recall."""
-    table = {n: np.searchsorted(np.arange(n + 1) / max(n, 1), recalls) for n in set(positives.tolist())}
-    return np.array([table[n] for n in positives.tolist()])
+class RunningSum:
+    """How many detections there are up to each, when sheet i is there times[i, b] times."""
+
+    def __init__(self, times: np.ndarray, sheet: np.ndarray) -> None:
+        """times: int32 [I + 1, B], the last of which are 0. sheet: int64 [D], that of each detection."""
+        place = _in_blocks(sheet, len(times) - 1)
+        self.blocks, resamples = place.shape[1], times.shape[1]
+        self.sums = np.zeros((place.size + 1, resamples), np.int32)  # the last is the sum of none
+        table = self.sums[:-1].reshape(*place.shape, resamples)
+        np.take(times, place, axis=0, out=table, mode="clip")
+        _sum_down(table)
+
+    def up_to(self, rows: np.ndarray) -> np.ndarray:
+        """int32 [..., B]: the sums up to the detections int64 [...], these included; -1 stands for none."""
+        place = np.where(rows < 0, len(self.sums) - 1, rows % BLOCK * self.blocks + rows // BLOCK)
+        return self.sums.take(place, axis=0)
+
+
+def _in_blocks(rows: np.ndarray, fill: int) -> np.ndarray:
+    """int64 [BLOCK, blocks] of int64 [N], a column a block; the last is filled up."""
+    blocks = -(-len(rows) // BLOCK)
+    return np.append(rows, np.full(blocks * BLOCK - len(rows), fill)).reshape(blocks, BLOCK).T
+
+
+def _sum_down(table: np.ndarray) -> None:
+    """Make int32 [BLOCK, blocks, B] the sums from the top on, in place."""
+    for n in range(1, BLOCK):
+        table[n] += table[n - 1]
+    table += table[-1].cumsum(0, dtype=np.int32) - table[-1]
+
+
+def _at_recalls(counted: RunningSum, first: np.ndarray, last: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """float64 [B, <= R]: the best precision at each recall or beyond, 0 for a recall that is never reached.
+
+    first, last: int64, of each run of right detections. wanted: int64 [B, R], how many must be right.
+    Recalls that are reached in no resample are left out.
+    """
+    made = counted.up_to(_in_blocks(last, last[-1]))  # [BLOCK, blocks, B]
+    right = made - counted.up_to(_in_blocks(first, last[-1] + 1) - 1)
+    _sum_down(right)
+    with np.errstate(invalid="ignore"):
+        precision = right / made
+    early = made.min(2) <= 1  # only there does pycocotools' spacing show
+    precision[early] = right[early] / (made[early] + np.spacing(1))
+    for n in range(BLOCK - 2, -1, -1):
+        np.maximum(precision[n], precision[n + 1], out=precision[n])
+    beyond = np.zeros((right.shape[1] + 1, right.shape[2]))  # from each block on
+    beyond[:-1] = np.maximum.accumulate(precision[0, ::-1])[::-1]
+
+    reached = wanted <= right[-1, -1][:, None]
+    reached = reached[:, : reached.sum(1).max()]
+    wanted = wanted[:, : reached.shape[1]]
+    # The block in which a recall is reached, then the row in it, by halving.
+    block = _first_reaching(right[-1].T, wanted) - ~reached
+    place = block * len(wanted) + np.arange(len(wanted))[:, None]
+    later, rows = beyond.ravel().take(place + len(wanted)), right[0].size
+    for step in (16, 8, 4, 2, 1):
+        place += (right.ravel().take(place + (step - 1) * rows) < wanted) * (step * rows)
+    return np.where(reached, np.maximum(precision.ravel().take(place), later), 0.0)
 
 
 def _first_reaching(ascending: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -3,13 +3,11 @@
 On a clean set the 12 figures are pycocotools' own to the last bit. Added are: the figures at a limit of
 detections that fits the data (a sheet may hold 250 symbols of one class, and COCO counts 100), size bins that
 fit the data, figures of each class, and the false positives of classes without ground truth, which COCO lets
-go free. `metrics.matching` holds the engine and the repairs that come before it.
+go free. `metrics.boxes` holds the repairs that come before the matching, `metrics.matching` does it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,16 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from detection.metrics.matching import (
-    AREAS,
-    Engine,
-    EngineRun,
-    Matches,
-    prepare,
-    read_matches,
-    repair,
-    run_engine,
-)
+from detection.metrics.accumulate import accumulate
+from detection.metrics.boxes import Truth
+from detection.metrics.engines import Engine, check_engine, run_engine
+from detection.metrics.matching import AREAS, Matches, match, match_in_ranges
 
 NAMES = (
     "AP",
@@ -128,97 +120,112 @@ def measure(
     ground_truth: Mapping[str, Any],
     detections: Iterable[Mapping[str, Any]],
     max_detections: int | None = None,
-    engine: Engine = "pycocotools",
+    engine: Engine = "linework",
 ) -> tuple[Figures, Matches]:
-    """Figures of `detections` against `ground_truth`, and the matches for all else, by one run of the engine.
+    """Figures of `detections` against `ground_truth`, and the matches for all else.
 
     ground_truth: a COCO object (images, annotations, categories); it is not changed.
     detections: COCO results, each with image_id, category_id, bbox [x, y, w, h] in pixels and score.
     max_detections: a limit per class and sheet, 100 or more, beside COCO's 100; None fits it to the data.
+    engine: what computes the figures, see `metrics.engines`; they are the same to the last bit.
     Raises DataError for an image or class that the ground truth does not know, for a number that is not
     finite, and for an engine that is not installed.
     """
-    truth = repair(ground_truth)
-    found = prepare(truth, detections)
-    edges = fit_size_bins(truth["annotations"])
-    bins = [[low**2, float(np.nextafter(high**2, 0))] for low, high in itertools.pairwise(edges)]
-    run = run_engine(truth, found, AREAS + bins, max_detections, engine)
-    matches = read_matches(run)
-    return read_figures(run, matches, edges), matches
+    check_engine(engine)
+    matches = match(ground_truth, detections, max_detections)
+    return read_figures(matches, engine), matches
 
 
 def evaluate(
     ground_truth: Mapping[str, Any],
     detections: Iterable[Mapping[str, Any]],
     max_detections: int | None = None,
-    engine: Engine = "pycocotools",
+    engine: Engine = "linework",
 ) -> Figures:
     """The figures of `measure` alone."""
     return measure(ground_truth, detections, max_detections, engine)[0]
 
 
-def read_figures(run: EngineRun, matches: Matches, edges: list[float]) -> Figures:
-    """The figures of a run over AREAS and the size bins between `edges`; `matches` are those of the run."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        for evaluator in run.evaluators:
-            evaluator.accumulate()
-    arrays = {
-        name: np.concatenate([evaluator.eval[name] for evaluator in run.evaluators], axis=-2)
-        for name in ("precision", "recall")
-    }
-    limit = list(run.evaluators[0].params.maxDets).index(run.limit)
-    annotations = run.truth["annotations"]
-    boxes_of = Counter(a["category_id"] for a in annotations if not a["iscrowd"])
-    found_of = Counter(d["category_id"] for d in run.found)
+def read_figures(matches: Matches, engine: Engine = "linework") -> Figures:
+    """All figures of these matches; another engine than ours gets their boxes and matches them itself."""
+    truth = matches.truth
+    edges = fit_size_bins(truth)
+    bins = [(low**2, float(np.nextafter(high**2, 0))) for low, high in itertools.pairwise(edges)]
+    cells = _cells(matches, AREAS + bins, engine)
+    whole = cells[0, matches.limit]
+    classes = len(matches.category_ids)
+    boxes = matches.positives.sum(0).tolist()
+    found = np.bincount(matches.found.label, minlength=classes).tolist()
     rows = []
     for k, category_id in enumerate(matches.category_ids.tolist()):
-        figures = _mean_figures(arrays, slice(k, k + 1), 0, limit)
+        figures = mean_figures(whole, slice(k, k + 1))
         rows.append(
             ClassFigures(
                 category_id=category_id,
                 name=matches.names[k],
-                boxes=boxes_of[category_id],
-                detections=found_of[category_id],
+                boxes=boxes[k],
+                detections=found[k],
                 ap=figures["AP"],
                 ap50=figures["AP50"],
                 ap75=figures["AP75"],
             )
         )
+    of_size = [mean_figures(cells[n, matches.limit]) for n in range(len(AREAS), len(AREAS + bins))]
     return Figures(
-        coco=_coco_figures(arrays),
-        max_detections=run.limit,
-        fitted=_mean_figures(arrays, slice(None), 0, limit),
-        sizes=_size_figures(arrays, annotations, edges, limit),
+        coco=_coco_figures(cells),
+        max_detections=matches.limit,
+        fitted=mean_figures(whole),
+        sizes=_size_figures(of_size, truth, edges),
         classes=rows,
         false_positives_without_truth=_stray(rows, matches),
-        images=len(run.truth["images"]),
-        boxes=sum(boxes_of.values()),
-        detections=len(run.found),
+        images=len(matches.image_ids),
+        boxes=sum(boxes),
+        detections=sum(found),
     )
 
 
-def fit_size_bins(annotations: Sequence[Mapping[str, Any]]) -> list[float]:
+# Precision [T, R, K] and recall [T, K], see `metrics.accumulate`.
+Cell = tuple[np.ndarray, np.ndarray]
+
+
+def _cells(matches: Matches, areas: list[tuple[float, float]], engine: Engine) -> dict[tuple[int, int], Cell]:
+    """By the index of an area range and the limit of detections, what the figures are read from."""
+    limits = sorted({1, 10, 100, matches.limit})
+    if engine != "linework":
+        precision, recall = run_engine(engine, matches, areas, limits)
+        return {
+            (n, limit): (precision[..., n, m], recall[..., n, m])
+            for n in range(len(areas))
+            for m, limit in enumerate(limits)
+        }
+    cells = {}
+    for n, (area, matched) in enumerate(zip(areas, match_in_ranges(matches, areas), strict=True)):
+        for limit in limits if n == 0 else {100, matches.limit}:
+            cells[n, limit] = accumulate(matches, limit, area, matched)
+    return cells
+
+
+def fit_size_bins(truth: Truth) -> list[float]:
     """Edges in pixels of up to three bins of sqrt(area) that hold a third of the boxes each.
 
     COCO's edges are 32 and 96 px, so that symbols of 20 to 60 px have an AP_large of -1. The edges are whole
     pixels, ascending, the first at or below the smallest box and the last above the largest.
     """
-    sides = _sides(annotations)
+    sides = _sides(truth)
     if not sides.size:
         return []
     inner = np.round(np.quantile(sides, [1 / 3, 2 / 3]))
     return sorted({float(np.floor(sides.min())), *inner.tolist(), float(np.floor(sides.max()) + 1)})
 
 
-def _sides(annotations: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def _sides(truth: Truth) -> np.ndarray:
     """float64 [N]: sqrt(area) in pixels of the boxes to find."""
-    return np.sqrt([a["area"] for a in annotations if not a["iscrowd"]])
+    return np.sqrt(truth.area[~truth.crowd])
 
 
 def _stray(rows: Sequence[ClassFigures], matches: Matches) -> dict[str, int]:
-    """The number of detections of each class without boxes, less those that count and lie in a crowd."""
-    in_crowd = matches.ignored[0] & (matches.found.rank < matches.limit)
-    outside = np.bincount(matches.found.label[~in_crowd], minlength=len(rows)).tolist()
+    """The number of detections of each class without boxes, less those in a crowd."""
+    outside = np.bincount(matches.found.label[~matches.ignored[0]], minlength=len(rows)).tolist()
     bearers = Counter(row.name for row in rows)
     return {
         row.name if bearers[row.name] == 1 else f"{row.name} ({row.category_id})": number
@@ -227,11 +234,10 @@ def _stray(rows: Sequence[ClassFigures], matches: Matches) -> dict[str, int]:
     }
 
 
-def _coco_figures(arrays: Mapping[str, Any]) -> tuple[float, ...]:
-    """COCO's 12 as pycocotools' `summarize` takes them from its arrays; the limits begin with 1, 10, 100."""
-    everything = slice(None)
-    of_area = [_mean_figures(arrays, everything, area, 2) for area in range(len(AREAS))]
-    at_limit = [_mean_figures(arrays, everything, 0, limit) for limit in (0, 1, 2)]
+def _coco_figures(cells: Mapping[tuple[int, int], Cell]) -> tuple[float, ...]:
+    """COCO's 12 as pycocotools' `summarize` takes them from its arrays."""
+    of_area = [mean_figures(cells[area, 100]) for area in range(len(AREAS))]
+    at_limit = [mean_figures(cells[0, limit]) for limit in (1, 10, 100)]
     return (
         *(of_area[0][name] for name in ("AP", "AP50", "AP75")),
         *(figures["AP"] for figures in of_area[1:]),
@@ -240,21 +246,19 @@ def _coco_figures(arrays: Mapping[str, Any]) -> tuple[float, ...]:
     )
 
 
-def _mean_figures(arrays: Mapping[str, Any], classes: slice, area: int, limit: int) -> dict[str, float]:
-    """AP, AP50, AP75 and AR of some classes, one area range and one limit, each by its index."""
-    precision = arrays["precision"][:, :, classes, area, limit]  # [IoU, recall, class]
-    recall = arrays["recall"][:, classes, area, limit]  # [IoU, class]
+def mean_figures(cell: Cell, classes: slice = slice(None)) -> dict[str, float]:
+    """AP, AP50, AP75 and AR of some classes; -1 where there is nothing to measure."""
+    precision, recall = cell[0][:, :, classes], cell[1][:, classes]
     values = {"AP": precision, "AP50": precision[0], "AP75": precision[5], "AR": recall}
     return {name: float(np.mean(v[v > -1])) if (v > -1).any() else -1.0 for name, v in values.items()}
 
 
 def _size_figures(
-    arrays: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], edges: list[float], limit: int
+    of_size: Sequence[Mapping[str, float]], truth: Truth, edges: Sequence[float]
 ) -> list[SizeFigures]:
-    sides = _sides(annotations)
+    sides = _sides(truth)
     rows = []
-    for n, (low, high) in enumerate(itertools.pairwise(edges)):
-        figures = _mean_figures(arrays, slice(None), len(AREAS) + n, limit)
+    for (low, high), figures in zip(itertools.pairwise(edges), of_size, strict=True):
         boxes = int(((sides >= low) & (sides < high)).sum())
         rows.append(SizeFigures(low, high, boxes, figures["AP"], figures["AP50"], figures["AR"]))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,17 +22,17 @@ class Counts:
     truth: np.ndarray
     found: np.ndarray
 
-    @property
+    @cached_property
     def pairs(self) -> np.ndarray:
         """bool [I, K], the pairs that count"""
         return (self.truth > 0) | (self.found > 0)
 
-    @property
+    @cached_property
     def exact(self) -> np.ndarray:
         """bool [I, K], those of the pairs with the right number"""
         return self.pairs & (self.truth == self.found)
 
-    @property
+    @cached_property
     def error(self) -> np.ndarray:
         """int64 [I, K], by how many symbols the count is too high or too low"""
         return abs(self.found - self.truth)

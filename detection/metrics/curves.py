@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.metrics.bootstrap import every_sheet_once, precision_at_recall
+from detection.metrics.accumulate import accumulate
 from detection.metrics.matching import Matches
 
 NO_EVIDENCE = 0.5  # the threshold of every class where no detection of any class is right
@@ -45,7 +45,7 @@ class Operating:
 
 def curves(matches: Matches) -> Curves:
     """Precision over recall and F1 over the score threshold, at IoU 0.5."""
-    precision = precision_at_recall(matches, every_sheet_once(matches))[0, 0].T
+    precision = accumulate(matches)[0][0].T
     thresholds = np.arange(101) / 100
     boxes = matches.positives.sum(0)
     f1 = np.full((len(boxes), len(thresholds)), np.nan)

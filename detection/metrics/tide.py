@@ -18,9 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from pycocotools import mask
 
-from detection.metrics.matching import Matches
+from detection.metrics.matching import Matches, Pairs
 
 KINDS = ("found", "class", "localisation", "both", "duplicate", "background", "missed")
 FOUND, CLASS, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(7)
@@ -51,29 +50,24 @@ def kinds_of(matches: Matches, kept: np.ndarray | None = None) -> Kinds:
     kept: bool [D], see `Matches.above`; None keeps all. What is not kept counts as not made, so of each class
     the best scores must be kept: without them, the other detections would have been matched differently.
     """
-    truth, found, taken = matches.truth, matches.found, matches.match[0]
-    kept = np.ones(len(found.score), bool) if kept is None else kept
-    right = matches.right(kept)
-    of_found = np.where(right, FOUND, LEFT_OUT)
-    cause = np.where(right, taken, -1)
-    for sheet, wrong in _rows_by_sheet(found.sheet, matches.wrong(kept)):
-        there = np.flatnonzero((truth.sheet == sheet) & ~truth.crowd)
-        if not len(there):
-            of_found[wrong] = BACKGROUND
-            continue
-        iou = mask.iou(found.xywh[wrong], truth.xywh[there], [0] * len(there))  # [wrong, there]
-        own = np.where(truth.label[there] == found.label[wrong, None], iou, -1.0)
-        other = np.where(truth.label[there] == found.label[wrong, None], -1.0, iou)
-        best_own, best_other = own.max(1), other.max(1)
-        conditions = [
-            (best_own >= BACKGROUND_IOU) & (best_own < RIGHT_IOU),
-            best_other >= RIGHT_IOU,
-            best_own >= RIGHT_IOU,
-            iou.max(1) < BACKGROUND_IOU,
-        ]
-        of_found[wrong] = np.select(conditions, [LOCALISATION, CLASS, DUPLICATE, BACKGROUND], BOTH)
-        place = np.select(conditions, [own.argmax(1), other.argmax(1), own.argmax(1), -1], iou.argmax(1))
-        cause[wrong] = np.where(place >= 0, there[place], -1)
+    truth, taken = matches.truth, matches.match[0]
+    kept = np.ones(len(matches.found.score), bool) if kept is None else kept
+    right, wrong = matches.right(kept), matches.wrong(kept)
+    pairs = matches.pairs.where(wrong[matches.pairs.found] & ~truth.crowd[matches.pairs.truth])
+    of_one_class = matches.found.label[pairs.found] == truth.label[pairs.truth]
+    best_own, own = _closest(pairs.where(of_one_class), len(wrong))
+    best_other, other = _closest(pairs.where(~of_one_class), len(wrong))
+    best, closest = _closest(pairs, len(wrong))
+    conditions = [
+        right,
+        ~wrong,
+        (best_own >= BACKGROUND_IOU) & (best_own < RIGHT_IOU),
+        best_other >= RIGHT_IOU,
+        best_own >= RIGHT_IOU,
+        best < BACKGROUND_IOU,
+    ]
+    of_found = np.select(conditions, [FOUND, LEFT_OUT, LOCALISATION, CLASS, DUPLICATE, BACKGROUND], BOTH)
+    cause = np.select(conditions, [taken, -1, own, other, own, -1], closest)
 
     of_truth = np.where(truth.crowd, LEFT_OUT, MISSED)
     for kind in (LOCALISATION, CLASS):
@@ -82,12 +76,15 @@ def kinds_of(matches: Matches, kept: np.ndarray | None = None) -> Kinds:
     return Kinds(of_found, of_truth, cause)
 
 
-def _rows_by_sheet(sheet: np.ndarray, wanted: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(sheet, its rows where bool wanted [D] holds, ascending), the sheets ascending too."""
-    rows = np.flatnonzero(wanted)
-    rows = rows[np.argsort(sheet[rows], kind="stable")]
-    values, starts = np.unique(sheet[rows], return_index=True)
-    return list(zip(values.tolist(), np.split(rows, starts[1:]), strict=False))
+def _closest(pairs: Pairs, detections: int) -> tuple[np.ndarray, np.ndarray]:
+    """IoU float64 [D] and index int64 [D] of the box that each detection overlaps best; 0 and -1 for none."""
+    iou, box = np.zeros(detections), np.full(detections, -1)
+    if len(pairs.found):
+        starts = np.flatnonzero(np.append(True, pairs.found[1:] != pairs.found[:-1]))
+        iou[pairs.found[starts]] = np.maximum.reduceat(pairs.iou, starts)
+        best = pairs.where(pairs.iou == iou[pairs.found])
+        box[best.found[::-1]] = best.truth[::-1]  # the first of each detection is written last
+    return iou, box
 
 
 def delta_ap50(matches: Matches) -> dict[str, float]:
@@ -161,18 +158,14 @@ def confusion_matrix(matches: Matches, kept: np.ndarray) -> np.ndarray:
     free = ~truth.crowd
     free[taken[right]] = False
     stray = matches.wrong(kept)
-    for sheet, rows in _rows_by_sheet(found.sheet, stray):
-        there = np.flatnonzero(free & (truth.sheet == sheet))
-        if not len(there):
-            continue
-        iou = mask.iou(found.xywh[rows], truth.xywh[there], [0] * len(there))
-        for place in np.argsort(-iou, axis=None, kind="stable").tolist():
-            d, g = divmod(place, len(there))
-            if iou[d, g] < RIGHT_IOU:
-                break
-            if stray[rows[d]] and free[there[g]]:
-                matrix[truth.label[there[g]], found.label[rows[d]]] += 1
-                stray[rows[d]] = free[there[g]] = False
+    pairs = matches.pairs
+    left = stray[pairs.found] & free[pairs.truth] & (pairs.iou >= RIGHT_IOU)
+    pairs = pairs.where(left)
+    pairs = pairs.where(np.argsort(-pairs.iou, kind="stable"))
+    for d, g in zip(pairs.found.tolist(), pairs.truth.tolist(), strict=True):
+        if stray[d] and free[g]:
+            matrix[truth.label[g], found.label[d]] += 1
+            stray[d] = free[g] = False
     np.add.at(matrix, (np.full(stray.sum(), background), found.label[stray]), 1)
     np.add.at(matrix, (truth.label[free], np.full(free.sum(), background)), 1)
     return matrix
