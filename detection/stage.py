@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from cluster import checkpoint, distributed
 from cluster import config as configuration
 from cluster.batches import Batches
-from cluster.checkpoint import State
+from cluster.checkpoint import OTHER, State
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
@@ -85,7 +85,7 @@ def finetune(config: FinetuneConfig) -> None:
         if saved:
             if config.batch_size is None:
                 raise UserError(f"{config.exp_dir}: config.json is gone; give the run's --batch-size")
-            detector = Detector(Spec.from_dict(saved["spec"], str(folder)))
+            detector = Detector(Spec.from_dict(saved["spec"], str(saved.path), OTHER))
             story, fit = f"going on at step {saved['step']}", beginning.fit(detector, detector.spec.window)
         else:
             detector, story, fit = fresh or beginning.new()
@@ -139,13 +139,15 @@ def finetune(config: FinetuneConfig) -> None:
             if world.main:
                 print("\n".join(told))
             return
-        if world.main:
-            configuration.save(config, config.exp_dir / "config.json")
 
         optimizer = build(detector)
         ema = ModelEmaV3(detector, config.ema_decay, use_warmup=True) if config.ema_decay else None
         progress = Progress(detector, optimizer, Guard(), ema)
+        if world.main and not saved:  # the first checkpoint is of no use without it
+            configuration.save(config, config.exp_dir / "config.json")
         start = begin(run, saved, progress.guard, progress.state, progress.restore)
+        if world.main:
+            configuration.save(config, config.exp_dir / "config.json")
         begun = [Phase(**phase) for phase in saved["phases"]] if saved else []
         progress.phases = continue_phases(begun, config.phase(per_epoch, total), start)
         # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.

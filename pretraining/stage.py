@@ -176,6 +176,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         training = Training(encoder, optimizer, Guard(), len(store))
         saved = run.resume()
         refuse_shorter(config.epochs, config.steps, total, saved, config.exp_dir)
+        if world.main and not saved:  # the first checkpoint is of no use without it
+            configuration.save(config, config.exp_dir / "config.json")
         start = begin(run, saved, training.guard, training.state, training.restore)
         journal = Journal(config.exp_dir, world, total, start, config.log_every, config.batch_size)
         if world.main:

