@@ -57,7 +57,7 @@ def begun(request, sheets, tmp_path_factory):
 def files(folder):
     """The content of each file in a run's folder, but for the beats and the flags of the last launch."""
     kept = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path: path.read_bytes() for path in kept if path.name not in ("rank_0", "config.json")}
+    return {path: path.read_bytes() for path in kept if path.name != "rank_0"}
 
 
 def at(*keys, value=None, gone=False):
