@@ -74,7 +74,7 @@ class Job:
 
     def next_life(self, lives: int = 1) -> int:
         """The step from which the run has gone on, when it has done some steps of that life."""
-        self.slurm.wait_for(lambda: len(self.resumed()) >= lives, what=self.text)
+        self.slurm.wait_for(lambda: len(self.resumed()) >= lives, 180, self.text)
         self.reach(self.resumed()[-1] + 2)
         assert steps(self.exp_dir) == list(range(len(steps(self.exp_dir))))
         return self.resumed()[-1]
