@@ -63,6 +63,14 @@ def test_a_resample_is_pycocotools_on_the_sheets_written_out(crowd):
         assert np.array_equal(ours, pycocotools_precision(again, made, matches.limit))
 
 
+def test_sheets_that_are_there_ten_thousand_times_weigh_no_more():
+    """Counts beyond 16 bits; only pycocotools' division by a spacing too much is felt less."""
+    matches = match(*jittered(3))
+    once = np.ones((1, len(matches.image_ids)), np.int64)
+    many = precision_at_recall(matches, 10_000 * once)
+    np.testing.assert_allclose(many, precision_at_recall(matches, once), rtol=1e-14)
+
+
 def test_a_lower_limit_counts_the_best_detections_of_each_sheet():
     truth = truth_of([(3, 20 * n, 0, 10, 10) for n in range(30)])
     detections = [found(10, 3, 1 - n / 100, 20 * n, 0, 10, 10) for n in range(30)]

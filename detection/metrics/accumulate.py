@@ -16,7 +16,7 @@ def accumulate(
     """Precision float64 [T, R, K] and recall float64 [T, K]; -1 for a class without truth.
 
     limit: the detections of a class on a sheet that count; None for matches.limit. area: a range in square
-    pixels. match: int64 [T, D], what `matching.match_in_ranges` gives for it; None for matches.match.
+    pixels. match: int32 [T, D], what `matching.match_in_ranges` gives for it; None for matches.match.
     """
     found, truth = matches.found, matches.truth
     rows = np.flatnonzero(found.rank < (limit or matches.limit))

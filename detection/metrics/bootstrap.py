@@ -101,24 +101,37 @@ def precision_at_recall(matches: Matches, weights: np.ndarray, limit: int | None
     """
     shape = (len(weights), len(matches.ious), len(matches.recalls), len(matches.category_ids))
     precision = np.full(shape, -1.0)
-    positives = weights @ matches.positives  # [B, K]
+    found, kept = matches.found, matches.found.rank < (limit or matches.limit)
+    positives = _weighted(matches.positives, weights)  # [B, K]
+    made = np.zeros_like(matches.positives)
+    np.add.at(made, (found.sheet[kept], found.label[kept]), 1)
+    most = _weighted(made, weights).max(0)
     # By sheet, with one more that is never there.
-    times = np.vstack([weights.T, np.zeros((1, len(weights)))]).astype(np.int32)
+    times = np.vstack([weights.T, np.zeros((1, len(weights)), np.int64)])
     for label in range(len(matches.category_ids)):
-        rows = np.arange(len(matches.found.score))[matches.of_class(label)]
-        rows = rows[matches.found.rank[rows] < (limit or matches.limit)]
+        rows = np.arange(len(kept))[matches.of_class(label)]
+        rows = rows[kept[rows]]
         held = max(1, CELLS // (4 * max(1, len(rows))))
+        small = np.uint16 if most[label] < 2**16 else np.int32
         for first in range(0, len(weights), held):
             part = slice(first, first + held)
-            block = np.ascontiguousarray(times[:, part])
+            block = np.ascontiguousarray(times[:, part], small)
             precision[part, :, :, label] = _of_class(matches, rows, block, positives[part, label])
     return precision
+
+
+def _weighted(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """int64 [B, K]: a table [I, K] of numbers, summed over the sheets by weights [B, I].
+
+    In float64, which is exact up to 2**53 and has a fast product.
+    """
+    return (weights.astype(np.float64) @ table.astype(np.float64)).astype(np.int64)
 
 
 def _of_class(matches: Matches, rows: np.ndarray, times: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """float64 [B, T, R]: precision of the detections `rows` of one class, which come by falling score.
 
-    times: int32 [I + 1, B], of each sheet and of one that is never there. Precision rises where a detection
+    times: integer [I + 1, B], of each sheet and of one that is never there. Precision rises where a detection
     is right, so the last of each run of right ones gives its envelope, whatever the weights.
     """
     precision = np.zeros((len(positives), len(matches.ious), len(matches.recalls)))
@@ -143,16 +156,16 @@ class RunningSum:
     """How many detections there are up to each, when sheet i is there times[i, b] times."""
 
     def __init__(self, times: np.ndarray, sheet: np.ndarray) -> None:
-        """times: int32 [I + 1, B], the last of which are 0. sheet: int64 [D], that of each detection."""
+        """times: integer [I + 1, B], the last of which are 0. sheet: int64 [D], that of each detection."""
         place = _in_blocks(sheet, len(times) - 1)
         self.blocks, resamples = place.shape[1], times.shape[1]
-        self.sums = np.zeros((place.size + 1, resamples), np.int32)  # the last is the sum of none
+        self.sums = np.zeros((place.size + 1, resamples), times.dtype)  # the last is the sum of none
         table = self.sums[:-1].reshape(*place.shape, resamples)
         np.take(times, place, axis=0, out=table, mode="clip")
         _sum_down(table)
 
     def up_to(self, rows: np.ndarray) -> np.ndarray:
-        """int32 [..., B]: the sums up to the detections int64 [...], these included; -1 stands for none."""
+        """integer [..., B]: the sums up to the detections int64 [...], these included; -1 stands for none."""
         place = np.where(rows < 0, len(self.sums) - 1, rows % BLOCK * self.blocks + rows // BLOCK)
         return self.sums.take(place, axis=0)
 
@@ -164,10 +177,10 @@ def _in_blocks(rows: np.ndarray, fill: int) -> np.ndarray:
 
 
 def _sum_down(table: np.ndarray) -> None:
-    """Make int32 [BLOCK, blocks, B] the sums from the top on, in place."""
+    """Make integer [BLOCK, blocks, B] the sums from the top on, in place."""
     for n in range(1, BLOCK):
         table[n] += table[n - 1]
-    table += table[-1].cumsum(0, dtype=np.int32) - table[-1]
+    table += table[-1].cumsum(0, dtype=table.dtype) - table[-1]
 
 
 def _at_recalls(counted: RunningSum, first: np.ndarray, last: np.ndarray, wanted: np.ndarray) -> np.ndarray:

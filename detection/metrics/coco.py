@@ -199,9 +199,12 @@ def _cells(matches: Matches, areas: list[tuple[float, float]], engine: Engine) -
             for m, limit in enumerate(limits)
         }
     cells = {}
-    for n, (area, matched) in enumerate(zip(areas, match_in_ranges(matches, areas), strict=True)):
+    ranges = match_in_ranges(matches, areas)
+    for n, area in enumerate(areas):
+        matched = next(ranges)
         for limit in limits if n == 0 else {100, matches.limit}:
             cells[n, limit] = accumulate(matches, limit, area, matched)
+        del matched  # so that no two are held at a time
     return cells
 
 

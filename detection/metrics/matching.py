@@ -58,7 +58,7 @@ class Matches:
     truth: Truth
     found: Found
     pairs: Pairs
-    match: np.ndarray  # int64 [T, D], the truth that a detection has found, or -1
+    match: np.ndarray  # int32 [T, D], the truth that a detection has found, or -1
     ignored: np.ndarray  # bool [T, D], neither right nor wrong, as the detection lies in a crowd
 
     @cached_property
@@ -101,7 +101,7 @@ def match(
     found = read_found(detections, image_ids, category_ids)
     pairs = overlaps(truth, found)
     regular = ~truth.crowd & in_range(truth.area, AREAS[0])
-    matched = np.full((len(IOUS), len(found.score)), -1)
+    matched = np.full((len(IOUS), len(found.score)), -1, np.int32)
     _serve(_of_one_class(pairs, truth, found), regular, truth.crowd, matched)
     outside = ~in_range(found.area, AREAS[0])
     return Matches(
@@ -121,7 +121,7 @@ def match(
 
 
 def match_in_ranges(matches: Matches, areas: Iterable[tuple[float, float]]) -> Iterator[np.ndarray]:
-    """For each range of areas, in square pixels, what is matched there, int64 [T, D].
+    """For each range of areas, in square pixels, what is matched there, int32 [T, D].
 
     A detection takes a box outside the range, or a crowd, only if it can have none inside. So it is only the
     groups, of a class on a sheet, in which that changes the order that some detection asks in that are
@@ -199,7 +199,7 @@ def _out_of_order(pairs: Pairs, regular: np.ndarray) -> np.ndarray:
 
 
 def _serve(pairs: Pairs, regular: np.ndarray, crowd: np.ndarray, matched: np.ndarray) -> None:
-    """Write into `matched`, int64 [T, D], the box that each detection of the pairs finds at each threshold.
+    """Write into `matched`, int32 [T, D], the box that each detection of the pairs finds at each threshold.
 
     pairs: those of `_of_one_class`. regular: bool [G], boxes to find, which detections prefer to others.
     """
