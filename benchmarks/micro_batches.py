@@ -4,9 +4,9 @@
 
 A ResNet-18 with SimCLR's projector on views of 64 px, on one thread. The error is that of the gradient by its
 norm, against the whole batch's. Beside it stands that of accumulation, the mean of the micro-batches' own
-gradients, which is what one can do without GradCache. BatchNorm uses its running statistics there, since those
-of a batch are not those of its parts. Memory is the peak of a process of its own beyond the network. What still
-grows are the views as bytes and the embeddings. The price is the second forward pass.
+gradients, which is what one can do without GradCache. BatchNorm uses its running statistics there, since
+those of a batch are not those of its parts. Memory is the peak of a process of its own beyond the network.
+What still grows are the views as bytes and the embeddings. The price is the second forward pass.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from cluster.tensor_cores import tensor_cores
 
 BLOCK = 1024  # columns or rows of z of which a centred copy exists at one time
+ROWS = 512  # of the symmetric product that are computed at a time, from the diagonal on
 
 
 def hinge(variance: Tensor, eps: float = 1e-4) -> Tensor:
@@ -71,12 +72,13 @@ class _Moments(torch.autograd.Function):
         n, d = z.shape
         mean, diagonal = z.mean(dim=0), torch.zeros_like(z[0])
         product = z.new_zeros(min(n, d), min(n, d))
-        for block in _blocks(max(n, d)):
+        for block in _blocks(max(n, d), BLOCK):
             centred = _centred(z, mean, block)
             if n < d:
                 diagonal[block] = centred.square().sum(dim=0)
             _add_square(product, centred if n < d else centred.T)
-        product = product.triu_() + product.triu(1).T
+        for rows in _blocks(len(product), ROWS):
+            product[rows.stop :, rows] = product[rows, rows.stop :].T
         if n >= d:
             diagonal.copy_(product.diagonal())  # [D], the variances times N - 1
         ctx.save_for_backward(z, mean, diagonal, product)
@@ -93,7 +95,7 @@ class _Moments(torch.autograd.Function):
         grad = torch.empty_like(z)
         with torch.autocast(z.device.type, enabled=False), tensor_cores(z.device):
             product = product * scale
-            for block in _blocks(max(n, d)):
+            for block in _blocks(max(n, d), BLOCK):
                 centred = _centred(z, mean, block)
                 if n < d:
                     grad[:, block] = torch.addcmul(product @ centred, centred, own[block])
@@ -102,8 +104,8 @@ class _Moments(torch.autograd.Function):
         return grad
 
 
-def _blocks(length: int) -> list[slice]:
-    return [slice(start, start + BLOCK) for start in range(0, length, BLOCK)]
+def _blocks(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def _centred(z: Tensor, mean: Tensor, block: slice) -> Tensor:
@@ -113,6 +115,6 @@ def _centred(z: Tensor, mean: Tensor, block: slice) -> Tensor:
 
 def _add_square(product: Tensor, a: Tensor) -> None:
     """Add a a' to the product [A, A], on and above its diagonal at least: a [A, B]."""
-    for rows in _blocks(len(a)):
+    for rows in _blocks(len(a), ROWS):
         with tensor_cores(a.device):
             product[rows, rows.start :].addmm_(a[rows], a[rows.start :].T)
