@@ -29,6 +29,7 @@ from schematics.pixels import (
     resize,
     smooth,
     solarize,
+    turned,
 )
 from schematics.sheets import to_color
 from schematics.windows import INK_TOLERANCE, Color, Image, ink_mask, nearby_paper, paper_color
@@ -277,13 +278,7 @@ def _crop(
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, -sin], [sin, cos]]) @ [[1, shear], [0, 1]]
     shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
-    return cv2.warpAffine(
-        region,
-        np.column_stack([turn, shift]),
-        (w, h),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderValue=paper,
-    )
+    return turned(region, np.column_stack([turn, shift]), w, h, paper)
 
 
 SQUARE = np.ones((2, 2), np.uint8)

@@ -101,6 +101,18 @@ def test_color_operations_equal_torchvisions(ours, theirs, factors, tolerance):
         assert np.abs(got - want).mean() < 1.2
 
 
+def test_turning_is_linear_between_pixels_and_paper_beyond_them():
+    angle, paper = np.radians(3), (250, 20, 90)
+    matrix = np.array([[np.cos(angle), -np.sin(angle), -5], [np.sin(angle), np.cos(angle), 8]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    want = cv2.warpAffine(PHOTO_RGB, matrix, (90, 100), flags=flags, borderValue=paper)
+    np.testing.assert_array_equal(pixels.turned(PHOTO_RGB, matrix, 90, 100, paper), want)
+    for channel, level in enumerate(paper):
+        gray = pixels.turned(np.ascontiguousarray(PHOTO_RGB[..., channel]), matrix, 90, 100, level)
+        np.testing.assert_array_equal(gray, want[..., channel])
+    assert (want[-1, 0] == paper).all()
+
+
 def test_gray_and_solarize_equal_torchvisions():
     gray = F.rgb_to_grayscale(tensor(PHOTO_RGB))[0].numpy().astype(int)
     assert np.abs(to_color(PHOTO_RGB, "gray").astype(int) - gray).max() <= 1
