@@ -136,7 +136,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
         with run.allow(PACKING) if run else contextlib.nullcontext():
-            store = WindowStore(distributed.on_main(lambda: pack(**config.pool)))
+            store = WindowStore(distributed.on_main(lambda: pack(**config.pool))).preload()
         per_epoch, total = length(len(store), config.batch_size, config.epochs, config.steps)
         if run and config.seconds is None and run.finished(total):
             return

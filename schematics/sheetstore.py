@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -36,11 +36,13 @@ from schematics.workers import in_order
 
 LAYOUT = 2  # of the files of a store; stores of layout 1 hold pixels as they are and no hashes, and are read
 MARGIN = 64 << 20  # bytes, left free on the disk
+KEEP = 1 << 30  # bytes of decoded sheets that `preload` may keep in memory
 JOURNAL = "packed.jsonl"  # in an unfinished store: a line for each sheet whose bytes are in the file
 # Bytes that a packed sheet takes, at most, for each byte of its file: 0.8 to 1.7 were measured of PNG files,
 # 5 to 12 of JPEG. PDF pages take about an eighth of their pixels.
 GROWTH, OTHER_GROWTH, PDF_SHARE = {".png": 3.0}, 12.0, 0.125
 
+Store = TypeVar("Store", bound="SheetStore")
 Facts = dict[str, Any]  # what a store says of a sheet, as JSON
 
 
@@ -57,9 +59,20 @@ class SheetStore:
         self.sheets: list[Facts] = self.index["sheets"]
         self._file: memoryview | None = None
         self._open: dict[int, tiles.PackedSheet] = {}
+        self._kept: list[Image] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_open": {}}  # each process maps the file anew
+        return {**self.__dict__, "_file": None, "_open": {}, "_kept": None}  # each process maps the file anew
+
+    def preload(self: Store) -> Store:
+        """Decode all sheets now if they take at most KEEP bytes, so that windows are copied from memory.
+
+        Workers that are forked later share them. Returns the store. Raises DataError as `cut` does.
+        """
+        if "layout" in self.index and sum(math.prod(facts["shape"]) for facts in self.sheets) <= KEEP:
+            self._kept = [self.sheet(number) for number in range(len(self.sheets))]
+            self._open = {}
+        return self
 
     def sheet(self, number: int) -> Image:
         """Sheet `number`, uint8 [H, W] or [H, W, 3]. Raises DataError as `cut` does."""
@@ -79,16 +92,20 @@ class SheetStore:
         )
 
     def verify(self) -> bool:
-        """Read all bytes. Raises DataError if one has changed. False if the store is too old for hashes."""
+        """Read it all. Raises DataError if a byte has changed. False if the store is too old for hashes."""
+        if "layout" not in self.index:
+            return False
+        again = SheetStore(self.folder, self.index)
         for number in range(len(self.sheets)):
-            packed = self._packed(number)
-            if isinstance(packed, np.ndarray):
-                return False
+            packed = again._packed(number)
+            assert isinstance(packed, tiles.PackedSheet)
             packed.verify()
         return True
 
     def _packed(self, number: int) -> tiles.PackedSheet | np.ndarray:
-        """A sheet as it lies in the file; that of a store of layout 1 is a view of the pixels."""
+        """A sheet as it lies in the file; that of a store of layout 1, or kept in memory, is an array."""
+        if self._kept is not None:
+            return self._kept[number]
         if self._file is None:
             try:
                 with open(pixel_file(self.folder, self.index), "rb") as file:

@@ -11,6 +11,7 @@ import torch
 from cluster.batches import Batches
 from cluster.distributed import World
 from cluster.errors import UserError
+from detection import start
 from detection.data import (
     KEEP,
     Augment,
@@ -25,7 +26,7 @@ from detection.data import (
 from detection.model import as_tensor
 from detection.plan import boxes_per_window, fit_colors, fit_overlap, fit_window, large_side, plan_detector
 from detection.schedule import Phase, continue_phases, lr_at
-from detection.sheets import SheetReader, pack_split
+from detection.sheets import SheetReader, cached_bytes, decoded_bytes, pack_split
 from schematics.coco import Category, read_split, write_split
 from schematics.sheets import DataError
 
@@ -318,6 +319,18 @@ def test_sheets_of_a_store_give_the_very_windows_of_sheets_in_memory(split, tmp_
         for place, tile in enumerate(kept.order(0)):
             assert equal(kept[0, place, int(tile)], stored[0, place, int(tile)])
     assert len(list(tmp_path.glob("sheets-*"))) == 3
+
+
+def test_sheets_get_a_store_where_they_do_not_fit_into_memory(split, tmp_path, monkeypatch, capsys):
+    size = decoded_bytes(split, "gray", 0.5)
+    assert size == 350 * 250 + 60 * 50 + 300 * 300 == cached_bytes(split, "gray", 0.5)
+    monkeypatch.setattr(start, "CACHE", size)
+    kept = start.open_sheets(split, "gray", 0.5, tmp_path, World())
+    assert len(kept.cache) == 3 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(start, "CACHE", size - 1)
+    stored = start.open_sheets(split, "gray", 0.5, tmp_path, World())
+    assert not stored.cache and f"3 sheets packed in {tmp_path}" in capsys.readouterr().out
+    np.testing.assert_array_equal(kept[0][0], stored[0][0])
 
 
 def test_a_damaged_sheet_leaves_no_store_and_is_named(split, tmp_path):

@@ -82,6 +82,19 @@ def test_a_changed_pixel_is_an_error_where_it_is_read_and_names_store_and_cure(s
         again.verify()
 
 
+def test_windows_of_a_pool_that_fits_into_memory_are_the_same(store, monkeypatch):
+    kept = WindowStore(store.folder).preload()
+    expected = [store.window(i) for i in range(len(store))]
+    monkeypatch.setattr(sheetstore, "KEEP", 700 * 400 * 4 - 1)
+    large = WindowStore(store.folder).preload()
+    sheetstore.pixel_file(store.folder, store.index).rename(store.folder / "away")
+    kept.window(0)[:] = 0  # a copy: what is kept is not touched
+    for i, window in enumerate(expected):
+        np.testing.assert_array_equal(kept.window(i), window)
+    with pytest.raises(DataError, match="removed or rebuilt"):
+        large.window(0)
+
+
 @pytest.mark.parametrize("name", ["index.json", "windows.npy"])
 def test_a_changed_byte_of_a_small_file_is_no_whole_store_and_built_anew(store, tmp_path, name):
     expected = [store.window(i) for i in range(len(store))]
