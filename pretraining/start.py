@@ -12,7 +12,7 @@ from cluster import distributed
 from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
-from cluster.memory import PEAK, free_memory, saved_bytes
+from cluster.memory import PEAK, free_memory, saved_bytes, tell_bytes
 from cluster.rendezvous import place
 from cluster.training import rehearsal
 from cluster.weights import Normalise, build_backbone
@@ -133,7 +133,7 @@ def tell_memory(encoder: Encoder, size: int, batch_size: int, precision: str, wo
     need = int(2 * weights + PEAK * kept * batch_size / world.size)
     free = free_memory(world.device, place().local_size)
     if world.main:
-        print(f"a step takes about {need / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free", flush=True)
+        print(f"a step takes about {tell_bytes(need)} of memory; {tell_bytes(free)} are free", flush=True)
     (short,) = distributed.agree(need > free)
     if short and world.main:
         print(
