@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from small_detector import small_spec
 from small_finetuning import config_of, lines_of
 from torch import nn
 
+from cluster import checkpoint
 from cluster.config import recorded
 from cluster.distributed import World
 from cluster.errors import UserError
@@ -17,6 +20,8 @@ from cluster.guard import Guard
 from cluster.precision import in_bf16, settle
 from cluster.training import GuardedStep
 from detection.finetune import main as finetune
+from detection.inference import detect, load_detector
+from detection.model import Detector
 from simclr.pretrain import SimCLRConfig
 from simclr.pretrain import main as pretrain
 
@@ -125,3 +130,38 @@ def test_what_is_given_wins_and_what_no_run_writes_is_refused(sheets, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"precision": "fp8"}))
     with pytest.raises(UserError, match=r"config.json: not a saved config \(precision fp8\); remove it"):
         recorded(config, tmp_path, "cpu")
+
+
+def test_a_detector_finds_in_what_it_was_validated_in(able, tmp_path):
+    torch.manual_seed(0)
+    detector = Detector(small_spec(norm="sync")).eval()
+    state = {
+        "spec": detector.spec.to_dict(),
+        "model": detector.state_dict(),
+        "thresholds": {4: 0.25, 9: 0.75},
+    }
+    for written, given, bf16 in (
+        ({}, "auto", False),  # as earlier versions wrote it
+        ({"precision": "fp32"}, "auto", False),
+        ({"precision": "bf16"}, "auto", able),
+        ({"precision": "bf16"}, "fp32", False),
+        ({}, "bf16", True),
+    ):
+        checkpoint.write_file(tmp_path / "model.pt", state | written)
+        assert load_detector(tmp_path / "model.pt", precision=given).bf16 is bf16
+    image = np.random.default_rng(0).integers(0, 255, (128, 128), dtype=np.uint8)
+    two = [load_detector(tmp_path / "model.pt", precision=given) for given in ("fp32", "bf16")]
+    exact, rounded = (detect(one, image).scores for one in two)
+    assert not np.array_equal(exact, rounded) and np.abs(exact - rounded).max() < 0.01
+
+
+def test_a_finetuning_in_bf16_validates_in_it_unless_an_earlier_version_began_it(sheets, tmp_path):
+    config = config_of(sheets, tmp_path / "run", steps=1, precision="bf16")
+    finetune(config)
+    assert checkpoint.read(config.exp_dir / "last.pt")["precision"] == "bf16"
+    ((step, _),) = checkpoint.listed(config.exp_dir / "checkpoints")[:1]
+    saved = checkpoint.load_newest(config.exp_dir / "checkpoints")[1]
+    del saved["validated_in"]
+    checkpoint.write(config.exp_dir / "checkpoints", step, saved, keep=1)
+    finetune(replace(config, steps=2))
+    assert checkpoint.read(config.exp_dir / "last.pt")["precision"] == "fp32"
