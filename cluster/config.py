@@ -121,7 +121,8 @@ class RunConfig(Config):
     seed: int = setting(0, least=0, most=LARGEST_SEED)
     # Where to compute: auto (a GPU if there is one), cpu, cuda, or one GPU as cuda:1.
     device: str = setting("auto", may_change=True)
-    # Arithmetic of the network: fp32, bf16, or auto (bf16 on a GPU). Losses are computed in float32 always.
+    # Arithmetic of the network: fp32, bf16, or auto: bf16 where the machine computes this network faster in
+    # it. A run keeps what it began with. Losses are computed in float32 always.
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", may_change=True)
     # Use deterministic algorithms alone, so that a GPU repeats a run to the last bit. A CPU always does.
     deterministic: bool = setting(False)
@@ -171,13 +172,14 @@ def save(config: Any, path: Path) -> None:
     atomic.write_text(path, json.dumps(_plain(dataclasses.asdict(config)), indent=2) + "\n")
 
 
-def recorded(config: RunType, exp_dir: Path, *decided: str) -> RunType:
+def recorded(config: RunType, exp_dir: Path, device_type: str, *decided: str) -> RunType:
     """The config, with what the run in `exp_dir` decided for itself when it began.
 
-    That is the number of steps for which --minutes had time, the batch that was fitted to the memory, and the
-    fields `decided` that are None: all stay as they were on whatever machine the run goes on. With --minutes
-    that are new or others than the run's, steps is None. Raises UserError when steps are given too, or
-    config.json is not a saved config.
+    That is the number of steps for which --minutes had time, the batch that was fitted to the memory, what
+    --precision auto stood for, and the fields `decided` that are None: they stay as they were on whatever
+    machine the run goes on. With --minutes that are new or others than the run's, steps is None. device_type:
+    "cpu" or "cuda", on which it goes on. Raises UserError when steps are given too, or config.json is not a
+    saved config.
     """
     if config.minutes is not None and config.steps is not None:
         raise UserError(f"--minutes {config.minutes:g} and --steps {config.steps}: give one of them")
@@ -188,10 +190,18 @@ def recorded(config: RunType, exp_dir: Path, *decided: str) -> RunType:
         old = json.loads(path.read_text())
         if config.batch_size is None:
             config = dataclasses.replace(config, batch_size=old["batch_size"])
-        kept = {name: old.get(name) for name in decided if getattr(config, name) is None}
-        config = dataclasses.replace(config, **kept)
+        own = {name: old.get(name) for name in decided if getattr(config, name) is None}
+        config = dataclasses.replace(config, **own)
         if config.minutes is not None and config.minutes == old.get("minutes"):
             config = dataclasses.replace(config, steps=old["steps"])
+        if config.precision == "auto":
+            kept = old.get("precision", "auto")
+            # Earlier versions kept "auto", which meant float32 on every CPU.
+            if kept == "auto" and device_type == "cpu":
+                kept = "fp32"
+            if kept not in ("auto", "fp32", "bf16"):
+                raise ValueError(f"precision {kept}")
+            config = dataclasses.replace(config, precision=kept)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a saved config ({error}); remove it") from None
     return config

@@ -32,8 +32,13 @@ def free_memory(device: torch.device, local_size: int, env: Mapping[str, str] = 
 def peak_memory(device: torch.device) -> str:
     """The most memory that this process has had, as text such as "3.2 GB of memory"."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB of memory"
+        return f"{tell_bytes(torch.cuda.max_memory_allocated(device))} of GPU memory"
+    return f"{tell_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} of memory"
+
+
+def tell_bytes(number: float) -> str:
+    """An amount of memory for a reader: 3.2 GB, and below 0.1 GB as 45 MB."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.0f} MB"
 
 
 def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:

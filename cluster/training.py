@@ -32,6 +32,7 @@ from cluster.guard import SKIPS, Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
 from cluster.memory import peak_memory
+from cluster.precision import in_bf16
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 TIMED = 4  # steps that are timed
@@ -57,7 +58,7 @@ class GuardedStep:
 
     lr: maps a step to its learning rate, which is multiplied by the "factor" of a parameter group that has
     one. clip_grad: largest norm of the gradient, None for no limit. precision: of the forward pass, auto
-    (bf16 on a GPU that computes in it, and does not emulate it), fp32 or bf16.
+    (see cluster/precision.py), fp32 or bf16.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class GuardedStep:
     ) -> None:
         self.model, self.optimizer, self.lr, self.guard, self.device = model, optimizer, lr, guard, device
         self.clip_grad = math.inf if clip_grad is None else clip_grad
-        self.bf16 = in_bf16(precision, device)
+        self.bf16 = in_bf16(precision, device, model)
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._before: list[Tensor] = []
 
@@ -114,17 +115,10 @@ class GuardedStep:
         return norm
 
 
-def in_bf16(precision: str, device: torch.device) -> bool:
-    """Whether the forward pass is in bf16; "auto" is bf16 on a GPU that does not emulate it."""
-    if precision != "auto":
-        return precision == "bf16"
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 @contextmanager
 def rehearsal(model: ModuleType, device: torch.device, precision: str) -> Iterator[ModuleType]:
     """Yield a copy of the model to try things on: the model and torch's generators stay as they are."""
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(precision, device, model))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
         yield copy.deepcopy(model)
 

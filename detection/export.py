@@ -48,7 +48,7 @@ def main(config: ExportConfig) -> None:
     if config.out.suffix != ".onnx":
         raise UserError(f"--out {config.out}: give a name that ends in .onnx")
     sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
-    detector = load_detector(config.checkpoint)
+    detector = load_detector(config.checkpoint, precision="fp32")  # in which the exported one computes
     if not isinstance(detector, Detector):
         raise UserError(f"--checkpoint {config.checkpoint}: already exported; give a model.pt")
     atomic.make_folder(config.out.parent)

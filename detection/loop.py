@@ -104,6 +104,7 @@ class Progress:
             "phases": [asdict(phase) for phase in self.phases],
             "best": self.best,
             "pending": self.pending,
+            "validated_in": "bf16" if self.judged.bf16 else "fp32",
             "draws": draws.VERSION,
         }
 

@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from cluster.errors import UserError
-from cluster.memory import PEAK, saved_bytes
+from cluster.memory import PEAK, saved_bytes, tell_bytes
 from cluster.training import rehearsal
 from detection.anchors import STRIDES
 from detection.data import MULTIPLE
-from detection.model import Detector
+from detection.model import ROWS, Detector
 from detection.plan import boxes_per_window, large_side
 from schematics.coco import LabelledSheet
 
 BATCHES = (8, 4, 2)  # windows; the first is the recipe's
-PAIR = 36  # bytes of each (true box, anchor) pair when torchvision assigns them, one window at a time
+# Bytes of each (true box, anchor) pair when anchors are matched, one window at a time: the IoU, and whether
+# it is a box's best. The IoU of the boxes that iou_in_parts takes at a time needs more.
+PAIR, IN_PART = 5, 36
 SHARE = 0.85  # of the free memory that a plan may fill
 
 
@@ -33,16 +35,17 @@ class Footprint:
     def need(self, side: int, windows: int, boxes: int) -> int:
         """Bytes for a step of `windows` windows of `side` px, the fullest of which shows `boxes` boxes."""
         kept = self.window + self.pixel * side**2
-        return int(self.fixed + PEAK * windows * kept + PAIR * self.anchors * side**2 * boxes)
+        matched = PAIR * boxes + IN_PART * min(boxes, ROWS)  # for each anchor
+        return int(self.fixed + PEAK * windows * kept + matched * self.anchors * side**2)
 
 
-def measure_footprint(detector: Detector, bf16: bool, copies: int) -> Footprint:
+def measure_footprint(detector: Detector, precision: str, copies: int) -> Footprint:
     """The footprint of a detector on the CPU, from what autograd keeps of two small windows.
 
     copies: how often the weights are held beside the detector's own: as gradients, momentum, an average.
     """
     kept = []
-    with rehearsal(detector, torch.device("cpu"), "bf16" if bf16 else "fp32") as copied:
+    with rehearsal(detector, torch.device("cpu"), precision) as copied:
         for side in (2 * MULTIPLE, 4 * MULTIPLE):
             window = torch.zeros(1, 3, side, side, dtype=torch.uint8)
             box = torch.tensor([[8.0, 8, 56, 56]])
@@ -75,8 +78,8 @@ class Fit:
 
     def __str__(self) -> str:
         told = (
-            f"batches of {self.batch} windows of {self.window} px: a step takes about {self.need / 1e9:.1f} "
-            f"GB of memory, {self.free / 1e9:.1f} GB are free"
+            f"batches of {self.batch} windows of {self.window} px: a step takes about "
+            f"{tell_bytes(self.need)} of memory, {tell_bytes(self.free)} are free"
         )
         return told if self.fits else f"warning: {told}; give a smaller --batch-size, --window or --scale"
 

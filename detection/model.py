@@ -30,6 +30,8 @@ from cluster.weights import Normalise, build_backbone
 from detection.anchors import STRIDES
 from detection.spec import Spec
 
+ROWS = 8  # true boxes whose IoU with all anchors is computed at a time
+
 
 class Pyramid(nn.Module):
     """Backbone and feature pyramid: images [B, 3, H, W] -> maps [B, out_channels, H / stride, W / stride].
@@ -170,7 +172,7 @@ class Predictor(FastRCNNPredictor):
         return scores.float(), deltas.float().repeat(1, self.classes)
 
 
-def iou_in_parts(boxes: Tensor, anchors: Tensor, rows: int = 8) -> Tensor:
+def iou_in_parts(boxes: Tensor, anchors: Tensor, rows: int = ROWS) -> Tensor:
     """IoU of each box with each anchor, [N, 4] and [M, 4] xyxy -> [N, M], for a few boxes at a time.
 
     For 600 boxes and the 262,000 anchors of a window of 1,024 px torchvision's intermediate results take 8
@@ -253,6 +255,7 @@ class Detector(FasterRCNN):
         self.thresholds = [0.5] * len(spec.categories)
         # And how many boxes of it training had; empty where that is not known.
         self.train_boxes: list[int] = []
+        self.bf16 = False  # whether `detect` computes in bf16
         self.transform = Windows(spec.mean, spec.std)
         self.rpn.box_similarity = iou_in_parts
         self.rpn.fg_bg_sampler = SeededSampler(256, 0.5, salt=0x5EED)

@@ -40,6 +40,7 @@ class OnnxDetector:
     """
 
     device = torch.device("cpu")
+    bf16 = False
 
     def __init__(self, path: Path) -> None:
         atomic.verify(path)

@@ -67,3 +67,5 @@ class ModelFacts:
 
     thresholds: dict[int, float] = setting(least=0, most=1)
     train_boxes: dict[int, int] = setting(None, least=0, most=2**63 - 1)  # an earlier version kept none
+    # Arithmetic in which it was validated, and in which the thresholds were fitted.
+    precision: Literal["fp32", "bf16"] = "fp32"

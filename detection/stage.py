@@ -20,6 +20,7 @@ from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
+from cluster.precision import settle
 from cluster.training import (
     TIMING,
     GuardedStep,
@@ -63,8 +64,8 @@ def finetune(config: FinetuneConfig) -> None:
 
     Raises UserError or DataError for input that cannot be used, and UserError if gradients stay non-finite.
     """
-    config = configuration.recorded(config, config.exp_dir)
     world = distributed.start(**config.joining)
+    config = configuration.recorded(config, config.exp_dir, world.device.type)
     distributed.per_rank(config.batch_size or BATCHES[0], world)
     configuration.refuse_changes(config, config.exp_dir)
     check_engine(config.coco_engine)
@@ -90,7 +91,8 @@ def finetune(config: FinetuneConfig) -> None:
         else:
             detector, story, fit = fresh or beginning.new()
         spec, batch = detector.spec, fit.batch
-        config = replace(config, batch_size=batch)
+        precision, in_words = settle(config.precision, world, detector)
+        config = replace(config, batch_size=batch, precision=precision)
         refuse_other_classes(spec, splits[0], config.data_dir, config.exp_dir)
         refuse_unsynced(spec.norm, world)
 
@@ -110,7 +112,9 @@ def finetune(config: FinetuneConfig) -> None:
         if run and config.seconds is None and run.finished(length_of(config.exp_dir, patience, total)):
             return
 
-        told = [story, str(fit)]
+        told = [story, str(fit), in_words]
+        # Earlier versions validated in float32, whatever they trained in.
+        detector.bf16 = (saved.get("validated_in", "fp32") if saved else precision) == "bf16"
         detector = put_on_device(detector, world, config.freeze_stages)
         order = functools.partial(windows.order, at_least=batch)
         batches = Batches(windows, order, per_epoch, batch, world, config.workers, collate)

@@ -14,8 +14,9 @@ from cluster import checkpoint, distributed
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.memory import free_memory
+from cluster.precision import settle
 from cluster.rendezvous import place
-from cluster.training import in_bf16, rehearsal
+from cluster.training import rehearsal
 from cluster.weights import read_weights
 from detection.inference import detect
 from detection.memory import Fit, fit_to_memory, measure_footprint
@@ -99,8 +100,8 @@ class Beginning:
 
     def fit(self, detector: Detector, window: int | None) -> Fit:
         """The window and the batch of the detector that fit into the memory of every rank."""
-        bf16 = in_bf16(self.precision, self.world.device)
-        footprint = measure_footprint(detector, bf16, 3 if self.averaged else 2)
+        precision, _ = settle(self.precision, self.world, detector)
+        footprint = measure_footprint(detector, precision, 3 if self.averaged else 2)
         free = free_memory(self.world.device, place().local_size)
         spec = detector.spec
         if self.world.device.type == "cpu":

@@ -88,5 +88,6 @@ def write_model(
         "valid": figures.to_dict(),
         "thresholds": thresholds,
         "train_boxes": train_boxes,
+        "precision": "bf16" if detector.bf16 else "fp32",
     }
     distributed.on_main(lambda: checkpoint.write_file(path, state))

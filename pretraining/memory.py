@@ -7,7 +7,7 @@ import torch
 from cluster import distributed
 from cluster.distributed import World
 from cluster.errors import UserError
-from cluster.memory import PEAK, free_memory, saved_bytes
+from cluster.memory import PEAK, free_memory, saved_bytes, tell_bytes
 from cluster.rendezvous import place
 from cluster.training import rehearsal
 from pretraining.encoder import Encoder
@@ -69,12 +69,12 @@ def fit_memory(
     if new and micro_batch is None and whole > free:
         micro_batch = footprint.fitting(share, SHARE * free)
         if micro_batch is not None and world.main:
-            told = f"a whole batch takes about {whole / 1e9:.1f} GB of memory, so --micro-batch {micro_batch}"
+            told = f"a whole batch takes about {tell_bytes(whole)} of memory, so --micro-batch {micro_batch}"
             print(f"{told}: same gradient, but BatchNorm's statistics are those of {micro_batch} windows")
     at_once = micro_batch if micro_batch and micro_batch < share else None
     need = footprint.need(at_once or share)
     if world.main:
-        print(f"a step takes about {need / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free", flush=True)
+        print(f"a step takes about {tell_bytes(need)} of memory; {tell_bytes(free)} are free", flush=True)
         if need > free:
             print(f"warning: {_tell_excess(batch_size, at_once, size)}", flush=True)
     return Fit(micro_batch, at_once, need <= free)

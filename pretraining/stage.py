@@ -20,6 +20,7 @@ from cluster.facts import check_facts
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
+from cluster.precision import settle
 from cluster.training import (
     TIMING,
     GuardedStep,
@@ -132,7 +133,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     torch.backends.cudnn.benchmark = not config.deterministic  # views have one size
     refuse_small_batch(config.batch_size, method.joint, world)
     new = not (config.exp_dir / "config.json").exists()
-    config = configuration.recorded(config, config.exp_dir, "micro_batch")
+    config = configuration.recorded(config, config.exp_dir, world.device.type, "micro_batch")
     with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
         with run.allow(PACKING) if run else contextlib.nullcontext():
@@ -142,6 +143,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             return
 
         encoder = build_encoder(config.arch, config.projector, method, store, world, config.seed)
+        precision, told = settle(config.precision, world, encoder)
+        config = replace(config, precision=precision)
         extent = view_extent(config.view, config.recipe, config.image_size, store)
         pairs = Pairs(store, extent=extent, **config.views)
         order = epoch_order(config.seed, len(store))
@@ -168,7 +171,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         schedule = plan_rate(method, config.batch_size, per_epoch, total, **config.rates)
         if world.main:
             print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
-            print(describe_views(config.recipe, config.image_size, extent), flush=True)
+            print(describe_views(config.recipe, config.image_size, extent))
+            print(told, flush=True)
         if not run:
             return
 

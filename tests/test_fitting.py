@@ -1,6 +1,7 @@
 """A run fits the machine, window and batch its memory and steps its time, and keeps what was fitted."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,11 +19,11 @@ from cluster.distributed import World
 from cluster.entry import parse
 from cluster.errors import UserError
 from cluster.journal import Journal
-from cluster.memory import _main_memory, free_memory
+from cluster.memory import _main_memory, free_memory, tell_bytes
 from cluster.training import paced
 from detection.config import FinetuneConfig
 from detection.finetune import main
-from detection.memory import Footprint, fit_to_memory
+from detection.memory import Fit, Footprint, fit_to_memory
 from detection.spec import Spec
 from detection.start import steps_in
 from schematics.coco import read_split
@@ -115,28 +116,31 @@ spec = Spec(arch=sys.argv[1], norm=sys.argv[2], head="mlp", fpn_channels=128, ca
             anchors=Anchors(sizes, (0.5, 1.0, 2.0)), rois=64, proposals=256, detections=100,
             score_threshold=0.01)
 detector = Detector(spec).train()
-footprint = measure_footprint(detector, False, 2)
+footprint = measure_footprint(detector, "fp32", 2)
 def memory(name):
     # Not the peak of getrusage, which starts from that of the process that started this one.
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
 before = memory("VmRSS")
 optimizer = torch.optim.SGD(detector.parameters(), lr=0.001, momentum=0.9)
-corners = torch.rand(30, 2) * 400
-target = {"boxes": torch.cat([corners, corners + 30], 1), "labels": torch.ones(30, dtype=torch.int64)}
+boxes = int(sys.argv[3])
+corners = torch.rand(boxes, 2) * 400
+target = {"boxes": torch.cat([corners, corners + 30], 1), "labels": torch.ones(boxes, dtype=torch.int64)}
 for _ in range(2):
     images = torch.zeros(4, 3, 448, 448, dtype=torch.uint8)
     losses = detector(images, [target] * 4, list(range(4)))
     optimizer.zero_grad()
     sum(losses.values()).backward()
     optimizer.step()
-print(footprint.need(448, 4, 30) / (memory("VmHWM") - before))
+print(footprint.need(448, 4, boxes) / (memory("VmHWM") - before))
 """
 
 
-@pytest.mark.parametrize(("arch", "norm"), [("resnet10t", "sync"), ("efficientnet_lite0", "group")])
-def test_the_estimate_is_near_the_peak_of_real_steps(arch, norm):
+@pytest.mark.parametrize(
+    ("arch", "norm", "boxes"), [("resnet10t", "sync", 600), ("efficientnet_lite0", "group", 30)]
+)
+def test_the_estimate_is_near_the_peak_of_real_steps(arch, norm, boxes):
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, arch, norm],
+        [sys.executable, "-c", PEAK, arch, norm, str(boxes)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
@@ -165,10 +169,17 @@ def test_a_new_run_takes_a_smaller_batch_where_memory_is_short(sheets, tmp_path,
     assert "a step" in told and "in all" in told and not (tmp_path / "run").exists()
 
 
+def test_little_memory_is_told_in_megabytes():
+    told = [tell_bytes(number) for number in (0, 4.4e6, 99e6, 1e8, 3.16e9)]
+    assert told == ["0 MB", "4 MB", "99 MB", "0.1 GB", "3.2 GB"]
+    assert "about 5 MB of memory, 99 MB are free" in str(Fit(64, 2, 5 * 10**6, 99 * 10**6))
+
+
 def test_dry_runs_end_before_the_exp_dir_is_there(pretraining, capfd):
     pretrain(replace(pretraining, steps=7, dry_run=True))
     told = capfd.readouterr().out
-    assert "GB of memory" in told and "for 7 steps" in told and not pretraining.exp_dir.exists()
+    assert re.search(r"a step takes about \d+ MB of memory; [\d.]+ GB are free", told)
+    assert "for 7 steps" in told and not pretraining.exp_dir.exists()
 
 
 def test_minutes_become_steps_that_the_run_keeps(pretraining, capfd):
@@ -177,8 +188,10 @@ def test_minutes_become_steps_that_the_run_keeps(pretraining, capfd):
     pretrain(timed)
     steps = checkpoint.check_final(timed.exp_dir)["step"]
     assert steps == json.loads((timed.exp_dir / "config.json").read_text())["steps"] >= 1
-    assert recorded(timed, timed.exp_dir).steps == steps
-    assert recorded(replace(timed, minutes=0.03), timed.exp_dir).steps is None, "another length is timed anew"
+    assert recorded(timed, timed.exp_dir, "cpu").steps == steps
+    assert recorded(replace(timed, minutes=0.03), timed.exp_dir, "cpu").steps is None, (
+        "another length is timed anew"
+    )
     with pytest.raises(UserError, match=r"--minutes 0\.02 and --steps 5: give one of them"):
         pretrain(replace(timed, steps=5))
     capfd.readouterr()

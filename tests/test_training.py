@@ -89,26 +89,6 @@ def test_a_group_takes_its_share_of_the_rate():
     assert [group["lr"] for group in guarded.optimizer.param_groups] == [0.5, 0.25]
 
 
-@pytest.mark.parametrize(
-    ("precision", "device", "bf16"),
-    [("auto", "cpu", False), ("auto", "cuda", True), ("bf16", "cpu", True), ("fp32", "cuda", False)],
-)
-def test_auto_is_bf16_on_a_gpu_only(precision, device, bf16, monkeypatch):
-    # A GPU since Ampere; what torch says of one before it stands in the next test.
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    guarded = GuardedStep(model, optimizer, float, Guard(), torch.device(device), precision=precision)
-    assert guarded.bf16 is bf16
-
-
-def test_auto_is_fp32_on_a_gpu_that_only_emulates_bf16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    assert not GuardedStep(model, optimizer, float, Guard(), torch.device("cuda"), precision="auto").bf16
-
-
 class Huge:
     """Samples of 4 TB that take no memory until they are copied."""
 
