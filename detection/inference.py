@@ -68,6 +68,7 @@ def load_detector(
     except (AttributeError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: {NO_FIT} ({checkpoint.brief(error)})") from None
     refuse_not_finite(detector.state_dict(), str(path), AGAIN)
+    # The layout of training, in which it was validated: another one would round otherwise.
     detector.to(device, memory_format=torch.channels_last).eval()
     if precision == "auto" and facts.get("precision", "fp32") == "fp32":
         precision = "fp32"

@@ -28,6 +28,7 @@ def config_of(data: Path, exp_dir: Path, **changes: Any) -> FinetuneConfig:
         validate_every=20,
         log_every=1,
         device="cpu",
+        precision="fp32",  # auto is not the same on every machine
     )
     return replace(config, **changes)
 

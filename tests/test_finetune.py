@@ -114,7 +114,7 @@ def finetune_over_two_ranks(data, exp_dir, steps):
     """The finetuning of the fixture `four_steps`, with `steps` steps on two ranks."""
     flags = f"""--backbone none --arch resnet10t --norm group --fpn-channels 64 --window 256 --overlap 64
         --steps {steps} --ema-decay 0.9 --batch-size 2 --lr 0.02 --scheduler constant --warmup-steps 0
-        --validate-every 20 --log-every 1 --workers 0 --device cpu"""
+        --validate-every 20 --log-every 1 --workers 0 --device cpu --precision fp32"""
     where = ["--data-dir", str(data), "--exp-dir", str(exp_dir)]
     return two_ranks("-m", "detection.finetune", *where, *flags.split())
 

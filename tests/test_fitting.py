@@ -49,6 +49,7 @@ def pretraining(sheets, tmp_path):
         workers=0,
         log_every=1,
         device="cpu",
+        precision="fp32",
     )
 
 

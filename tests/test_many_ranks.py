@@ -48,6 +48,7 @@ def train(name: str, sheets: Path, exp_dir: Path, steps: int, size: int) -> None
         warmup_epochs=0.0,
         min_lr_ratio=1.0,
         device="cpu",
+        precision="fp32",
     )
     joint = name != "vicreg"
     facts = {"joint": joint, "last_norm": joint, "base_lr": lambda *_: 1.0}

@@ -82,7 +82,7 @@ def test_merging_thousands_needs_little_memory():
 def detector():
     torch.manual_seed(0)
     spec = small_spec(proposals=64)
-    return Detector(spec).eval()
+    return Detector(spec).to(memory_format=torch.channels_last).eval()  # as `load_detector` gives it
 
 
 def sheet(height, width):

@@ -66,6 +66,7 @@ def config(pool, tmp_path):
         workers=0,
         log_every=1,
         device="cpu",
+        precision="fp32",
     )
 
 
