@@ -12,7 +12,9 @@ seven cores, and the process that feeds it must take 10,000 itself. The pool is 
   batches of 1 or 2 workers, or puts them together itself with 0. With a GPU it copies them to pinned memory
   and there.
 
-There is no peer: the goals are a rate. CPU seconds are counted, so that load from elsewhere weighs little.
+In color the goal of a core is missed: about a third of `drawing` is resizing, and much of the rest the turn
+of crops and JPEG. With 0 workers new memory for each batch limits the main process in color. There is no
+peer: the goals are a rate. CPU seconds are counted, so that load from elsewhere weighs little.
 """
 
 from __future__ import annotations

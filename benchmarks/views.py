@@ -12,8 +12,8 @@ antialiased unless the line says otherwise.
   resizing, so it isn't done.
 - files: a sheet is read, the same window cut out and made into views. albumentations has its sheet from
   cv2.imread; ours, `read_sheet`, also proves that the file is whole and finds out whether it has color.
-  The goals are missed: both decode by OpenCV, which is nine tenths of the time of a sheet of 1 to 2
-  megapixels, so that views made in no time at all would give 1.1 to 1.3.
+  The goals are missed: both decode by OpenCV, which is eight to nine tenths of the time of a sheet of 1 to 2
+  megapixels, so that views made in no time at all would give about 1.1 for PNG and 1.3 for JPEG.
 - packed store: ours reads windows of a store, the official code of SimCLR and VICReg (torchvision transforms
   on PIL images, bicubic with antialiasing) the same windows as files, one a window, as ImageFolder does.
   `drawing` has no published peer and is compared with VICReg's recipe. In color simclr and vicreg miss the
