@@ -105,7 +105,7 @@ class Progress:
             "best": self.best,
             "pending": self.pending,
             "validated_in": "bf16" if self.judged.bf16 else "fp32",
-            "draws": draws.VERSION,
+            "draws": draws.WINDOWS_VERSION,
         }
 
     def restore(self, saved: Saved) -> None:

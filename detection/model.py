@@ -184,6 +184,32 @@ def iou_in_parts(boxes: Tensor, anchors: Tensor, rows: int = ROWS) -> Tensor:
     return iou
 
 
+class MersenneTwister:
+    """Draws k of n as `torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]` does on a CPU.
+
+    randperm swaps place 0, 1, 2, ... with one drawn from the places from there on, so the first k are settled
+    after k swaps. It makes all n, which takes 2.5 ms for the anchors of a window of 1024 px.
+    """
+
+    def __init__(self, seed: int):
+        self.random = np.random.RandomState(seed & 0xFFFFFFFF)  # the bits of torch's generator
+        self.behind = 0  # draws that randperm would have made for the places that were not asked for
+
+    def choose(self, n: int, k: int) -> list[int]:
+        """The first k of a random permutation of 0 to n - 1, all of them if there are fewer."""
+        draws = max(0, n - 1)  # the last place has nothing to be swapped with
+        taken = min(k, draws)
+        drawn = self.random.randint(0, 1 << 32, self.behind + taken, np.uint32)[self.behind :].tolist()
+        self.behind = draws - taken
+        moved: dict[int, int] = {}
+        chosen = []
+        for place, number in enumerate([*drawn, *[0] * (min(k, n) - taken)]):
+            other = place + number % (n - place)
+            chosen.append(moved.get(other, other))
+            moved[other] = moved.get(place, place)
+        return chosen
+
+
 class SeededSampler:
     """Chooses the positive and negative anchors or proposals that enter the loss, by a seed for each window.
 
@@ -205,16 +231,18 @@ class SeededSampler:
         """
         chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
         for seed, labels in zip(self.seeds, matched, strict=True):
-            generator = torch.Generator().manual_seed(seed ^ self.salt)
+            generator = MersenneTwister(seed ^ self.salt)
             positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
             n_positive = min(self.positives, positive.numel())
             for group, limit, masks in (
                 (positive, n_positive, chosen[0]),
                 (negative, self.count - n_positive, chosen[1]),
             ):
-                order = torch.randperm(group.numel(), generator=generator)[:limit]
+                order = torch.tensor(
+                    generator.choose(len(group), limit), dtype=torch.int64, device=group.device
+                )
                 mask = torch.zeros_like(labels, dtype=torch.uint8)
-                mask[group[order.to(group.device)]] = 1
+                mask[group[order]] = 1
                 masks.append(mask)
         return chosen
 

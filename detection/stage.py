@@ -197,7 +197,7 @@ def tell_changes(journal: Journal, saved: State | None, begun: list[Phase], phas
     """
     if saved is None:
         return
-    if saved.get("draws") != draws.VERSION:
+    if saved.get("draws") != draws.WINDOWS_VERSION:
         journal.message(draws.CHANGED)
     if begun and phases != begun:
         step = saved["step"]

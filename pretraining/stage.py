@@ -81,7 +81,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "guard": self.guard.state(),
             "windows": self.windows,
-            "draws": draws.VERSION,
+            "draws": draws.VIEWS_VERSION,
         }
 
     def restore(self, saved: Saved) -> None:
@@ -217,7 +217,7 @@ def tell_changes(
     """Say in the log what a resumed run does otherwise than the launch that saved its checkpoint."""
     if saved is None:
         return
-    if saved.get("draws") != draws.VERSION:
+    if saved.get("draws") != draws.VIEWS_VERSION:
         journal.message(draws.CHANGED)
     start, last = saved["step"], optimizer.param_groups[0]["lr"]  # of the step before, as it was taken
     if start and last != schedule.lr(start - 1):

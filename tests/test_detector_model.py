@@ -12,7 +12,7 @@ from cluster.checkpoint import sign_final
 from cluster.errors import UserError
 from cluster.weights import read_weights, write_backbone
 from detection.anchors import STRIDES, TORCHVISION, best_iou, fit_anchors, recall_table
-from detection.model import Detector, PixelAnchors, SeededSampler, iou_in_parts
+from detection.model import Detector, MersenneTwister, PixelAnchors, SeededSampler, iou_in_parts
 from detection.pretrained import fill_backbone
 from detection.spec import Spec
 
@@ -254,6 +254,13 @@ def test_every_trained_parameter_gets_a_gradient(arch):
 def test_sheets_without_symbols_train():
     losses = Detector(spec_of())(windows(), targets([], []), [1, 2])
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 - 1, 0x5EED ^ 12345, 2**40 + 3])
+def test_k_of_n_are_drawn_as_torch_permutes(seed):
+    theirs, ours = torch.Generator().manual_seed(seed), MersenneTwister(seed)
+    for n in (0, 300, 1, 2, 70_000, 128, 5):
+        assert ours.choose(n, 128) == torch.randperm(n, generator=theirs)[:128].tolist()
 
 
 def test_the_draws_of_a_window_depend_on_its_seed_alone():

@@ -356,7 +356,7 @@ def test_a_run_of_a_version_with_other_draws_goes_on_and_says_so(config, capfd):
     run(dataclasses.replace(config, steps=2))
     newest = config.exp_dir / "checkpoints" / "step_00000002.pt"
     state = checkpoint.read(newest)
-    assert state.pop("draws") == draws.VERSION
+    assert state.pop("draws") == draws.VIEWS_VERSION
     checkpoint.write_file(newest, state)
     capfd.readouterr()
     run(dataclasses.replace(config, steps=3))
