@@ -90,7 +90,7 @@ def tell_price(windows: int) -> None:
     encoder, batch = network(), views(windows)
     works = [lambda: step(encoder, batch, MICRO), lambda: step(encoder, batch, None)]
     times = [[cpu_seconds(work) for work in works] for _ in range(ROUNDS + 1)][1:]
-    tell_ratio(f"step of {windows}, {MICRO} at a time", [(a, b) for a, b in times], "at once", 0.7)
+    tell_ratio(f"step of {windows}, {MICRO} at a time", [(a, b) for a, b in times], "at once", None)
 
 
 def main() -> None:
