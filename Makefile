@@ -36,6 +36,7 @@ chaos: install
 # The peers come from the extra `bench`. It takes about an hour and writes docs/benchmarks.md.
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps solo-learn  # of which one file is read
 	$(BIN)/python benchmarks/bench.py
 
 # One line a claim: PASS, FAIL or FIGURE.

@@ -38,10 +38,13 @@ def count(arch: str, method: str) -> tuple[int, int, int]:
 
 
 def loss_seconds(method: str, windows: int, width: int, flops: float) -> float:
-    """Of the loss, which every rank computes on the whole batch: the matrix products of both passes."""
+    """Of the loss, which every rank computes on the whole batch: the matrix products of both passes.
+
+    Both products are symmetric, so half of them is computed; SimCLR's again in the backward pass.
+    """
     if method == "simclr":
-        return 3 * 2 * (2 * windows) ** 2 * width / flops
-    return 2 * 2 * 2 * min(windows, width) * windows * width / flops
+        return 4 * (2 * windows) ** 2 * width / flops
+    return 2 * 3 * min(windows, width) * windows * width / flops
 
 
 def ring(size: float, ranks: int, bandwidth: float, latency: float) -> float:

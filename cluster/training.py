@@ -274,7 +274,9 @@ def train_guarded(
             if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
                 raise
             reason = " ".join(str(error).split())[:200]
-            cure = "lower --batch-size, or run on more ranks, which share it"
+            cure = (
+                "lower --batch-size or, in pretraining, --micro-batch, or run on more ranks, which share it"
+            )
             raise UserError(f"{batches.world.device}: not enough memory ({reason}): {cure}") from None
         except NotFinite as bad:
             sources = batches.sources(bad.step + guard.offset)

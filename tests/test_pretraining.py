@@ -259,7 +259,7 @@ def test_weights_that_overflow_end_the_run_in_the_same_way(config):
 
 
 def test_a_step_without_memory_is_one_line_that_names_the_batch(config):
-    with pytest.raises(UserError, match=r"^cpu: not enough memory .*: lower --batch-size, or"):
+    with pytest.raises(UserError, match=r"^cpu: not enough memory .*: lower --batch-size or, in"):
         run(config, loss=at(1, lambda value: value * torch.ones(1 << 50)))
 
 
