@@ -179,7 +179,8 @@ def growth(small: WindowStore, out: Path) -> None:
             cpu_seconds(lambda store=store, order=order: store.window(next(order)), 500),
         ]
         print(
-            f"{count} windows: opened in {1e3 * times[0]:.0f} ms, a window in {1e3 * times[1]:.2f} ms with the hashes"
+            f"{count} windows: opened in {1e3 * times[0]:.0f} ms, a window in {1e3 * times[1]:.2f} ms, the "
+            "hashes of its tiles included"
         )
     tracemalloc.start()
     batches = Batches(small, epoch_order(0, 100_000), 390, 256, World())  # type: ignore[arg-type]

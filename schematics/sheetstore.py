@@ -118,8 +118,8 @@ class SheetStore:
             return np.frombuffer(self._file, np.uint8, math.prod(shape), begin).reshape(shape)
         if number not in self._open:
             told = (
-                f"{self.folder}: its copy of {facts['name']} is damaged; delete this folder, and the sheets "
-                "are packed again"
+                f"{self.folder}: its copy of {facts['name']} is damaged; delete this folder and run the "
+                "command again, which packs the sheets anew (a store of your own: python -m schematics.pack)"
             )
             data = self._file[begin : begin + facts["bytes"]]
             self._open[number] = tiles.PackedSheet(data, shape, facts["sha256"], told)
