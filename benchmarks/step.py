@@ -7,6 +7,10 @@ lightly's recipe is its SimCLR example: a call of backbone and head for each vie
 its views arrive normalised in float32, ours as uint8 pixels. Ours also takes the norm of the gradient and
 keeps what the guard needs to undo the step. A share of the peak is that of a matrix product of 2,048 x 2,048
 in the same arithmetic, measured here.
+
+What limits ours, by a profile of ResNet-50 in bf16: convolutions are half of the step (42 % backward), and
+both have them from oneDNN; LARS is 16 %, the norm layers 14 %, casts and copies 9 %. A LARS over all tensors
+at once is the next thing to try; with larger batches its share dwindles.
 """
 
 import argparse

@@ -158,10 +158,10 @@ def test_without_data_dir_and_split_it_is_what_the_detector_was_finetuned_on(mod
     data = shutil.copytree(LOST, tmp_path / "data")
     (run / "config.json").write_text(json.dumps({"data_dir": str(data)}))
     evaluate.main(evaluate.EvaluateConfig(**flags))
-    assert f"on {data / 'test'}, 1 sheet\n" in capsys.readouterr().out
+    assert f"on {data / 'test'}, 1 sheet, in fp32\n" in capsys.readouterr().out
     shutil.rmtree(data / "test")
     evaluate.main(evaluate.EvaluateConfig(**flags))
-    assert f"on {data / 'valid'}, 3 sheets\n" in capsys.readouterr().out
+    assert f"on {data / 'valid'}, 3 sheets, in fp32\n" in capsys.readouterr().out
     assert (run / "evaluate-test").is_dir() and (run / "evaluate-valid").is_dir()
     shutil.rmtree(data)
     with pytest.raises(

@@ -179,7 +179,7 @@ def test_little_memory_is_told_in_megabytes():
 def test_dry_runs_end_before_the_exp_dir_is_there(pretraining, capfd):
     pretrain(replace(pretraining, steps=7, dry_run=True))
     told = capfd.readouterr().out
-    assert re.search(r"a step takes about \d+ MB of memory; [\d.]+ GB are free", told)
+    assert re.search(r"a step takes about \d+ MB of memory; [\d.]+ [GM]B are free", told)
     assert "for 7 steps" in told and not pretraining.exp_dir.exists()
 
 
