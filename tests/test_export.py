@@ -114,7 +114,7 @@ def test_bad_input_is_one_line(grouped, noise, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"ends in \.onnx"):
         export_to(grouped.with_name("model.pt"), grouped.with_name("model.pt"), noise)
     cv2.imwrite(str(tmp_path / "blank.png"), np.full((40, 40), 255, np.uint8))
-    monkeypatch.setattr(export, "LEAST_SCORE", 1.0)
+    monkeypatch.setattr(onnx_export, "LEAST_SCORE", 1.0)
     with pytest.raises(UserError, match=r"torch finds nothing on the sheets with a score of 1\.0 or more"):
         export_to(tmp_path / "a.onnx", grouped.with_name("model.pt"), tmp_path / "blank.png")
     out = tmp_path / "b.onnx"
