@@ -30,9 +30,9 @@ from cluster import atomic
 from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import FAILED, UserError
-from cluster.progress import progress
 from detection.detections import Detections, to_results
 from detection.draw import annotate, write_png
+from schematics.progress import progress
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
 
 

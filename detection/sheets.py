@@ -13,9 +13,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from cluster.progress import progress
 from cluster.rendezvous import place
 from schematics.coco import LabelledSheet, Split
+from schematics.progress import progress
 from schematics.sheets import DataError, Sheet, read_sheet, to_color
 from schematics.sheetstore import Facts, Plan, SheetStore, build, key_of
 from schematics.windows import Color, Image, cut, paper_color

@@ -8,7 +8,6 @@ from typing import Any
 
 from cluster import checkpoint, distributed
 from cluster.distributed import World
-from cluster.progress import progress
 from detection.detections import to_results
 from detection.inference import detect
 from detection.metrics.analysis import fit_thresholds
@@ -16,6 +15,7 @@ from detection.metrics.coco import Figures, measure
 from detection.metrics.engines import Engine
 from detection.model import Detector
 from detection.sheets import SheetReader
+from schematics.progress import progress
 
 VALIDATING = 6 * 3600.0  # seconds that a validation may take before it counts as hung
 

@@ -22,7 +22,6 @@ from cluster import atomic
 from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import UserError
-from cluster.progress import progress
 from detection.classes import match_classes
 from detection.detections import Detections, to_results
 from detection.draw import annotate, side_by_side, write_png
@@ -31,6 +30,7 @@ from detection.metrics.coco import measure
 from detection.metrics.engines import Engine, check_engine
 from detection.report.page import CHOSEN_HERE, write_report
 from schematics.coco import SPLITS, LabelledSheet, Split, find_split, losses, read_split, to_coco
+from schematics.progress import progress
 from schematics.sheets import DataError, read_sheet
 
 

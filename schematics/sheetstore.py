@@ -30,6 +30,7 @@ import numpy as np
 
 from schematics import tiles
 from schematics.folders import remove_stale, resumable_folder, sync, unfinished_folder
+from schematics.progress import progress
 from schematics.sheets import DataError, Sheet, sheet_size
 from schematics.windows import Image, cut
 from schematics.workers import in_order
@@ -220,7 +221,9 @@ def _write(plan: Plan, folder: Path, workers: int | None) -> None:
         if not records:
             _check_room(rest, sizes, folder)
         work = _Packing(plan.prepare)
-        for data, record in in_order(work, rest, sizes, workers):
+        for _, (data, record) in zip(
+            progress(rest, "packing"), in_order(work, rest, sizes, workers), strict=True
+        ):
             record["offset"] = file.tell()
             file.write(data)
             file.flush()

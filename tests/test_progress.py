@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from cluster.progress import progress
 from detection.data import SheetReader
 from schematics.coco import read_split
+from schematics.progress import progress
+from schematics.store import build_store
 
 
 def test_lines_in_a_log(capsys, monkeypatch):
@@ -38,3 +39,10 @@ def test_sheets_that_are_read_before_training_are_counted_by_rank_0(rank, told, 
     reader.preload()
     out, err = capsys.readouterr()
     assert not out and ("reading train: 3 of 8 sheets" in err) == told
+
+
+def test_sheets_that_are_packed_are_counted(sheets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 10000, 20)).__next__)
+    build_store(sheets / "train", tmp_path / "store", side=64)
+    out, err = capsys.readouterr()
+    assert not out and "packing: 3 of 8 sheets" in err
