@@ -212,9 +212,9 @@ def step_speed(bench: Bench) -> None:
     import torch
     from torch.utils.data import DataLoader
 
+    from cluster.backbone import Normalise, build_backbone
     from cluster.guard import Guard
     from cluster.training import GuardedStep
-    from cluster.weights import Normalise, build_backbone
     from pretraining.data import Pairs, epoch_order
     from pretraining.encoder import Encoder, build_projector
     from schematics.recipes import default_extent

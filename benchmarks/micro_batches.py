@@ -21,7 +21,7 @@ from race import cpu_seconds, describe_machine, tell_ratio
 from torch import Tensor
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from cluster.weights import Normalise, build_backbone
+from cluster.backbone import Normalise, build_backbone
 from pretraining.encoder import Encoder, build_projector
 from pretraining.gradcache import GradCache
 from simclr.loss import nt_xent

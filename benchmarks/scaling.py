@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from cluster.weights import Normalise, build_backbone
+from cluster.backbone import Normalise, build_backbone
 from pretraining.encoder import Encoder, build_projector
 
 PROJECTORS = {"simclr": ((2048, 128), True), "vicreg": ((8192, 8192, 8192), False)}

@@ -25,9 +25,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+from cluster.backbone import Normalise, build_backbone
 from cluster.guard import Guard
 from cluster.training import GuardedStep
-from cluster.weights import Normalise, build_backbone
 from pretraining.encoder import Encoder, build_projector
 from pretraining.schedule import build_optimizer
 from simclr.loss import nt_xent

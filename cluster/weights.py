@@ -1,157 +1,57 @@
-"""Build, write and read the backbone that one stage hands to the next, and normalise its input.
+"""Show what backbone a file holds, and convert it to a backbone.safetensors, which every stage takes.
 
-backbone.safetensors holds the tensors of a timm backbone and the facts of its training: architecture, method,
-color mode, mean and std. Torch files of other projects can be read too.
+    python -m cluster.weights FILE                              # shows it
+    python -m cluster.weights FILE OUT.safetensors              # converts it too
+    python -m cluster.weights FILE OUT.safetensors --arch resnet18
+
+FILE is a checkpoint of torchvision, timm, VICReg, solo-learn, lightly, MoCo, stable-pretraining or a SimCLR
+repository (docs/weights.md). Code in it is never run. Seconds on any machine.
 """
 
-from __future__ import annotations
-
-import difflib
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import timm
-import torch
-from torch import Tensor, nn
+from tyro.conf import Positional
 
-from cluster import atomic, checkpoint
-from cluster.config import setting
+from cluster.config import Config, setting
+from cluster.entry import run
 from cluster.errors import UserError
-from cluster.facts import LEAST_STD, check_facts
-
-# A foreign file does not say how its images were normalised. Nearly all projects use these values.
-IMAGENET = {"color_mode": "rgb", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-AGAIN = "copy the file again from where it was made, or run its pretraining again"
+from cluster.facts import LEAST_STD
 
 
-def build_backbone(arch: str) -> Any:
-    """A timm backbone without classifier: images [B, 3, H, W] -> features [B, backbone.num_features].
-
-    The keys and shapes of a ResNet's state dict are torchvision's without `fc.*`. Raises UserError for a name
-    that timm does not know; the message lists the nearest names.
-    """
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        raise UserError(f"--arch {arch}: timm has no such model; near: {', '.join(near) or 'none'}")
-    try:
-        return timm.create_model(arch, pretrained=False, num_classes=0)
-    except RuntimeError as error:
-        if "." not in arch:  # is_model ignores the tag, as in resnet50.a1_in1k, which may not exist
-            raise
-        raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from None
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig(Config):
+    # The file to read, and the .safetensors to write, if any.
+    files: Positional[tuple[Path, ...]] = ()
+    # Architecture by its name in timm; by default the one that the file tells, else resnet50.
+    arch: str | None = None
+    # Mean of the images that the weights were trained on, in units of 0..1, where the file doesn't tell it.
+    mean: tuple[float, float, float] | None = setting(None, least=0, most=1)
+    # Their standard deviation, in units of 0..1.
+    std: tuple[float, float, float] | None = setting(None, least=LEAST_STD, most=1)
 
 
-@dataclass(frozen=True)
-class BackboneFacts:
-    """What a backbone.safetensors may say of itself, as far as it is used: here or by the probes."""
+def main(config: WeightsConfig) -> None:
+    # Imported here, so that --help and wrong flags are answered before torch is loaded.
+    from cluster.backbone import write_backbone
+    from cluster.foreign import convert
 
-    arch: str = ""
-    color_mode: Literal["gray", "rgb"] = "gray"
-    mean: tuple[float, float, float] = setting((0.0, 0.0, 0.0), least=0, most=1)
-    std: tuple[float, float, float] = setting((1.0, 1.0, 1.0), least=LEAST_STD, most=1)
-    image_size: int = setting(224, least=1, most=32768)  # pixels
-
-
-class Normalise(nn.Module):
-    """Pixels uint8 [B, C, H, W] -> (pixels / 255 - mean) / std, float32 [B, 3, H, W]; C is 3, or 1 for gray.
-
-    mean and std are in units of 0..1.
-
-    mean and std are not in the state dict: they are stored beside the weights and given to the constructor.
-    memory_format: layout of the result; channels_last suits a network that is trained in it.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> None:
-        super().__init__()
-        self.memory_format = memory_format
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return ((pixels.float() / 255 - self.mean) / self.std).to(memory_format=self.memory_format)
+    if len(config.files) not in (1, 2):
+        raise UserError("name FILE to show it, or FILE and OUT.safetensors to convert it")
+    if (config.mean is None) != (config.std is None):
+        raise UserError(f"--{'mean' if config.std is None else 'std'}: give --mean and --std, or neither")
+    for out in config.files[1:]:
+        if out.suffix != ".safetensors" or out.exists():
+            raise UserError(f"{out}: name a .safetensors file that does not exist yet")
+    tensors, meta, story = convert(str(config.files[0]), config.arch)
+    if config.mean is not None:
+        meta |= {"mean": config.mean, "std": config.std}
+        story += "\nmean and std are those of the flags"
+    print(story)
+    for out in config.files[1:]:
+        write_backbone(out, tensors, meta)
+        print(f"{out}: {len(tensors)} tensors of {meta['arch']}")
 
 
-def write_backbone(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
-    """Write backbone.safetensors and its .sha256. The file contains meta (arch, method, mean, ...).
-
-    The same tensors and meta give the same bytes. Returns the sha256 in hex.
-    """
-    from safetensors.torch import save
-
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(content, {key: json.dumps(value) for key, value in meta.items()})
-    size = int.from_bytes(data[:8], "little")
-    # safetensors writes the meta in an order that changes at random, so it is sorted here.
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    data = len(header).to_bytes(8, "little") + header + data[8 + size :]
-    atomic.make_folder(path.parent)
-    return atomic.replace(path, lambda file: file.write(data), hashed=True)
-
-
-def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, meta) of a file that `write_backbone` wrote.
-
-    Raises UserError for a file that is absent, damaged, without its sha256, or of another kind, and for a
-    meta or tensors that no pretraining writes.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    atomic.verify(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a backbone of Linework ({checkpoint.brief(error)})") from None
-    check_facts(BackboneFacts, meta, str(path), AGAIN)
-    if ("mean" in meta) != ("std" in meta):
-        raise UserError(f"{path}: {'std' if 'mean' in meta else 'mean'} is missing; {AGAIN}")
-    refuse_not_finite(tensors, str(path), AGAIN)
-    return tensors, meta
-
-
-def refuse_not_finite(tensors: Mapping[str, Tensor], source: str, cure: str) -> None:
-    """Raise UserError if a number of the tensors is NaN or infinite. source, cure: for its line."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise UserError(f"{source}: {name} holds numbers that are NaN or infinite; {cure}")
-
-
-def read_weights(file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and meta (arch, color_mode, mean, std, ...) of a backbone's file; both are empty for "none".
-
-    A .safetensors file is Linework's own; if a config.json lies beside it, that run must be signed as
-    finished. Any other file must be a torch file of tensors under bare keys, such as the published VICReg's
-    resnet50.pth; its meta is the color mode, mean and std of ImageNet.
-    Raises UserError for an unfinished run, a file that has changed since, or one that is no backbone; code in
-    it is never run.
-    """
-    path = Path(file)
-    if file == "none":
-        return {}, {}
-    if not path.is_file():
-        raise UserError(f"--backbone {file}: no such file; give backbone.safetensors, a .pth, or none")
-    if path.suffix == ".safetensors":
-        if (path.parent / "config.json").exists():
-            checkpoint.check_final(path.parent)
-        return read_backbone(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a pickle that runs code, a cut zip, a foreign format: torch raises many types
-        raise UserError(f"{path}: refused, not a file of plain tensors; nothing in it was run") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{path}: not a backbone; give tensors under bare keys such as conv1.weight")
-    refuse_not_finite(tensors, file, "give another backbone")
-    return tensors, IMAGENET
+if __name__ == "__main__":
+    run(WeightsConfig, main)

@@ -17,10 +17,10 @@ import torch
 from torchvision.ops import nms
 
 from cluster import checkpoint
+from cluster.backbone import refuse_not_finite
 from cluster.errors import UserError
 from cluster.facts import check_facts
 from cluster.precision import in_bf16
-from cluster.weights import refuse_not_finite
 from detection.detections import Detections
 from detection.model import Detector, as_tensor
 from detection.onnx_detector import OnnxDetector

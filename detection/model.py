@@ -25,8 +25,8 @@ from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from cluster.backbone import Normalise, build_backbone
 from cluster.errors import UserError
-from cluster.weights import Normalise, build_backbone
 from detection.anchors import STRIDES
 from detection.spec import Spec
 

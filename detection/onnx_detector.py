@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cluster import atomic, checkpoint
+from cluster.backbone import refuse_not_finite
 from cluster.config import setting
 from cluster.errors import UserError
 from cluster.facts import check_facts
-from cluster.weights import refuse_not_finite
 from detection.spec import Spec
 
 PROPERTY = "linework"  # the property of the ONNX model that holds {"spec", "thresholds"} as JSON

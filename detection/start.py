@@ -13,11 +13,11 @@ from timm.layers import convert_sync_batchnorm
 from cluster import checkpoint, distributed
 from cluster.distributed import World
 from cluster.errors import UserError
+from cluster.foreign import read_weights
 from cluster.memory import free_memory
 from cluster.precision import settle
 from cluster.rendezvous import place
 from cluster.training import rehearsal
-from cluster.weights import read_weights
 from detection.inference import detect
 from detection.memory import Fit, fit_to_memory, measure_footprint
 from detection.model import Detector
@@ -83,7 +83,7 @@ class Beginning:
 
         The lines say how the backbone was loaded and what was planned.
         """
-        tensors, meta = read_weights(self.backbone)
+        tensors, meta = read_weights(self.backbone, self.arch)
         known = meta.get("arch", self.arch or "resnet50")
         if self.arch not in (None, known):
             raise UserError(f"--arch {self.arch}: {self.backbone} is a {known}; leave out --arch")
@@ -96,6 +96,7 @@ class Beginning:
                 f"--backbone {self.backbone}: {error}" if "arch" in meta else str(error)
             ) from None
         audit = fill_backbone(detector, tensors, self.backbone) if tensors else "backbone: random weights"
+        audit = "\n".join([*([meta["told"]] if "told" in meta else []), audit])
         return detector, f"{audit}\n{describe(spec, self.splits[0].sheets)}"
 
     def fit(self, detector: Detector, window: int | None) -> Fit:

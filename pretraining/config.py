@@ -30,8 +30,13 @@ class PretrainConfig(RunConfig):
     # --exp-dir.
     store_dir: Path | None = setting(None, may_change=True)
 
-    # Backbone by its name in timm; a ResNet's keys are torchvision's.
-    arch: str = setting("resnet50")
+    # Backbone to go on from, in place of random weights: a backbone.safetensors, or weights of torchvision,
+    # timm, VICReg, solo-learn, lightly, MoCo, stable-pretraining or a SimCLR repository. A resumed run has
+    # its own weights and doesn't read it again.
+    init: Path | None = setting(None)
+    # Backbone by its name in timm; a ResNet's keys are torchvision's. By default the one that --init tells,
+    # else resnet50.
+    arch: str | None = setting(None)
     # Widths of the projector's layers.
     projector: tuple[int, ...] = setting(least=1)
 

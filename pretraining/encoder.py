@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from cluster.weights import Normalise
+from cluster.backbone import Normalise
 
 
 def build_projector(widths: list[int], last_norm: bool) -> nn.Sequential:

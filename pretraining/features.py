@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from cluster.backbone import AGAIN, BackboneFacts, Normalise, build_backbone, read_backbone
 from cluster.errors import UserError
-from cluster.weights import AGAIN, BackboneFacts, Normalise, build_backbone, read_backbone
 from schematics.sheets import find_sheets, read_sheet, to_color
 from schematics.windows import paper_color
 

@@ -1,7 +1,7 @@
 """The pretraining stage, from a configuration to a signed backbone.safetensors."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cluster import atomic, distributed
 from cluster import config as configuration
+from cluster.backbone import write_backbone
 from cluster.batches import Batches
 from cluster.checkpoint import OTHER, Saved, State
 from cluster.facts import check_facts
@@ -32,7 +33,6 @@ from cluster.training import (
     tell_seconds,
     train_guarded,
 )
-from cluster.weights import write_backbone
 from pretraining.config import PretrainConfig
 from pretraining.data import Pairs, collate, describe_views, epoch_order
 from pretraining.encoder import Encoder
@@ -42,6 +42,7 @@ from pretraining.memory import fit_memory
 from pretraining.schedule import Schedule, build_optimizer
 from pretraining.start import (
     Method,
+    begin_from,
     build_encoder,
     describe,
     length,
@@ -55,6 +56,7 @@ from schematics import draws
 from schematics.store import WindowStore
 
 BACKBONE = "backbone.safetensors"
+INIT = "init.safetensors"  # what a run with --init began from
 PACKING = 24 * 3600.0  # seconds that packing a pool may take before the run counts as hung
 DRAWING = 1800.0  # seconds that a picture of the embedding may take
 
@@ -133,7 +135,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     torch.backends.cudnn.benchmark = not config.deterministic  # views have one size
     refuse_small_batch(config.batch_size, method.joint, world)
     new = not (config.exp_dir / "config.json").exists()
-    config = configuration.recorded(config, config.exp_dir, world.device.type, "micro_batch")
+    config = configuration.recorded(config, config.exp_dir, world.device.type, "micro_batch", "arch")
     with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
         with run.allow(PACKING) if run else contextlib.nullcontext():
@@ -142,7 +144,9 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         if run and config.seconds is None and run.finished(total):
             return
 
-        encoder = build_encoder(config.arch, config.projector, method, store, world, config.seed)
+        beginning = begin_from(config.init, config.arch, config.exp_dir / INIT, new, config.dry_run)
+        config = replace(config, arch=beginning.arch)
+        encoder = build_encoder(beginning, config.projector, method, store, world, config.seed)
         precision, told = settle(config.precision, world, encoder)
         config = replace(config, precision=precision)
         extent = view_extent(config.view, config.recipe, config.image_size, store)
@@ -170,7 +174,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
                 print(f"{tell_seconds(seconds)} a step, {tell_seconds(total * seconds)} for {total} steps")
         schedule = plan_rate(method, config.batch_size, per_epoch, total, **config.rates)
         if world.main:
-            print(describe(config.arch, config.batch_size, encoder, store, schedule, world))
+            print(describe(beginning.arch, config.batch_size, encoder, store, schedule, world))
             print(describe_views(config.recipe, config.image_size, extent))
             print(told, flush=True)
         if not run:
@@ -202,12 +206,13 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         train_guarded(train_on, batches, training.guard, run, journal, training.restore, start, total)
         journal.close()
         if world.main:
-            about = {"arch": config.arch, "method": method.name, "image_size": config.image_size}
-            export(config.exp_dir / BACKBONE, encoder, store, {**about, "step": total})
+            about = {"arch": beginning.arch, "method": method.name, "image_size": config.image_size}
+            about |= {"step": total, **beginning.origin}
+            export(config.exp_dir / BACKBONE, encoder, store, about, *beginning.colors(store))
         run.finish(total, training.state, [BACKBONE])
         if world.main:
             tensors = len(encoder.backbone.state_dict())
-            print(f"{config.exp_dir / BACKBONE}: {tensors} tensors of {config.arch} by {method.name}")
+            print(f"{config.exp_dir / BACKBONE}: {tensors} tensors of {beginning.arch} by {method.name}")
     distributed.stop()
 
 
@@ -227,9 +232,16 @@ def tell_changes(
         )
 
 
-def export(path: Path, encoder: Encoder, store: WindowStore, about: dict[str, Any]) -> None:
+def export(
+    path: Path,
+    encoder: Encoder,
+    store: WindowStore,
+    about: dict[str, Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
     """Write the backbone, with `about` and with what its images were normalised by."""
-    colors = {"color_mode": store.color_mode, "mean": store.mean, "std": store.std}
+    colors = {"color_mode": store.color_mode, "mean": mean, "std": std}
     meta = {**about, **colors, "linework": version("linework")}
     write_backbone(path, encoder.backbone.state_dict(), meta)
 

@@ -1,18 +1,19 @@
 """What stands before the first step of pretraining: pool, network, memory and schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 
-from cluster import distributed
+from cluster import distributed, foreign
+from cluster.backbone import Normalise, build_backbone, read_backbone, write_backbone
 from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
-from cluster.weights import Normalise, build_backbone
 from pretraining.encoder import Encoder, build_projector
 from pretraining.loop import Loss
 from pretraining.schedule import Schedule, peak_lr
@@ -34,6 +35,24 @@ class Method:
     joint: bool
     last_norm: bool
     base_lr: Callable[[int, float], float]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The architecture, and the weights of --init with their meta; both are empty for random weights."""
+
+    arch: str
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    def colors(self, store: WindowStore) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and std by which the network sees its images: those of its weights, else the pool's."""
+        return (self.meta["mean"], self.meta["std"]) if "mean" in self.meta else (store.mean, store.std)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the backbone's meta says of --init."""
+        return {"init": self.meta["init"]} if self.meta else {}
 
 
 def refuse_small_batch(batch_size: int, joint: bool, world: World) -> None:
@@ -106,14 +125,54 @@ def refuse_shorter(epochs: int, steps: int | None, total: int, saved: State | No
         )
 
 
+def begin_from(init: Path | None, arch: str | None, kept: Path, new: bool, dry_run: bool) -> Beginning:
+    """What the network begins from; says on rank 0 how --init was read.
+
+    A new run keeps the weights of --init in the file `kept`, with all that its meta says. A resumed one reads
+    them there, so it needs the file of --init no longer.
+    Raises UserError unless --init holds the whole of a backbone, and one of `arch` if that is given.
+    """
+    if init is None:
+        return Beginning(arch or "resnet50", {}, {})
+
+    def convert() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not init.is_file():
+            raise UserError(f"--init {init}: no such file; give a backbone.safetensors or a .pth")
+        tensors, meta, story = foreign.convert(str(init), arch)
+        print(f"--init {story}", flush=True)
+        return tensors, meta
+
+    def keep() -> None:
+        if new or not kept.exists():
+            write_backbone(kept, *convert())
+
+    if dry_run:
+        tensors, meta = distributed.on_main(convert)
+    else:
+        distributed.on_main(keep)
+        tensors, meta = read_backbone(kept)
+    return Beginning(meta["arch"], tensors, meta)
+
+
 def build_encoder(
-    arch: str, projector: tuple[int, ...], method: Method, store: WindowStore, world: World, seed: int
+    beginning: Beginning,
+    projector: tuple[int, ...],
+    method: Method,
+    store: WindowStore,
+    world: World,
+    seed: int,
 ) -> Encoder:
-    """The network on this rank's device, equal on all ranks. Raises UserError if `arch` does not exist."""
+    """The network on this rank's device, equal on all ranks. Raises UserError if its arch does not exist.
+
+    Weights that it begins from go on to see images by the mean and std that they were trained with, so their
+    features are at the first step what they were; a network with random weights sees the pool's.
+    """
     torch.manual_seed(seed)
-    backbone = build_backbone(arch)
+    backbone = build_backbone(beginning.arch)
+    if beginning.tensors:
+        backbone.load_state_dict(beginning.tensors)
     widths = [int(backbone.num_features), *projector]
-    normalise = Normalise(store.mean, store.std, torch.channels_last)
+    normalise = Normalise(*beginning.colors(store), torch.channels_last)
     encoder = Encoder(normalise, backbone, build_projector(widths, method.last_norm), method.joint)
     if world.size > 1 and world.device.type == "cuda":
         encoder = convert_sync_batchnorm(encoder)

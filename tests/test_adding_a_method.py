@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import clean_environment
 
-from cluster.weights import read_backbone
+from cluster.backbone import read_backbone
 
 ROOT = Path(__file__).parent.parent
 LOSS = '''\

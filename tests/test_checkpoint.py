@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from cluster import atomic, checkpoint, weights
+from cluster import atomic, backbone, checkpoint
 from cluster.errors import UserError
 
 STATE = {"model": {"w": torch.arange(1000.0)}, "lr": 0.1, "history": [1, (2, None)], "name": "toy"}
@@ -273,7 +273,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_good_one(small_disk):
     assert sorted(p.name for p in small_disk.iterdir()) == ["step_00000001.pt", "step_00000001.pt.sha256"]
     check_folder(small_disk, [1])
     with pytest.raises(UserError, match="the disk is full"):
-        weights.write_backbone(small_disk / "backbone.safetensors", large, {"arch": "x"})
+        backbone.write_backbone(small_disk / "backbone.safetensors", large, {"arch": "x"})
     assert len(list(small_disk.iterdir())) == 2
 
 
@@ -345,18 +345,18 @@ def test_backbone_carries_its_meta(tmp_path):
         "n": torch.tensor(3),
     }
     meta = {"arch": "resnet18", "method": "simclr", "mean": [0.9] * 3, "std": [0.1] * 3, "step": 7}
-    weights.write_backbone(path, tensors, meta)
-    digests = {weights.write_backbone(path, tensors, meta) for _ in range(20)}
+    backbone.write_backbone(path, tensors, meta)
+    digests = {backbone.write_backbone(path, tensors, meta) for _ in range(20)}
     assert len(digests) == 1  # the same bytes, whatever the order in which safetensors writes the meta
-    again, found = weights.read_backbone(path)
+    again, found = backbone.read_backbone(path)
     assert found == meta
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="truncated or damaged"):
-        weights.read_backbone(path)
+        backbone.read_backbone(path)
     atomic.sidecar(path).write_text(f"{atomic.file_hash(path)}  x\n")
     with pytest.raises(UserError, match="not a backbone"):
-        weights.read_backbone(path)
+        backbone.read_backbone(path)
 
 
 def test_final_marker_vouches_for_the_files(tmp_path):

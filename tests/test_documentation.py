@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from cluster.backbone import build_backbone
 
 ROOT = Path(__file__).parent.parent
 RECORDS = {"results.md", "log.md"}  # what was run, at the commits that they name
@@ -89,6 +92,8 @@ def desk(sheets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(sheets / "train", folder / "photographed/train")
     for name in ("SHEETS", "POOL", "unlabeled", "SHEETS...", "SHEETS_FOLDERS_OR_PDFS..."):
         shutil.copytree(sheets / "unlabeled", folder / name)
+    tensors = {f"module.encoder_q.{k}": v for k, v in build_backbone("test_resnet").state_dict().items()}
+    torch.save({"arch": "test_resnet", "state_dict": tensors}, folder / "moco.pth.tar")
     for command in commands(ROOT / "README.md"):
         if re.search("vicreg.pretrain|detection.finetune|evaluate.py", command):
             run(shortened(command), folder)

@@ -5,8 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
+from cluster.backbone import Normalise, build_backbone
 from cluster.errors import UserError
-from cluster.weights import Normalise, build_backbone
 from pretraining.encoder import Encoder, build_projector
 
 

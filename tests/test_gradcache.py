@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cluster.backbone import Normalise
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.training import GuardedStep
-from cluster.weights import Normalise
 from pretraining.encoder import Encoder
 from pretraining.gradcache import GradCache
 from pretraining.memory import Footprint

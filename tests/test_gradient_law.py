@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster import distributed
-from cluster.weights import Normalise
+from cluster.backbone import Normalise
 from pretraining.encoder import Encoder
 from pretraining.gradcache import GradCache
 from simclr.loss import nt_xent

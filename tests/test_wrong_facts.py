@@ -11,8 +11,9 @@ from onnx import TensorProto, helper
 from small_detector import small_spec
 
 from cluster import atomic, checkpoint
+from cluster.backbone import build_backbone, write_backbone
 from cluster.errors import UserError
-from cluster.weights import build_backbone, read_weights, write_backbone
+from cluster.foreign import read_weights
 from detection.inference import NO_FIT, detect, load_detector
 from detection.model import Detector
 from detection.onnx_detector import INPUT, OUTPUTS, PROPERTY
