@@ -77,6 +77,8 @@ VIA3 = (
         ("a.png,100,80,valve,10,20,30,60\n", "neither column names nor path"),
         ("10,20,30,60,valve,a.png\n", "neither column names nor path"),
         ("a.png,10,20,30,60\n", "neither column names nor path"),
+        ("a.png,,,,,\na.png,3,10,20,30,60\n", "line 2 is neither column names nor path"),
+        ("a.png,,,,,\n\na.png,valve,10,20,30,60\n", "line 3 is neither column names nor path"),
         ("a.png,10,20,20,40,valve\na.png,50,20,20,40,valve\n", r"a\.png has x2 below x1 .* Name the columns"),
         (VIA2, "VGG Image Annotator's csv, which is not read; export its annotations in COCO format"),
         ("#" + VIA2, "VGG Image Annotator's csv"),

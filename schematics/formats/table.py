@@ -127,15 +127,20 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
     named = _has_names(first)
     names = [field.lower() for field in first] if named else UNNAMED
     if not named:
-        _refuse_doubtful(path, first)
+        _refuse_doubtful(path, first, 1)
     head, _, rest = text.partition("\n")
     lines = (rest if named else text).splitlines(keepends=True)
+    table = csv.reader(lines, delimiter=_delimiter(head), strict=True)
+    settled = named or any(first[1:])  # else the first sheets are without boxes and show no order
     try:
-        for values in csv.reader(lines, delimiter=_delimiter(head), strict=True):
+        for values in table:
             row = {**dict.fromkeys(COLUMNS, ""), **dict(zip(names, map(str.strip, values), strict=False))}
             if any(values[len(names) :]):  # a comma in a name, say, that has shifted the rest
                 row["xmin"] = "?"
             if not named:
+                if not settled and len(values) == len(UNNAMED) and all(values):
+                    _refuse_doubtful(path, [value.strip() for value in values], table.line_num)
+                    settled = True
                 _refuse_backwards(path, row)
             if any(values):
                 yield row
@@ -143,15 +148,16 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
         raise DataError(f"{path}: no table that can be read ({error}); export it again") from None
 
 
-def _refuse_doubtful(path: Path, first: Sequence[str]) -> None:
+def _refuse_doubtful(path: Path, first: Sequence[str], line: int) -> None:
     """Raise DataError unless a line without names can only be path,x1,y1,x2,y2,class or path,,,,,.
 
-    Where the class is a number, it might as well come first.
+    first: the fields of that line, the first of the table or the first with a box. Where the class is a
+    number, it might as well come first.
     """
     is_path = len(first) == len(UNNAMED) and first[0].lower().endswith(IMAGE_SUFFIXES)
     is_box = is_path and all(map(_is_number, first[1:5])) and first[5] and not _is_number(first[5])
     if not (is_box or (is_path and not any(first[1:]))):
-        raise DataError(f"{path}: line 1 is neither column names nor path,x1,y1,x2,y2,class; {CURE}")
+        raise DataError(f"{path}: line {line} is neither column names nor path,x1,y1,x2,y2,class; {CURE}")
 
 
 def _refuse_backwards(path: Path, row: dict[str, str]) -> None:
