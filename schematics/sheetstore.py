@@ -206,9 +206,13 @@ def build(plan: Plan, out: Path, workers: int | None = None) -> None:
                 _write(plan, folder, workers)
                 _publish(folder, out, plan.key)
     except OSError as error:
-        raise DataError(
-            f"{out}: {error.strerror}; free some room or choose another folder, and packing goes on"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = (
+            "free some room or choose another folder, and packing goes on"
+            if full
+            else "choose another folder"
+        )
+        raise DataError(f"{out}: {error.strerror}; {cure}") from error
 
 
 def _write(plan: Plan, folder: Path, workers: int | None) -> None:
@@ -309,7 +313,7 @@ def _check_room(sheets: Sequence[Sheet], pixels: Sequence[int], folder: Path) ->
     free = shutil.disk_usage(folder).free
     if need > free:
         raise DataError(
-            f"{folder.parent}: packed sheets need up to {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free;"
+            f"{folder.parent}: packed sheets need up to {need / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free;"
             " free some, or choose another disk or --color-mode gray"
         )
 

@@ -33,7 +33,7 @@ def test_a_task_with_every_shape(tmp_path):
         sheet(src / f"{name}.png", (50, 40) if name == "images/a" else (100, 80))
     shapes = [
         BOX.replace("/>", '><attribute name="hand">left</attribute></box>'),
-        '<polygon label=" pump " points="50.00,5.00;90.00,15.00;70.00,25.00" z_order="0"/>',
+        '<polygon label=" pump " points="50.00,5.00;90.00,15.00;70.00,25.00;" z_order="0"/>',
         '<ellipse label="gauge" cx="50" cy="40" rx="10" ry="5" rotation="90.00"/>',
         '<mask label="flange" rle="1, 2, 1" left="40" top="60" width="2" height="3"/>',
         '<polyline label="valve" points="1,2;3,4"/>',

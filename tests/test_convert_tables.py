@@ -80,6 +80,8 @@ VIA3 = (
         ("a.png,,,,,\na.png,3,10,20,30,60\n", "line 2 is neither column names nor path"),
         ("a.png,,,,,\n\na.png,valve,10,20,30,60\n", "line 3 is neither column names nor path"),
         ("a.png,10,20,20,40,valve\na.png,50,20,20,40,valve\n", r"a\.png has x2 below x1 .* Name the columns"),
+        ("a.png,0.1,0.2,0.5,1.0,valve\n", r"above 1: shares of a sheet's sides\? Give pixels"),
+        (NAMES + "\na.png,0.1,0.2,0.5,1,valve\n", "no coordinate is above 1"),
         (VIA2, "VGG Image Annotator's csv, which is not read; export its annotations in COCO format"),
         ("#" + VIA2, "VGG Image Annotator's csv"),
         (VIA3, "VGG Image Annotator's csv"),

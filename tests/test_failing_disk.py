@@ -15,6 +15,8 @@ from cluster.distributed import World
 from cluster.errors import GONE
 from cluster.journal import Journal
 from cluster.owner import Owner
+from schematics.sheets import DataError
+from schematics.store import build_store
 from simclr.pretrain import SimCLRConfig, main
 
 FLAGS = """
@@ -109,6 +111,13 @@ def test_metrics_and_board_on_a_read_only_disk(disk, tmp_path):
         assert (
             lines[0].startswith(f"error: {folder}/{file}") and "Read-only file system; make the" in lines[0]
         )
+
+
+def test_packing_onto_a_read_only_disk_is_told_to_go_elsewhere(disk, sheets, tmp_path):
+    folder = disk(tmp_path / "store")
+    make_read_only(folder)
+    with pytest.raises(DataError, match=r"store/s: Read-only file system; choose another folder$"):
+        build_store(sheets / "unlabeled", folder / "s", side=64)
 
 
 def flags(sheets, exp_dir):

@@ -177,7 +177,7 @@ def test_bad_pools_end_in_one_line_and_write_nothing(pool, tmp_path, monkeypatch
     refused("--color-mode", color_mode="cmyk")
     refused("at least 1", side=0)
     monkeypatch.setattr(sheetstore, "MARGIN", 1 << 60)
-    refused("GB are free")
+    refused("MB are free")
     monkeypatch.undo()
     for path in pool.iterdir():
         path.write_bytes(b"not a picture")

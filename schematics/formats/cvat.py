@@ -112,7 +112,7 @@ def _corners(shape: Element) -> tuple[float, float, float, float]:
         return [number(shape.get(name, "")) for name in names]
 
     if shape.tag == "polygon":
-        pairs = (pair.split(",") for pair in shape.get("points", "").split(";"))
+        pairs = (pair.split(",") for pair in shape.get("points", "").strip("; ").split(";"))
         return extent((number(x), number(y)) for x, y in pairs)
     if shape.tag == "mask":
         left, top, width, height = sides("left", "top", "width", "height")

@@ -38,7 +38,7 @@ def read(tree: Tree, tally: Tally) -> tuple[dict[int, str], list[Labelled]]:
     """Classes by id, numbered in the order of their names, and the sheets.
 
     A row without a class and numbers is a sheet without boxes. Raises DataError if a sheet has two sizes or
-    is in the tables of two splits, and if a table's columns are in doubt.
+    is in the tables of two splits, and if a table's columns or the unit of its numbers are in doubt.
     """
     boxes: dict[Path, list[Box]] = defaultdict(list)
     sizes: dict[Path, tuple[int, int]] = {}
@@ -47,6 +47,7 @@ def read(tree: Tree, tally: Tally) -> tuple[dict[int, str], list[Labelled]]:
         where = tree.name(path)
         folder = where.rpartition("/")[0]
         split = next(filter(None, map(split_named, path.stem.split("_"))), None)  # train.csv, test_labels.csv
+        largest = 0.0  # coordinate
         for row in _rows(path):
             image = tree.find(f"{folder}/{row['filename']}" if folder else row["filename"])
             if image is None:
@@ -64,9 +65,12 @@ def read(tree: Tree, tally: Tally) -> tuple[dict[int, str], list[Labelled]]:
             if any(row[column] for column in COLUMNS[1:]):
                 try:
                     corners = [number(row[column]) for column in COLUMNS[2:]]
+                    largest = max(largest, *map(abs, corners))
                     members.append(box_between(class_name(row["class"]), corners, where, tally))
                 except ValueError:
                     tally["row without a class and four numbers", where, "dropped"] += 1
+        if 0 < largest <= 1:
+            raise DataError(f"{path}: no coordinate is above 1: shares of a sheet's sides? Give pixels")
     splits = assign(tree, boxes, listed, tally)
     sheets = []
     for image, split in splits.items():
