@@ -20,6 +20,8 @@ BATCHES = (8, 4, 2)  # windows; the first is the recipe's
 # Bytes of each (true box, anchor) pair when anchors are matched, one window at a time: the IoU, and whether
 # it is a box's best. The IoU of the boxes that iou_in_parts takes at a time needs more.
 PAIR, IN_PART = 5, 36
+# Bytes of work space that torch's libraries take beside a step's tensors: 140 to 330 MB were measured.
+WORK_SPACE = 200_000_000
 SHARE = 0.85  # of the free memory that a plan may fill
 
 
@@ -27,7 +29,7 @@ SHARE = 0.85  # of the free memory that a plan may fill
 class Footprint:
     """What a training step takes, in bytes, beside the detector itself."""
 
-    fixed: int  # gradients and the optimizer's momentum
+    fixed: int  # gradients, the optimizer's momentum, work space
     window: float  # for each window of any size: its proposals
     pixel: float  # for each pixel of a window: feature maps
     anchors: float  # number of anchors for each pixel
@@ -54,7 +56,7 @@ def measure_footprint(detector: Detector, precision: str, copies: int) -> Footpr
     pixel = (kept[1] - kept[0]) / (12 * MULTIPLE**2)
     sizes, ratios = detector.spec.anchors.sizes, detector.spec.anchors.ratios
     return Footprint(
-        fixed=copies * sum(p.nbytes for p in detector.parameters()),
+        fixed=WORK_SPACE + copies * sum(p.nbytes for p in detector.parameters()),
         window=max(0.0, kept[0] - pixel * 4 * MULTIPLE**2),
         pixel=pixel,
         anchors=sum(
