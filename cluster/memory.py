@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster import distributed
+from cluster.distributed import World
+from cluster.rendezvous import place
+
 # A training step takes about this many times what autograd keeps, at its peak: measured in seven settings of
 # detection on a CPU (docs/results.md).
 PEAK = 1.3
+SHARE = 0.85  # of the free memory that what is fitted to it may fill
 ROOT = Path("/")
 
 
@@ -27,6 +32,11 @@ def free_memory(device: torch.device, local_size: int, env: Mapping[str, str] = 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_main_memory(ROOT, env)) // local_size
+
+
+def least_free(world: World) -> int:
+    """Bytes that every rank may still take: the least that `free_memory` finds on one. Call it on all."""
+    return -distributed.agree(-free_memory(world.device, place().local_size))[0]
 
 
 def peak_memory(device: torch.device) -> str:

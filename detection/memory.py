@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cluster.errors import UserError
-from cluster.memory import PEAK, saved_bytes, tell_bytes
+from cluster.memory import PEAK, SHARE, saved_bytes, tell_bytes
 from cluster.training import rehearsal
 from detection.anchors import STRIDES
 from detection.data import MULTIPLE
@@ -22,7 +22,6 @@ BATCHES = (8, 4, 2)  # windows; the first is the recipe's
 PAIR, IN_PART = 5, 36
 # Bytes of work space that torch's libraries take beside a step's tensors: 140 to 330 MB were measured.
 WORK_SPACE = 200_000_000
-SHARE = 0.85  # of the free memory that a plan may fill
 
 
 @dataclass(frozen=True)

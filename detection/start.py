@@ -14,9 +14,8 @@ from cluster import checkpoint, distributed
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.foreign import read_weights
-from cluster.memory import free_memory
+from cluster.memory import least_free
 from cluster.precision import settle
-from cluster.rendezvous import place
 from cluster.training import rehearsal
 from detection.inference import detect
 from detection.memory import Fit, fit_to_memory, measure_footprint
@@ -96,20 +95,18 @@ class Beginning:
                 f"--backbone {self.backbone}: {error}" if "arch" in meta else str(error)
             ) from None
         audit = fill_backbone(detector, tensors, self.backbone) if tensors else "backbone: random weights"
-        audit = "\n".join([*([meta["told"]] if "told" in meta else []), audit])
-        return detector, f"{audit}\n{describe(spec, self.splits[0].sheets)}"
+        told = [meta.get("told"), audit, describe(spec, self.splits[0].sheets)]
+        return detector, "\n".join(filter(None, told))
 
     def fit(self, detector: Detector, window: int | None) -> Fit:
         """The window and the batch of the detector that fit into the memory of every rank."""
         precision, _ = settle(self.precision, self.world, detector)
         footprint = measure_footprint(detector, precision, 3 if self.averaged else 2)
-        free = free_memory(self.world.device, place().local_size)
-        spec = detector.spec
+        free, spec = least_free(self.world), detector.spec
         if self.world.device.type == "cpu":
             scales = (spec.scale, 1.0)  # see `open_sheets`
             kept = zip(self.splits, scales, strict=True)
             free -= sum(cached_bytes(split, spec.color_mode, scale) for split, scale in kept)
-        free = -distributed.agree(-free)[0]  # the least of all ranks
         sheets = [scale_sheet(sheet, spec.scale) for sheet in self.splits[0].sheets]
         return fit_to_memory(
             footprint, spec.window, spec.overlap, sheets, window, self.batch_size, self.world.size, free

@@ -7,13 +7,11 @@ import torch
 from cluster import distributed
 from cluster.distributed import World
 from cluster.errors import UserError
-from cluster.memory import PEAK, free_memory, saved_bytes, tell_bytes
-from cluster.rendezvous import place
+from cluster.memory import PEAK, SHARE, least_free, saved_bytes, tell_bytes
 from cluster.training import rehearsal
 from pretraining.encoder import Encoder
 
 COPIES = 6  # of the embeddings of a batch, with their gradients, that a loss holds at its peak
-SHARE = 0.85  # of the free memory that micro-batches may fill
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,7 @@ def fit_memory(
     share = distributed.per_rank(batch_size, world)
     refuse_indivisible(micro_batch, share)
     footprint = measure_footprint(encoder, size, batch_size, precision, world)
-    free = free_memory(world.device, place().local_size)
-    free = -distributed.agree(-free)[0]  # the least of all ranks
+    free = least_free(world)
     whole = footprint.need(share)
     if new and micro_batch is None and whole > free:
         micro_batch = footprint.fitting(share, SHARE * free)
