@@ -54,6 +54,14 @@ class BackboneFacts:
     image_size: int = setting(224, least=1, most=32768)  # pixels
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What a probe during pretraining says of a backbone against the weights that its run began with."""
+
+    verdict: Literal["better", "same", "worse"]
+    told: str  # the figures and the verdict in a line
+
+
 class Normalise(nn.Module):
     """Pixels uint8 [B, C, H, W] -> (pixels / 255 - mean) / std, float32 [B, 3, H, W]; C is 3, or 1 for gray.
 
@@ -115,6 +123,8 @@ def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a backbone of Linework ({checkpoint.brief(error)})") from None
     check_facts(BackboneFacts, meta, str(path), AGAIN)
+    if "judged" in meta:
+        check_facts(Judgement, meta["judged"], str(path), AGAIN)
     if ("mean" in meta) != ("std" in meta):
         raise UserError(f"{path}: {'std' if 'mean' in meta else 'mean'} is missing; {AGAIN}")
     refuse_not_finite(tensors, str(path), AGAIN)

@@ -258,12 +258,16 @@ def brief(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
-def sign_final(exp_dir: Path, step: int, files: list[str]) -> None:
-    """Write EXP_DIR/final.json: the stage is done. It lists `files` (relative to EXP_DIR) with hashes."""
+def sign_final(exp_dir: Path, step: int, files: list[str], told: str = "") -> None:
+    """Write EXP_DIR/final.json: the stage is done. It lists `files` (relative to EXP_DIR) with hashes.
+
+    told: a line on how good the results are, which `status` shows.
+    """
     signed = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "files": {name: atomic.file_hash(exp_dir / name) for name in files},
+        **({"told": told} if told else {}),
     }
     atomic.write_text(exp_dir / "final.json", json.dumps(signed, indent=2) + "\n")
 

@@ -191,13 +191,13 @@ class Run:
             with self.allow(SAVING):
                 distributed.on_main(self.writer.wait)
 
-    def finish(self, step: int, state: Callable[[], State], files: list[str]) -> None:
-        """Save, then sign `files` (relative to exp_dir) as the results of this stage."""
+    def finish(self, step: int, state: Callable[[], State], files: list[str], told: str = "") -> None:
+        """Save, then sign `files` (relative to exp_dir) as the results of this stage, with a line on them."""
         self.save(step, state, wait=True)
 
         def sign() -> None:
             self._before_commit()
-            checkpoint.sign_final(self.exp_dir, step, files)
+            checkpoint.sign_final(self.exp_dir, step, files, told)
 
         with self.allow(SAVING):
             distributed.on_main(sign)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +96,7 @@ class Beginning:
                 f"--backbone {self.backbone}: {error}" if "arch" in meta else str(error)
             ) from None
         audit = fill_backbone(detector, tensors, self.backbone) if tensors else "backbone: random weights"
-        told = [meta.get("told"), audit, describe(spec, self.splits[0].sheets)]
+        told = [meta.get("told"), audit, warning(self.backbone, meta), describe(spec, self.splits[0].sheets)]
         return detector, "\n".join(filter(None, told))
 
     def fit(self, detector: Detector, window: int | None) -> Fit:
@@ -111,6 +112,14 @@ class Beginning:
         return fit_to_memory(
             footprint, spec.window, spec.overlap, sheets, window, self.batch_size, self.world.size, free
         )
+
+
+def warning(backbone: str, meta: Mapping[str, Any]) -> str:
+    """A line if the backbone's own pretraining found it worse than the weights it began with; else ""."""
+    judged = meta.get("judged", {})
+    if judged.get("verdict") != "worse":
+        return ""
+    return f"warning: {backbone}: {judged['told']}; finetune from those, or pretrain again at a lower rate"
 
 
 def choose_norm(norm: Literal["auto"] | Norm, backbone: str, world: World) -> Norm:

@@ -85,6 +85,13 @@ class PretrainConfig(RunConfig):
     # Epochs from one picture of the embedding in TensorBoard to the next; the last step always draws one.
     embed_every: int = setting(10, least=0, may_change=True)
 
+    # Folder of labelled crops, as schematics.symbols cuts them. The backbone is tried on them at the start,
+    # now and then and at the end, and the run says whether it has helped. Crops of train vote on those of
+    # valid, or of test where there is no valid; training sees none of them.
+    probe_dir: Path | None = setting(None, may_change=True)
+    # Epochs from one such trial to the next.
+    probe_every: int = setting(10, least=1, may_change=True)
+
     @property
     def pool(self) -> dict[str, Any]:
         """The arguments of `start.pack`."""
@@ -111,5 +118,5 @@ class PretrainConfig(RunConfig):
 
     @property
     def due(self) -> dict[str, int]:
-        """Epochs from one checkpoint, and from one picture of the embedding, to the next."""
-        return {"checkpoint_epochs": self.checkpoint_epochs, "embed_every": self.embed_every}
+        """Epochs from one checkpoint, one picture of the embedding and one probe to the next."""
+        return {name: getattr(self, name) for name in ("checkpoint_epochs", "embed_every", "probe_every")}

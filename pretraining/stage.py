@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ from cluster.training import (
     tell_seconds,
     train_guarded,
 )
+from pretraining.benefit import Benefit
 from pretraining.config import PretrainConfig
 from pretraining.data import Pairs, collate, describe_views, epoch_order
 from pretraining.encoder import Encoder
@@ -104,12 +105,17 @@ class Boundary:
     store: WindowStore
     schedule: Schedule
     image_size: int  # pixels
+    benefit: Benefit
     checkpoint_epochs: int
     embed_every: int  # epochs
+    probe_every: int  # epochs
 
     def __call__(self, step: int) -> None:
         """step: the number of steps done."""
         epoch, rest = divmod(step, self.schedule.per_epoch)
+        if step == self.schedule.total or (rest == 0 and epoch % self.probe_every == 0):
+            # Before the checkpoint is saved: a run that goes on from it has this line.
+            self.benefit.measure(self.journal, step - 1)
         save = rest == 0 and self.checkpoint_epochs > 0 and epoch % self.checkpoint_epochs == 0
         self.run.after_step(step, self.training.state, save=save, hold=self.training.guard.skipped > 0)
         draw = rest == 0 and self.embed_every > 0 and epoch % self.embed_every == 0
@@ -147,6 +153,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         beginning = begin_from(config.init, config.arch, config.exp_dir / INIT, new, config.dry_run)
         config = replace(config, arch=beginning.arch)
         encoder = build_encoder(beginning, config.projector, method, store, world, config.seed)
+        benefit = Benefit(config.probe_dir, encoder, config.image_size, store.color_mode, run, new)
         precision, told = settle(config.precision, world, encoder)
         config = replace(config, precision=precision)
         extent = view_extent(config.view, config.recipe, config.image_size, store)
@@ -194,7 +201,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             journal.picture(start, "views", views(pairs))
         tell_changes(journal, saved, schedule, optimizer)
 
-        boundary = Boundary(training, run, journal, store, schedule, config.image_size, **config.due)
+        boundary = Boundary(training, run, journal, store, schedule, config.image_size, benefit, **config.due)
         model = parallel(encoder, world)
         guarded = GuardedStep(
             model, optimizer, schedule.lr, training.guard, world.device, config.clip_grad, config.precision
@@ -205,14 +212,17 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
 
         train_guarded(train_on, batches, training.guard, run, journal, training.restore, start, total)
         journal.close()
+        judged = benefit.judgement()
         if world.main:
             about = {"arch": beginning.arch, "method": method.name, "image_size": config.image_size}
-            about |= {"step": total, **beginning.origin}
+            about |= {"step": total, **beginning.origin, **({"judged": asdict(judged)} if judged else {})}
             export(config.exp_dir / BACKBONE, encoder, store, about, *beginning.colors(store))
-        run.finish(total, training.state, [BACKBONE])
+        run.finish(total, training.state, [BACKBONE], judged.told if judged else "")
         if world.main:
             tensors = len(encoder.backbone.state_dict())
             print(f"{config.exp_dir / BACKBONE}: {tensors} tensors of {beginning.arch} by {method.name}")
+            if judged:
+                print(judged.told, flush=True)
     distributed.stop()
 
 

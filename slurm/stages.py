@@ -76,6 +76,11 @@ class Stage:
             return (self.folder / "metrics.json").exists()
         return (self.folder / "final.json").exists() and bool(checkpoint.check_final(self.folder))
 
+    def told(self) -> str:
+        """What the marker of a stage that `finished` says of its results, as that of a probed pretraining."""
+        marker = self.folder / "final.json"
+        return str(json.loads(marker.read_text()).get("told", "")) if self.name != "evaluate" else ""
+
 
 def chain(
     run_dir: Path,

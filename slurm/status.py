@@ -27,7 +27,15 @@ ENDED = {
     "DEADLINE",
     "FORGOTTEN",
 }
-FIGURES = ("loss", "valid_AP", "valid_AP50", "AP", "AP50")  # shown where a stage wrote them
+FIGURES = (
+    "loss",
+    "knn",
+    "knn_start",
+    "valid_AP",
+    "valid_AP50",
+    "AP",
+    "AP50",
+)  # shown where a stage wrote them
 TAIL = 1 << 18  # so many bytes at the end of a log or of metrics.jsonl are read
 
 
@@ -46,7 +54,11 @@ class Job:
 
 @dataclass
 class Line:
-    """One stage in the table. step: how many are done. error: the last `error: ...` line of the log."""
+    """One stage in the table.
+
+    step: how many are done. told: what a finished stage says of its results. error: the last `error: ...`
+    line of the log.
+    """
 
     stage: str
     job: str
@@ -55,6 +67,7 @@ class Line:
     step: int | None
     figures: dict[str, float]
     finished: bool
+    told: str
     log: str | None
     error: str | None
 
@@ -115,6 +128,7 @@ def lines_of(stages: list[Stage], jobs: Mapping[str, Job], logs: Path) -> list[L
                 step=step,
                 figures=figures,
                 finished=finished,
+                told=stage.told() if finished else "",
                 log=str(log) if log.exists() else None,
                 error=damage or next(errors, None),
             )
@@ -186,7 +200,8 @@ def table(lines: list[Line]) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in line.figures.items())
         step = "-" if line.step is None else str(line.step)
         state = "finished" if line.finished else state
-        rows.append((line.stage, line.job or "-", state, step, figures or "-"))
+        said = "; ".join(filter(None, (figures, line.told)))
+        rows.append((line.stage, line.job or "-", state, step, said or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
