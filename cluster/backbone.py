@@ -22,6 +22,7 @@ from cluster.config import setting
 from cluster.errors import UserError
 from cluster.facts import LEAST_STD, check_facts
 
+SMALL = ".cifar"  # ends the name of a ResNet whose stem is that of small images
 CLASSIFIER = ("fc.", "head.fc.", "classifier.")
 AGAIN = "copy the file again from where it was made, or run its pretraining again"
 
@@ -29,9 +30,13 @@ AGAIN = "copy the file again from where it was made, or run its pretraining agai
 def build_backbone(arch: str) -> Any:
     """A timm backbone without classifier: images [B, 3, H, W] -> features [B, backbone.num_features].
 
-    The keys and shapes of a ResNet's state dict are torchvision's without `fc.*`. Raises UserError for a name
-    that timm does not know; the message lists the nearest names.
+    The keys and shapes of a ResNet's state dict are torchvision's without `fc.*`. A name that ends in .cifar,
+    as resnet18.cifar, is that ResNet with the stem of SimCLR's for CIFAR-10 (arXiv 2002.05709, appendix B.9):
+    a first convolution of 3 x 3 with stride 1, and no max pooling. Raises UserError for a name that timm does
+    not know, with the nearest ones, and for that stem on another network.
     """
+    if arch.endswith(SMALL):
+        return _with_small_stem(build_backbone(arch.removesuffix(SMALL)), arch)
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), n=3)
         raise UserError(f"--arch {arch}: timm has no such model; near: {', '.join(near) or 'none'}")
@@ -41,6 +46,19 @@ def build_backbone(arch: str) -> Any:
         if "." not in arch:  # is_model ignores the tag, as in resnet50.a1_in1k, which may not exist
             raise
         raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from None
+
+
+def _with_small_stem(backbone: Any, arch: str) -> Any:
+    first = getattr(backbone, "conv1", None)
+    if not (isinstance(first, nn.Conv2d) and isinstance(getattr(backbone, "maxpool", None), nn.MaxPool2d)):
+        raise UserError(
+            f"--arch {arch}: the stem for small images is that of a ResNet; take resnet18 or the like, or "
+            "leave out --stem"
+        )
+    backbone.conv1 = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's
+    backbone.maxpool = nn.Identity()
+    return backbone
 
 
 @dataclass(frozen=True)

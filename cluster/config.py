@@ -110,7 +110,7 @@ class RunConfig(Config):
     # Momentum of the optimizers that have one: lars and sgd.
     momentum: float = setting(0.9, least=0)
     # Weight decay (L2); --wd is taken too.
-    weight_decay: float = setting(least=0, also="--wd")
+    weight_decay: float | None = setting(least=0, also="--wd")
     # Largest norm of the gradient, to which longer ones are scaled down; None leaves them as they are.
     clip_grad: float | None = setting(None, least=1e-6, may_change=True)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cluster import atomic, checkpoint
 from cluster.backbone import (
+    SMALL,
     BackboneFacts,
     audit_backbone,
     build_backbone,
@@ -123,8 +124,7 @@ def convert(file: str, arch: str | None) -> tuple[dict[str, Tensor], dict[str, A
     """
     tensors, meta = read_weights(file, arch)
     known = meta.get("arch", arch or "resnet50")
-    # timm's name may end in a tag such as .a1_in1k, which says by what the network was trained.
-    if arch is not None and arch.partition(".")[0] != known.partition(".")[0]:
+    if arch is not None and _untagged(arch) != _untagged(known):
         raise UserError(f"--arch {arch}: {file} holds a {known}; give --arch {known}")
     wanted = build_backbone(known).state_dict()
     audit = audit_backbone(wanted, tensors, known, file)
@@ -135,6 +135,11 @@ def convert(file: str, arch: str | None) -> tuple[dict[str, Tensor], dict[str, A
     facts = {"image_size": 224, "method": meta["init"]["kind"], **meta, "arch": known}
     facts.pop("told", None)
     return {name: tensors[name] for name in wanted}, facts, f"{told}\n{audit}"
+
+
+def _untagged(arch: str) -> str:
+    """timm's name without a tag such as .a1_in1k, which says by what the network was trained."""
+    return arch if arch.endswith(SMALL) else arch.partition(".")[0]
 
 
 def _own(path: Path) -> bool:
@@ -287,7 +292,10 @@ def _colors(
         return said["mean"], said["std"], "by the config.json beside it"
     known = said.get("arch", arch)
     bare = known is not None and not kind.prefix and timm.is_model(known)
-    published = timm.get_pretrained_cfg(known, allow_unregistered=False) if bare else None
+    try:
+        published = timm.get_pretrained_cfg(known, allow_unregistered=False) if bare else None
+    except RuntimeError:  # the tag is not timm's: the stem's, or one that building the network refuses
+        published = None
     if published is not None:
         return published.mean, published.std, f"timm's for {known}; the file says none"
     if kind.colors is SCALED:

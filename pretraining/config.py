@@ -37,6 +37,9 @@ class PretrainConfig(RunConfig):
     # Backbone by its name in timm; a ResNet's keys are torchvision's. By default the one that --init tells,
     # else resnet50.
     arch: str | None = setting(None)
+    # First layers of a ResNet: imagenet as timm has them, or cifar for images of some 32 px: 3 x 3 with
+    # stride 1, no max pooling. The architecture is then called resnet18.cifar, and detection can't use it.
+    stem: Literal["imagenet", "cifar"] = setting("imagenet", may_change=True)
     # Widths of the projector's layers.
     projector: tuple[int, ...] = setting(least=1)
 
@@ -48,18 +51,20 @@ class PretrainConfig(RunConfig):
     # must divide a rank's share of it. By default all of them, or as many as the memory takes.
     micro_batch: int | None = setting(None, least=2)
 
-    # Learning rate per 256 windows of the batch; by default the one that the method's authors published.
+    # Learning rate per 256 windows of the batch; by default the one that the method's authors published, or
+    # 1.5e-4 with adamw, and a third of it with --init.
     base_lr: float | None = setting(None, least=0)
     # How the batch size B scales the learning rate: linear (base * B / 256) or sqrt (base * sqrt(B) / 4).
     lr_scaling: Literal["linear", "sqrt"] = setting("linear")
-    # Epochs of linear warm-up, but at most a tenth of the run.
-    warmup_epochs: float = setting(10.0, least=0)
+    # Epochs of linear warm-up, but at most a tenth of the run; by default 10, or 1 with --init.
+    warmup_epochs: float | None = setting(None, least=0)
     # Learning rate at the end of the cosine, as a share of the peak.
     min_lr_ratio: float = setting(0.0, least=0)
-    # Optimizer: lars, sgd or adamw.
-    optimizer: Literal["lars", "sgd", "adamw"] = setting("lars")
-    # Weight decay (L2) of all but biases and norm layers; --wd is taken too.
-    weight_decay: float = 1e-6
+    # Optimizer: lars, sgd or adamw; by default lars for a ResNet, and adamw for a network with depthwise
+    # convolutions or other norms than BatchNorm, which lars makes worse.
+    optimizer: Literal["lars", "sgd", "adamw"] | None = setting(None)
+    # Weight decay of all but biases and norm layers, by default 1e-6, or 0.1 with adamw; --wd is taken too.
+    weight_decay: float | None = None
 
     # How a window becomes two views: drawing (line art), or simclr and vicreg (the published photo recipes).
     recipe: Literal["drawing", "simclr", "vicreg"] = setting("drawing")
@@ -112,9 +117,8 @@ class PretrainConfig(RunConfig):
     @property
     def rates(self) -> dict[str, Any]:
         """The arguments of `plan_rate` that flags set."""
-        return {
-            name: getattr(self, name) for name in ("base_lr", "lr_scaling", "warmup_epochs", "min_lr_ratio")
-        }
+        named = ("optimizer", "base_lr", "lr_scaling", "warmup_epochs", "min_lr_ratio")
+        return {"onward": self.init is not None, **{name: getattr(self, name) for name in named}}
 
     @property
     def due(self) -> dict[str, int]:

@@ -2,10 +2,19 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import Lars
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+LARS_DECAY = 1e-6  # of SimCLR and VICReg
+# AdamW's rate per 256 windows and its decoupled weight decay are MoCo v3's (arXiv 2104.02057, section 4).
+ADAMW_LR, ADAMW_DECAY = 1.5e-4, 0.1
+# Weights that exist are changed by a third of the rate for random ones, after one epoch of warm-up. HPT
+# (arXiv 2103.12718) goes on at the full rate of its method without a warm-up, 4 to 400 times shorter.
+ONWARD_RATE, ONWARD_WARMUP, WARMUP = 1 / 3, 1.0, 10.0
 
 
 def peak_lr(base: float, batch_size: int, scaling: str) -> float:
@@ -47,6 +56,27 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         return lr_at(step, self.total, self.warmup, self.peak, self.floor)
+
+
+def choose_optimizer(
+    backbone: nn.Module, optimizer: str | None, weight_decay: float | None
+) -> tuple[dict[str, Any], str]:
+    """The flags optimizer and weight_decay, as given or else by the architecture, and a line that says so.
+
+    LARS is for ResNets: it made an EfficientNet worse than its start, from random and from ImageNet's weights
+    (docs/results.md). So a network with any norm but BatchNorm, or with convolutions that aren't dense, as
+    depthwise ones, gets AdamW.
+    """
+    convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    dense = all(convolution.groups == 1 for convolution in convolutions)
+    norms = [m for m in backbone.modules() if isinstance(m, (_BatchNorm, nn.LayerNorm, nn.GroupNorm))]
+    plain = dense and bool(norms) and all(isinstance(norm, _BatchNorm) for norm in norms)
+    name = optimizer or ("lars" if plain else "adamw")
+    decay = {"adamw": ADAMW_DECAY}.get(name, LARS_DECAY) if weight_decay is None else weight_decay
+    suited = "dense convolutions and BatchNorm" if plain else "other layers than a ResNet's"
+    reason = "given, or kept from the start of this run" if optimizer else f"the network has {suited}"
+    told = f"optimizer: {name}, weight decay {decay:g} ({reason})"
+    return {"optimizer": name, "weight_decay": decay}, told
 
 
 def build_optimizer(

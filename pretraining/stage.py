@@ -40,7 +40,7 @@ from pretraining.encoder import Encoder
 from pretraining.features import embed, square
 from pretraining.loop import train
 from pretraining.memory import fit_memory
-from pretraining.schedule import Schedule, build_optimizer
+from pretraining.schedule import Schedule, build_optimizer, choose_optimizer
 from pretraining.start import (
     Method,
     begin_from,
@@ -52,6 +52,7 @@ from pretraining.start import (
     refuse_shorter,
     refuse_small_batch,
     view_extent,
+    with_stem,
 )
 from schematics import draws
 from schematics.store import WindowStore
@@ -59,6 +60,8 @@ from schematics.store import WindowStore
 BACKBONE = "backbone.safetensors"
 INIT = "init.safetensors"  # what a run with --init began from
 PACKING = 24 * 3600.0  # seconds that packing a pool may take before the run counts as hung
+# Flags that a run without them decides when it begins, and keeps.
+DECIDED = ("micro_batch", "arch", "optimizer", "weight_decay", "warmup_epochs")
 DRAWING = 1800.0  # seconds that a picture of the embedding may take
 
 
@@ -141,7 +144,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     torch.backends.cudnn.benchmark = not config.deterministic  # views have one size
     refuse_small_batch(config.batch_size, method.joint, world)
     new = not (config.exp_dir / "config.json").exists()
-    config = configuration.recorded(config, config.exp_dir, world.device.type, "micro_batch", "arch")
+    config = configuration.recorded(config, config.exp_dir, world.device.type, *DECIDED)
+    config = replace(config, arch=with_stem(config.arch, config.stem, config.init))
     with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
         with run.allow(PACKING) if run else contextlib.nullcontext():
@@ -154,8 +158,9 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         config = replace(config, arch=beginning.arch)
         encoder = build_encoder(beginning, config.projector, method, store, world, config.seed)
         benefit = Benefit(config.probe_dir, encoder, config.image_size, store.color_mode, run, new)
-        precision, told = settle(config.precision, world, encoder)
-        config = replace(config, precision=precision)
+        precision, in_words = settle(config.precision, world, encoder)
+        chosen, by = choose_optimizer(encoder.backbone, config.optimizer, config.weight_decay)
+        config = replace(config, precision=precision, **chosen)
         extent = view_extent(config.view, config.recipe, config.image_size, store)
         pairs = Pairs(store, extent=extent, **config.views)
         order = epoch_order(config.seed, len(store))
@@ -183,7 +188,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         if world.main:
             print(describe(beginning.arch, config.batch_size, encoder, store, schedule, world))
             print(describe_views(config.recipe, config.image_size, extent))
-            print(told, flush=True)
+            print(f"{by}\n{in_words}", flush=True)
         if not run:
             return
 

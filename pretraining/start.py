@@ -10,13 +10,13 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from cluster import distributed, foreign
-from cluster.backbone import Normalise, build_backbone, read_backbone, write_backbone
+from cluster.backbone import SMALL, Normalise, build_backbone, read_backbone, write_backbone
 from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
 from pretraining.encoder import Encoder, build_projector
 from pretraining.loop import Loss
-from pretraining.schedule import Schedule, peak_lr
+from pretraining.schedule import ADAMW_LR, ONWARD_RATE, ONWARD_WARMUP, WARMUP, Schedule, peak_lr
 from schematics.recipes import default_extent
 from schematics.store import WindowStore, build_store
 
@@ -125,6 +125,18 @@ def refuse_shorter(epochs: int, steps: int | None, total: int, saved: State | No
         )
 
 
+def with_stem(arch: str | None, stem: str, init: Path | None) -> str | None:
+    """The name of the architecture with that of its stem; None for the default, or what --init tells.
+
+    Raises UserError for a stem beside --init alone, which might tell another.
+    """
+    if stem == "imagenet":
+        return arch
+    if arch is None and init:
+        raise UserError(f"--stem {stem}: give --arch too, which --init must then agree with")
+    return (arch or "resnet50").removesuffix(SMALL) + SMALL
+
+
 def begin_from(init: Path | None, arch: str | None, kept: Path, new: bool, dry_run: bool) -> Beginning:
     """What the network begins from; says on rank 0 how --init was read.
 
@@ -185,14 +197,24 @@ def plan_rate(
     batch_size: int,
     per_epoch: int,
     total: int,
+    onward: bool,
+    optimizer: str,
     base_lr: float | None,
     lr_scaling: str,
-    warmup_epochs: float,
+    warmup_epochs: float | None,
     min_lr_ratio: float,
 ) -> Schedule:
-    """The course of the learning rate over `total` steps; base_lr is the published one if it is None."""
-    published = method.base_lr(batch_size, total / per_epoch)
-    peak = peak_lr(published if base_lr is None else base_lr, batch_size, lr_scaling)
+    """The course of the learning rate over `total` steps.
+
+    onward: whether weights exist, which are to be changed less. base_lr, warmup_epochs: None for the default,
+    which is the method's, or AdamW's, and smaller for weights that exist.
+    """
+    if base_lr is None:
+        base_lr = ADAMW_LR if optimizer == "adamw" else method.base_lr(batch_size, total / per_epoch)
+        base_lr *= ONWARD_RATE if onward else 1
+    if warmup_epochs is None:
+        warmup_epochs = ONWARD_WARMUP if onward else WARMUP
+    peak = peak_lr(base_lr, batch_size, lr_scaling)
     warmup = min(round(warmup_epochs * per_epoch), total // 10)
     return Schedule(per_epoch, total, warmup, peak, peak * min_lr_ratio)
 

@@ -4,10 +4,13 @@ import math
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from pretraining.schedule import build_optimizer, lr_at, peak_lr
+from cluster.backbone import build_backbone
+from pretraining.schedule import build_optimizer, choose_optimizer, lr_at, peak_lr
+from pretraining.start import Method, plan_rate
 from simclr import pretrain as simclr
 from vicreg import pretrain as vicreg
 
@@ -68,8 +71,6 @@ def test_vectors_that_start_at_zero_are_trained():
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_no_decay_for_a_downsample_norm_whatever_its_name(name):
-    import timm
-
     model = timm.create_model("resnet18", num_classes=0)
     decayed = {
         id(p)
@@ -81,6 +82,40 @@ def test_no_decay_for_a_downsample_norm_whatever_its_name(name):
     assert id(named["layer2.0.downsample.0.weight"]) in decayed
     assert id(named["layer2.0.downsample.1.weight"]) not in decayed
     assert len(decayed) == 20  # the convolutions of a ResNet-18
+
+
+@pytest.mark.parametrize(
+    ("arch", "suited"),
+    [
+        ("resnet18", "lars"),
+        ("resnet18.cifar", "lars"),
+        ("efficientnet_lite0", "adamw"),
+        ("convnext_atto", "adamw"),
+        ("resnext50_32x4d", "adamw"),
+        ("vit_tiny_patch16_224", "adamw"),
+    ],
+)
+def test_lars_is_for_resnets_and_any_other_network_gets_adamw(arch, suited):
+    with torch.device("meta"):
+        backbone = timm.create_model(arch) if arch != "resnet18.cifar" else build_backbone(arch)
+    chosen, told = choose_optimizer(backbone, None, None)
+    assert chosen == {"optimizer": suited, "weight_decay": {"lars": 1e-6, "adamw": 0.1}[suited]}
+    assert told.startswith(f"optimizer: {suited}, weight decay")
+    assert choose_optimizer(backbone, "sgd", 0.0)[0] == {"optimizer": "sgd", "weight_decay": 0.0}
+
+
+def test_weights_that_exist_get_a_third_of_the_rate_and_an_epoch_of_warm_up():
+    method = Method(name="", loss=None, joint=True, last_norm=True, base_lr=simclr.base_lr)
+
+    def plan(onward, optimizer, base_lr=None, warmup=None):
+        schedule = plan_rate(method, 512, 20, 2000, onward, optimizer, base_lr, "linear", warmup, 0.0)
+        return schedule.peak, schedule.warmup
+
+    assert plan(False, "lars") == (pytest.approx(0.6), 200)
+    assert plan(True, "lars") == (pytest.approx(0.2), 20)
+    assert plan(False, "adamw") == (pytest.approx(3e-4), 200)
+    assert plan(True, "adamw") == (pytest.approx(1e-4), 20)
+    assert plan(True, "adamw", 0.01, 3) == (pytest.approx(0.02), 60)
 
 
 def test_unknown_names_are_refused():
