@@ -16,9 +16,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from coco_evaluation import random_sheets
 from race import ROUNDS, cpu_seconds, describe_machine, tell_ratio
 
-from detection.metrics.bootstrap import average_precision, resample
+from detection.metrics.bootstrap import average_precision
 from detection.metrics.engines import run_engine
 from detection.metrics.matching import AREAS, match
+from schematics.resampling import resample
 
 RESAMPLES = 500
 

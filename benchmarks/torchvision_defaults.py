@@ -46,13 +46,14 @@ from cluster import atomic  # noqa: E402
 from detection.detections import Detections, to_results  # noqa: E402
 from detection.inference import detect, load_detector  # noqa: E402
 from detection.metrics.analysis import fit_thresholds  # noqa: E402
-from detection.metrics.bootstrap import Interval, average_precision, interval, ratio, resample  # noqa: E402
+from detection.metrics.bootstrap import average_precision  # noqa: E402
 from detection.metrics.counts import count  # noqa: E402
 from detection.metrics.matching import Matches, match  # noqa: E402
 from detection.plan import fit_overlap, fit_window  # noqa: E402
 from detection.schedule import Phase, lr_at  # noqa: E402
 from detection.sheets import SheetReader  # noqa: E402
 from schematics.coco import Split, find_split, read_split, to_coco, write_split  # noqa: E402
+from schematics.resampling import Interval, interval, ratio, resample  # noqa: E402
 from schematics.windows import tile_sheet  # noqa: E402
 
 ARMS = ("torchvision", "linework", "pretrained")

@@ -1,6 +1,7 @@
 """Compute features by a frozen pretrained backbone, for probes and pictures."""
 
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cluster.backbone import AGAIN, BackboneFacts, Normalise, build_backbone, read_backbone
 from cluster.errors import UserError
-from schematics.sheets import find_sheets, read_sheet, to_color
+from cluster.foreign import convert
+from schematics.sheets import DataError, find_sheets, read_sheet, to_color
 from schematics.windows import paper_color
 
 
@@ -38,13 +40,31 @@ def open_backbone(path: Path) -> tuple[nn.Module, dict]:
             f"{path}: {len(missing)} tensors of {meta['arch']} are missing, {len(unexpected)} are foreign; "
             "export the backbone again"
         )
-    return nn.Sequential(Normalise(meta["mean"], meta["std"], torch.channels_last), backbone).eval(), meta
+    return frozen(backbone, meta), meta
+
+
+def open_weights(file: Path, arch: str | None = None) -> tuple[nn.Module, dict, str]:
+    """(network, meta) as `open_backbone`, also of other projects' weights, and lines on how they were read.
+
+    arch: as `cluster.foreign.convert` takes it. Raises UserError as it and `open_backbone` do.
+    """
+    tensors, meta, story = convert(str(file), arch)
+    if meta["init"]["kind"] == "Linework":
+        return *open_backbone(file), story
+    backbone = build_backbone(meta["arch"])
+    backbone.load_state_dict(tensors)
+    return frozen(backbone, meta), meta, story
+
+
+def frozen(backbone: nn.Module, meta: dict) -> nn.Module:
+    """A backbone in eval mode behind the mean and std of `meta`: uint8 [B, 3, S, S] -> features [B, D]."""
+    return nn.Sequential(Normalise(meta["mean"], meta["std"], torch.channels_last), backbone).eval()
 
 
 @torch.no_grad()
 def embed(network: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
     """Output of a network in eval mode for images uint8 [N, 3, S, S]: float32 [N, D] on the CPU."""
-    device = next(network.parameters()).device
+    device = next(chain(network.parameters(), network.buffers())).device
     training = network.training
     network.eval()
     features = [network(chunk.to(device)).float().cpu() for chunk in images.split(batch)]
@@ -66,7 +86,21 @@ class ClassFolder(Dataset):
         label_of = {name: k for k, name in enumerate(classes)}
         crops = ((sheet, sheet.path.relative_to(root).parts[0]) for sheet in find_sheets(root))
         self.files = [(sheet, label_of[name]) for sheet, name in crops if name in label_of]
+        if not self.files:
+            raise DataError(f"{root}: no drawings in its class folders; cut them with schematics.symbols")
         self.size, self.color_mode = size, color_mode
+
+    @property
+    def sheets(self) -> list[str]:
+        """The sheet of each crop, by its file name, which schematics.symbols makes SHEET_ANNOTATION-ID.
+
+        A crop with another name is a sheet of its own.
+        """
+        names = []
+        for crop, _ in self.files:
+            sheet, _, number = crop.path.stem.rpartition("_")
+            names.append(sheet if sheet and number.isdecimal() else crop.path.as_posix())
+        return names
 
     def __len__(self) -> int:
         return len(self.files)
@@ -99,10 +133,15 @@ def class_names(data_dir: Path, splits: list[str]) -> list[str]:
     names: set[str] = set()
     for split in splits:
         root = data_dir / split
-        here = {child.name for child in root.iterdir() if child.is_dir()} if root.is_dir() else set()
+        here = (
+            {child.name for child in root.iterdir() if child.is_dir() and child.name[0] != "."}
+            if root.is_dir()
+            else set()
+        )
         if not here:
             raise UserError(
-                f"{root}: no class folders there; cut them with: python -m schematics.symbols DATA {data_dir}"
+                f"{root}: no class folders there; cut them with: python -m schematics.symbols DATA "
+                f"{data_dir}, or name another split"
             )
         names |= here
     return sorted(names)
@@ -118,23 +157,3 @@ def class_features(
         features.append(embed(network, images))
         labels.append(batch_labels)
     return torch.cat(features).to(device), torch.cat(labels).to(device)
-
-
-def split_features(
-    checkpoint: Path,
-    data_dir: Path,
-    splits: list[str],
-    image_size: int | None,
-    device: torch.device,
-    workers: int,
-) -> tuple[list[str], list[tuple[Tensor, Tensor]]]:
-    """Class names, and for each split the features [N, D] by a backbone.safetensors and the labels int64 [N].
-
-    Raises:
-        UserError, DataError: as open_backbone, class_names and ClassFolder do.
-    """
-    network, meta = open_backbone(checkpoint)
-    classes = class_names(data_dir, splits)
-    size = image_size or meta["image_size"]
-    folders = [ClassFolder(data_dir / split, classes, size, meta["color_mode"]) for split in splits]
-    return classes, [class_features(network, folder, device, workers) for folder in folders]

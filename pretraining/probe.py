@@ -1,5 +1,10 @@
 """Measure the quality of embeddings, without labels (pairs, std, RankMe) and with labels (kNN, linear)."""
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,14 +68,30 @@ def knn_predict(
     Returns:
         int64 [M].
     """
+    return knn_votes(train, train_labels, test, classes, k, temperature).argmax(dim=1)
+
+
+@torch.no_grad()
+def knn_votes(
+    train: Tensor, train_labels: Tensor, test: Tensor, classes: int, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """The votes of `knn_predict` for each class, float [M, classes]; -inf for a class that has none."""
+    similarity, nearest = neighbours(train, test, k)
+    weights = (similarity / temperature).exp()
+    votes = torch.zeros(len(test), classes, device=train.device)
+    votes.scatter_add_(1, train_labels[nearest], weights)
+    return votes.masked_fill(votes == 0, float("-inf"))
+
+
+@torch.no_grad()
+def neighbours(train: Tensor, test: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarity, and place among the features train [N, D], of the nearest k to each of test [M, D].
+
+    Both [M, min(k, N)], the nearest first.
+    """
     train, test = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    votes = []
-    for chunk in test.split(1024):
-        similarity, nearest = (chunk @ train.T).topk(min(k, len(train)), dim=1)
-        weights = (similarity / temperature).exp()
-        vote = torch.zeros(len(chunk), classes, device=train.device)
-        votes.append(vote.scatter_add_(1, train_labels[nearest], weights).argmax(dim=1))
-    return torch.cat(votes)
+    found = [(chunk @ train.T).topk(min(k, len(train)), dim=1) for chunk in test.split(1024)]
+    return torch.cat([near.values for near in found]), torch.cat([near.indices for near in found])
 
 
 def fit_linear(
@@ -94,6 +115,63 @@ def fit_linear(
 
     optimizer.step(closure)
     return linear
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """What a linear layer on frozen features says of M test crops, and its weight decay."""
+
+    scores: Tensor  # float [M, classes]
+    weight_decay: float
+
+
+def linear_probe(
+    train: tuple[Tensor, Tensor],
+    valid: tuple[Tensor, Tensor] | Sequence[str],
+    test: Tensor,
+    classes: int,
+    weight_decays: Sequence[float],
+) -> LinearProbe:
+    """Fit `fit_linear` to standardised features, by the weight decay with the best accuracy.
+
+    train: features [N, D] and labels int64 [N]. valid: the same of the crops that choose the weight decay; or
+    the sheet of each crop of train, for cross-validation over sheets in at most five parts. test: features
+    [M, D]. Of weight decays that are equally good the first is taken.
+    """
+    x, y = train
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0).clamp_min(1e-6)
+    x = (x - mean) / std
+    if isinstance(valid, tuple):
+        trials = [(torch.ones_like(y, dtype=torch.bool), (valid[0] - mean) / std, valid[1])]
+    else:
+        held = [torch.from_numpy(part).to(y.device) for part in sheet_parts(valid)]
+        trials = [(~part, x[part], y[part]) for part in held]
+    right = dict.fromkeys(weight_decays, 0)
+    fitted = {}
+    for decay in right if len(right) > 1 else ():
+        for kept, features, labels in trials:
+            fitted[decay] = fit_linear(x[kept], y[kept], classes, decay)
+            right[decay] += int((fitted[decay](features).argmax(dim=1) == labels).sum())
+    best = max(right, key=lambda decay: right[decay])
+    whole = fitted[best] if best in fitted and isinstance(valid, tuple) else fit_linear(x, y, classes, best)
+    with torch.no_grad():
+        return LinearProbe(whole((test - mean) / std), best)
+
+
+def sheet_parts(sheets: Sequence[str], parts: int = 5) -> list[np.ndarray]:
+    """bool [N] for each of at most so many parts: whether a crop is in it. A sheet is in one part alone.
+
+    sheets: of N crops. The sheet with most crops goes first, each to the smallest part so far. The crops of
+    a single sheet are taken one by one, and a single crop has no parts.
+    """
+    names = list(sheets) if len(set(sheets)) > 1 else [str(n) for n in range(len(sheets))]
+    sizes = [0] * min(parts, len(set(names)))
+    home = {}
+    for name, crops in Counter(names).most_common():
+        home[name] = sizes.index(min(sizes))
+        sizes[home[name]] += crops
+    part = np.array([home[name] for name in names])
+    return [part == n for n in range(len(sizes))] if len(sizes) > 1 else []
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -10,12 +10,12 @@ import pytest
 from detections import CLASSES, found, jittered, truth_of
 
 from detection.metrics.analysis import analyse, fit_thresholds
-from detection.metrics.bootstrap import resample
 from detection.metrics.coco import evaluate, measure
 from detection.metrics.counts import count, count_figures
 from detection.metrics.curves import best_thresholds, curves, operating
 from detection.metrics.matching import match
 from detection.metrics.tide import KINDS, confusion_matrix, confusions, delta_ap50, kinds_of
+from schematics.resampling import resample
 from schematics.sheets import DataError
 
 # Kinds of errors

@@ -46,6 +46,7 @@ FINETUNING = "--steps 2 --batch-size 2 --window 128 --fpn-channels 16"
 SHORT = {  # what makes a command short, where it doesn't give that flag itself
     r"simclr.pretrain|vicreg.pretrain|slurm/pretrain.slurm": f"{PRETRAINING} --workers 0 --device cpu",
     r"detection.finetune|slurm/finetune.slurm": f"{FINETUNING} --workers 0 --device cpu",
+    r"evaluate/shots.py": "--draws 1 --weight-decays 0.001",
     r"slurm/pipeline.py submit": "--dry-run",
 }
 

@@ -9,9 +9,10 @@ from detections import found, jittered, truth_of
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.metrics.bootstrap import average_precision, interval, precision_at_recall, ratio, resample
+from detection.metrics.bootstrap import average_precision, precision_at_recall
 from detection.metrics.coco import evaluate
 from detection.metrics.matching import match
+from schematics.resampling import interval, ratio, resample
 
 
 def pycocotools_precision(truth, detections, limit):

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from detection.metrics.bootstrap import Interval, average_precision, interval, resample
+from detection.metrics.bootstrap import average_precision
 from detection.metrics.counts import Counts, count, count_figures, share
 from detection.metrics.curves import Curves, Operating, best_thresholds, curves, operating
 from detection.metrics.matching import Matches
 from detection.metrics.tide import Kinds, confusion_matrix, delta_ap50, kinds_of
+from schematics.resampling import Interval, interval, resample
 
 FEWEST_SHEETS = 5  # that a class must be on to get an interval of its own
 

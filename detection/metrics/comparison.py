@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.metrics.bootstrap import Interval, average_precision, interval, ratio, resample
+from detection.metrics.bootstrap import average_precision
 from detection.metrics.counts import count
 from detection.metrics.matching import Matches
+from schematics.resampling import Interval, interval, ratio, resample
 
 
 @dataclass(frozen=True)

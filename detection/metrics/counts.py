@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from detection.metrics.bootstrap import Interval, interval, ratio
 from detection.metrics.matching import Matches
+from schematics.resampling import Interval, interval, ratio
 
 
 @dataclass(frozen=True)
