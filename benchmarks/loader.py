@@ -68,7 +68,7 @@ def pool(folder: Path, color: bool) -> WindowStore:
             image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
             image[:, :800, 0] = np.maximum(image[:, :800, 0], 180)
         write_png(sheets / f"{n}.png", image)
-    return build_store(sheets, folder / f"store-{color}", SIDE)
+    return build_store(sheets, folder / f"store-{color}", SIDE).preload()
 
 
 def cpu() -> tuple[float, float]:

@@ -20,6 +20,7 @@ from cluster.batches import Key
 from detection.model import as_tensor
 from detection.sheets import SheetReader
 from schematics.draws import Use, draw
+from schematics.recipes import scan_noise
 from schematics.windows import tile_sheet
 
 MULTIPLE = 64  # a window's side is a multiple of this, the stride of the feature pyramid's last level
@@ -193,10 +194,12 @@ def photometric(window: np.ndarray, rng: np.random.Generator, strength: float) -
         return window
     if blur:
         window = cv2.GaussianBlur(window, (0, 0), float(rng.uniform(0.3, 0.8)))
-    changed = (window.astype(np.float32) - 128) * contrast + 128 + brightness
-    if noise:
-        changed += rng.normal(0, 8 * strength, window.shape).astype(np.float32)
-    return np.clip(changed, 0, 255).astype(np.uint8)
+    levels = (np.arange(256, dtype=np.float32) - 128) * contrast + 128 + brightness
+    window = cv2.LUT(window, np.clip(levels, 0, 255).astype(np.uint8))
+    if noise:  # of its own in each channel
+        flat = window.reshape(len(window), -1)
+        window = scan_noise(flat, 8 * strength, rng).reshape(window.shape)
+    return window
 
 
 def _shift(rng: np.random.Generator, start: int, side: int, reach: int, stride: int, length: int) -> int:

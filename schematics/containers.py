@@ -69,19 +69,17 @@ def looks_truncated(path: Path) -> bool:
         tail = file.read()
     if head[:2] == b"\xff\xd8":
         # A second picture or padding may follow the end mark, so without one at the end look for it inside.
-        return not tail.endswith(b"\xff\xd9") and not _jpeg_is_whole(path.read_bytes())
+        return not tail.endswith(b"\xff\xd9") and jpeg_scans(path.read_bytes()) is None
     if head[:4] == b"\x89PNG":
         return tail[4:8] != b"IEND" and not _png_is_whole(path.read_bytes())
     return (head[:4] == b"RIFF" and not _webp_is_whole(head, size)) or size == 0
 
 
 def is_whole(data: bytes, picture: Image.Image) -> bool:
-    """Whether the file reaches the end that its own format marks.
+    """Whether the file, no JPEG (see `jpeg_scans`), reaches the end that its own format marks.
 
     Decoders don't tell: they fill up what is missing, or stop without a word.
     """
-    if picture.format in ("JPEG", "MPO"):
-        return _jpeg_is_whole(data)
     if picture.format == "PNG":
         return _png_is_whole(data)
     if picture.format == "WEBP":
@@ -98,17 +96,21 @@ def is_whole(data: bytes, picture: Image.Image) -> bool:
 JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
-def _jpeg_is_whole(data: bytes) -> bool:
-    """Whether the segments lead to an end mark. That of a thumbnail, inside a segment, doesn't count."""
-    position = 2
+def jpeg_scans(data: bytes) -> int | None:
+    """The number of scans of a JPEG up to its end mark; None if its segments don't lead to one.
+
+    That of a thumbnail, inside a segment, doesn't count.
+    """
+    position, scans = 2, 0
     while found := JPEG_MARKER.search(data, position):
         position = found.end()
         marker = data[position - 1]
         if marker == 0xD9:
-            return True
+            return scans
+        scans += marker == 0xDA
         if marker not in (0x01, 0xD8):  # all markers but these two and the end mark are followed by a length
             position += int.from_bytes(data[position : position + 2], "big")
-    return False
+    return None
 
 
 def _png_is_whole(data: bytes) -> bool:

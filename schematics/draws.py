@@ -16,8 +16,9 @@ from numpy.random.bit_generator import ISeedSequence
 
 # To be raised when what pretraining, or finetuning, draws changes; checkpoints hold it. In 2 a view of
 # `drawing` looks at 64 pixels for ink, not 512, and takes the paper that its store knows and its noise from a
-# strip. The blur of all recipes rounds halves otherwise.
-VIEWS_VERSION, WINDOWS_VERSION = 2, 1
+# strip. The blur of all recipes rounds halves otherwise. In 2 of finetuning a window has its noise from that
+# strip too.
+VIEWS_VERSION, WINDOWS_VERSION = 2, 2
 CHANGED = "this run was begun by a version that drew other orders and changes: its data differs from here on"
 LARGEST = 2**64 - 1  # of any argument: each is a word of Philox's key or counter
 

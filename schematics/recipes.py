@@ -256,7 +256,7 @@ def _drawing_view(
     image = _wear(image, paper, rng)
     image = _tone(image, paper, rng, strength)
     if rng.random() < 0.3:
-        image = _scan_noise(image, rng.uniform(2, 10), rng)
+        image = scan_noise(image, rng.uniform(2, 10), rng)
     if rng.random() < 0.2:
         image = jpeg(image, int(rng.integers(30, 91)))
     return image
@@ -334,8 +334,12 @@ def _grains(count: int, channels: int) -> Image:
     return cv2.merge([noise] * channels).reshape(count, channels)
 
 
-def _scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
-    """Add Gaussian noise of `sigma` gray levels, equal in all channels: a piece of one long strip of it."""
+def scan_noise(image: Image, sigma: float, rng: np.random.Generator) -> Image:
+    """Add Gaussian noise of `sigma` gray levels, equal in all channels: a piece of one long strip of it.
+
+    The strip is always the same, so that only the place of the piece is drawn: in a tenth of the time that
+    numbers of its own for each pixel take.
+    """
     pixels = image.shape[0] * image.shape[1]
     count = max(GRAINS, 2 * pixels)
     first = int(rng.integers(count - pixels + 1))

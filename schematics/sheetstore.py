@@ -72,6 +72,8 @@ class SheetStore:
         """
         if "layout" in self.index and sum(math.prod(facts["shape"]) for facts in self.sheets) <= KEEP:
             self._kept = [self.sheet(number) for number in range(len(self.sheets))]
+            for image in self._kept:
+                image.setflags(write=False)
             self._open = {}
         return self
 

@@ -69,11 +69,15 @@ class WindowStore(SheetStore):
         return len(self.windows)
 
     def window(self, i: int) -> Image:
-        """Window i as an array of its own, uint8 [side, side] if its sheet is gray, else [side, side, 3].
+        """Window i, uint8 [side, side] if its sheet is gray, else [side, side, 3]; only to be read.
 
         Beyond the edge of the sheet it has the color of the paper. Raises DataError as `cut` does.
         """
         sheet, x, y = self.windows[i].tolist()
+        if self._kept is not None:  # views are made of the sheet itself, which takes no copy
+            part = self._kept[sheet][y : y + self.side, x : x + self.side]
+            if part.shape[:2] == (self.side, self.side):
+                return part
         return self.cut(sheet, x, y, self.side)
 
     def paper(self, i: int) -> Color:

@@ -174,6 +174,36 @@ def test_photometric_changes_every_other_window_and_only_as_asked():
     assert all(other.dtype == np.uint8 and other.shape == (64, 64) for other in seen)
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (128, 128, 3)])
+def test_photometric_noise_is_normal_and_no_channel_has_that_of_another(shape):
+    window, noisy = np.full(shape, 120, np.uint8), 0
+    for n in range(40):
+        changed = photometric(window, np.random.default_rng(n), 0.5).astype(float).reshape(128 * 128, -1)
+        if changed.std() == 0:
+            continue
+        noisy += 1
+        assert changed.std(0) == pytest.approx(np.full(changed.shape[1], 4), rel=0.05)
+        if len(shape) == 3:
+            assert np.abs(np.corrcoef(changed.T) - np.eye(3)).max() < 0.05
+        again = photometric(window, np.random.default_rng(n), 0.5)
+        assert np.array_equal(changed, again.reshape(128 * 128, -1))
+    assert 2 <= noisy <= 12
+
+
+def test_photometric_contrast_and_brightness_are_one_straight_line_of_levels():
+    window, straight = np.arange(256, dtype=np.uint8).reshape(16, 16), 0
+    for n in range(40):
+        rng = np.random.default_rng(n)
+        slope, shift = 1 + 0.5 * rng.uniform(-0.5, 0.5), 0.5 * rng.uniform(-50, 50)
+        blurred_or_noisy = rng.random() < 0.15, rng.random() < 0.25
+        changed = photometric(window, np.random.default_rng(n), 0.5)
+        if changed is not window and not any(blurred_or_noisy):
+            expected = (window.astype(float) - 128) * slope + 128 + shift
+            assert np.abs(changed - (np.clip(expected, 0, 255) - 0.5)).max() <= 0.501
+            straight += 1
+    assert straight >= 5
+
+
 def test_every_other_window_keeps_its_native_scale(split):
     windows = training_windows(split, Augment(scale=0.2))
     tile = next(n for n, (sheet, _, _) in enumerate(windows.tiles.tolist()) if sheet == 1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from schematics import sheets
 from schematics.containers import looks_truncated
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet, sheet_size, to_color
 
@@ -73,6 +74,32 @@ def test_jpeg_color_gray_and_cmyk(tmp_path, options):
         assert np.abs(read_sheet(tmp_path / name).astype(int) - color).max() < 25, name
     gray = read_sheet(tmp_path / "gray.jpg")
     assert gray.ndim == 2 and np.abs(gray.astype(int) - color[..., 0]).max() < 25
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_png_is_the_same_to_the_last_bit_with_kornia_rs_or_without(tmp_path, monkeypatch, installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "kornia_rs", None)  # what an absent package looks like to import
+        monkeypatch.setitem(sys.modules, "kornia_rs.io", None)
+    sheets._png_decoder.cache_clear()
+    noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    filters = (cv2.IMWRITE_PNG_FILTER_NONE, cv2.IMWRITE_PNG_FILTER_SUB, cv2.IMWRITE_PNG_FILTER_UP)
+    filters += (cv2.IMWRITE_PNG_FILTER_AVG, cv2.IMWRITE_PNG_FILTER_PAETH, cv2.IMWRITE_PNG_ALL_FILTERS)
+    for image in (noise, noise[..., 0], noise[:1, :1], drawing(), drawing(301, 7)):
+        for rows in filters:
+            data = cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_FILTER, rows])[1].tobytes()
+            (tmp_path / "a.png").write_bytes(data)
+            assert np.array_equal(read_sheet(tmp_path / "a.png"), np.asarray(Image.open(io.BytesIO(data))))
+    # The chunks are as their checksums say, but there is no such filter as that of the first row.
+    rows = [b"\x09", *(bytes([0, *row.tobytes()]) for row in noise)]
+    packed, size = zlib.compress(b"".join(rows)), struct.pack(">IIBBBBB", 90, 70, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", size), (b"IDAT", packed), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.png: cannot be decoded"):
+        read_sheet(tmp_path / "a.png")
+    sheets._png_decoder.cache_clear()
 
 
 def test_three_equal_channels_are_gray(tmp_path):

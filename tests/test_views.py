@@ -349,10 +349,10 @@ def test_color_that_carries_meaning_stays_in_drawing():
 def test_scan_noise_is_normal_and_equal_in_all_channels(shape):
     image, drawn = np.full(shape, 120, np.uint8), draw(Use.VIEWS, 0)
     for sigma in (2.0, 10.0):
-        noise = recipes._scan_noise(image, sigma, drawn).astype(float).reshape(shape[0] * shape[1], -1) - 120
+        noise = recipes.scan_noise(image, sigma, drawn).astype(float).reshape(shape[0] * shape[1], -1) - 120
         assert (noise == noise[:, :1]).all()
         assert abs(noise.mean()) < 0.1 * sigma and noise.std() == pytest.approx(sigma, rel=0.08)
-        again = recipes._scan_noise(image, sigma, drawn).reshape(len(noise), -1)
+        again = recipes.scan_noise(image, sigma, drawn).reshape(len(noise), -1)
         assert abs(np.corrcoef(again[:, 0], noise[:, 0])[0, 1]) < 0.1
 
 
