@@ -19,6 +19,7 @@ from schematics.progress import progress
 from schematics.sheets import DataError, Sheet, read_sheet, to_color
 from schematics.sheetstore import Facts, Plan, SheetStore, build, key_of
 from schematics.windows import Color, Image, cut, paper_color
+from schematics.workers import cores, in_order
 
 CACHE = 1 << 30  # bytes of decoded sheets of a split that are kept in memory; what has more gets a store
 CONTENT = "sheets 1"  # in the key of a store; to be raised when the same files give other sheets
@@ -51,13 +52,20 @@ class SheetReader:
         return len(self.split.sheets)
 
     def preload(self) -> SheetReader:
-        """Decode every sheet now and return self.
+        """Decode every sheet now, in processes of their own where that is worth it, and return self.
 
         A damaged sheet then raises DataError before training begins, and workers that are forked later share
         the cached sheets. Rank 0 tells how far it is.
         """
-        for index in progress(range(len(self)), f"reading {self.split.name}", shown=not place().rank):
-            self[index]
+        files = [sheet.file for sheet in self.split.sheets]
+        shown = [(sheet.width, sheet.height) for sheet in self.split.sheets]
+        sizes = dict(zip((file.name for file in files), zip(self.sizes, shown, strict=True), strict=True))
+        pixels = [width * height * (3 if self.color_mode == "rgb" else 1) for width, height in self.sizes]
+        workers = max(1, cores() // place().local_size)
+        read = in_order(partial(_read, sizes, self.color_mode), files, pixels, workers)
+        told = progress(files, f"reading {self.split.name}", shown=not place().rank)
+        for index, (_, (image, paper)) in enumerate(zip(told, read, strict=True)):
+            self._keep(index, image, paper)
         return self
 
     def __getitem__(self, index: int) -> tuple[Image, Color]:
@@ -71,11 +79,13 @@ class SheetReader:
             return self.cache[index]
         sheet = self.split.sheets[index]
         image = decode(sheet.file, self.sizes[index], self.color_mode, (sheet.width, sheet.height))
-        sheet_and_paper = image, paper_color(image)
+        return self._keep(index, image, paper_color(image))
+
+    def _keep(self, index: int, image: Image, paper: Color) -> tuple[Image, Color]:
         if image.nbytes <= self.free:
             self.free -= image.nbytes
-            self.cache[index] = sheet_and_paper
-        return sheet_and_paper
+            self.cache[index] = image, paper
+        return image, paper
 
     def window(self, index: int, x: int, y: int, side: int) -> Image:
         """The window of a sheet at (x, y), as `cut` makes it. Raises DataError as reading a sheet does."""
@@ -117,6 +127,14 @@ def pack_split(split: Split, color_mode: str, scale: float, folder: Path) -> Pat
     out = folder.absolute() / f"sheets-{key[:12]}"
     build(Plan(files, key, partial(_prepare, sizes, color_mode, scale), _refuse_skipped), out)
     return out
+
+
+def _read(
+    sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]], color_mode: str, file: Sheet
+) -> tuple[Image, Color]:
+    """A sheet and the color of its paper. sizes: by name, that in the file and the one it is shrunk to."""
+    image = decode(file, sizes[file.name][0], color_mode, sizes[file.name][1])
+    return image, paper_color(image)
 
 
 def _prepare(

@@ -11,7 +11,7 @@ import torch
 from cluster.batches import Batches
 from cluster.distributed import World
 from cluster.errors import UserError
-from detection import start
+from detection import sheets, start
 from detection.data import (
     KEEP,
     Augment,
@@ -27,6 +27,7 @@ from detection.model import as_tensor
 from detection.plan import boxes_per_window, fit_colors, fit_overlap, fit_window, large_side, plan_detector
 from detection.schedule import Phase, continue_phases, lr_at
 from detection.sheets import SheetReader, cached_bytes, decoded_bytes, pack_split
+from schematics import workers
 from schematics.coco import Category, read_split, write_split
 from schematics.sheets import DataError
 
@@ -328,6 +329,23 @@ def test_a_damaged_sheet_shows_before_training_though_it_fits_no_cache(split, tm
     sheets = [*split.sheets[:2], replace(split.sheets[2], path=tmp_path / "cut.png")]
     with pytest.raises(DataError, match=r"cut\.png"):
         SheetReader(replace(split, sheets=sheets), "gray", cache_bytes=0).preload()
+
+
+def test_sheets_read_in_processes_are_those_read_here_and_a_damaged_one_shows_as_well(
+    split, tmp_path, monkeypatch
+):
+    """At half size, and with room for the first sheet and the small one alone."""
+    monkeypatch.setattr(workers, "WORTH", 1)
+    monkeypatch.setattr(sheets, "cores", lambda: 2)
+    here, there = (SheetReader(split, "rgb", cache_bytes=280_000, scale=0.5) for _ in range(2))
+    expected = [here[index] for index in range(3)]
+    assert list(there.preload().cache) == list(here.cache) == [0, 1] and there.free == here.free
+    for index, (image, paper) in enumerate(expected):
+        assert np.array_equal(there[index][0], image) and there[index][1] == paper
+    (tmp_path / "cut.png").write_bytes(split.sheets[2].path.read_bytes()[:300])
+    damaged = replace(split, sheets=[*split.sheets[:2], replace(split.sheets[2], path=tmp_path / "cut.png")])
+    with pytest.raises(DataError, match=r"cut\.png"):
+        SheetReader(damaged, "gray").preload()
 
 
 def test_sheets_of_a_store_give_the_very_windows_of_sheets_in_memory(split, tmp_path):
