@@ -53,6 +53,7 @@ from schematics.sheets import Sheet, read_sheet, write_png
 from schematics.store import WindowStore, build_store
 from schematics.windows import cut
 
+PACKAGES = ("opencv-python-headless", "kornia-rs", "albumentations", "torchvision", "pillow")
 SIZE, SIDE = 224, 512
 JITTER = {"simclr": (0.8, 0.8, 0.8, 0.2), "vicreg": (0.4, 0.4, 0.2, 0.1)}
 BLUR = {"simclr": (0.5, 0.5), "vicreg": (1.0, 0.1)}  # probability in each view
@@ -200,34 +201,34 @@ def store(folder: Path, rounds: int, pairs: int) -> None:
         names = [folder / color / f"window-{n}.png" for n in range(len(windows))]
         for n, name in enumerate(names):
             write_png(name, windows.window(n))
+        kept = WindowStore(windows.folder).preload()
         for recipe in ("simclr", "vicreg", "drawing"):
             peer = official_views("vicreg" if recipe == "drawing" else recipe)
-            mine, theirs_numbers = count(), count()
+            turns = count()
 
-            def ours(windows: WindowStore = windows, recipe: str = recipe, numbers: Any = mine) -> None:
-                n = next(numbers) % len(windows)
-                two_views(
-                    windows.window(n),
-                    recipe,
-                    SIZE,
-                    0,
-                    0,
-                    n,
-                    tolerance=windows.tolerance(n),
-                    paper=windows.paper(n),
-                    color_mode=windows.color_mode,
-                )
-
-            def theirs(names: list = names, peer: list = peer, numbers: Any = theirs_numbers) -> None:
-                with Image.open(names[next(numbers) % len(names)]) as picture:
+            def theirs(names: list = names, peer: list = peer, turns: Any = turns) -> None:
+                with Image.open(names[next(turns) % len(names)]) as picture:
                     image = picture.convert("RGB")
                 for view in peer:
                     np.asarray(view(image))
 
             official = "official PIL code from files" + (", vicreg" if recipe == "drawing" else "")
-            race(
-                f"store, antialiased, {color}, {recipe}", ours, theirs, official, STORE[recipe], rounds, pairs
-            )
+            works = [("store", kept, STORE[recipe])]
+            if recipe == "drawing":
+                works.append(("store, from tiles", windows, None))
+            for told, source, goal in works:
+                numbers = count()
+
+                def ours(source: WindowStore = source, recipe: str = recipe, numbers: Any = numbers) -> None:
+                    pair_of(source, recipe, next(numbers) % len(source))
+
+                race(f"{told}, antialiased, {color}, {recipe}", ours, theirs, official, goal, rounds, pairs)
+
+
+def pair_of(windows: WindowStore, recipe: str, n: int) -> None:
+    """The views of window n, as pretraining makes them."""
+    shared = {"tolerance": windows.tolerance(n), "paper": windows.paper(n), "color_mode": windows.color_mode}
+    two_views(windows.window(n), recipe, SIZE, 0, 0, n, **shared)  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -240,7 +241,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     warnings.filterwarnings("ignore", message="The image is already gray")
-    print(describe_machine("opencv-python-headless", "albumentations", "torchvision", "pillow"), flush=True)
+    print(describe_machine(*PACKAGES), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if args.only in (None, "memory"):
             memory(args.rounds, args.pairs)
