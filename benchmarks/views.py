@@ -7,17 +7,22 @@ antialiased unless the line says otherwise.
 
 - memory: the window is an array. albumentations is given the interpolation that averages over the pixels it
   leaves out (INTER_AREA) and ours antialiases as always; then both interpolate bicubically alone. The goal
-  of 3 is missed with antialiasing: resizing is 40 to 50 % of ours, and only 2 to 2.5 times as fast as
-  INTER_AREA. Halving crops of twice the view first would save a tenth, and is further from the published
-  resizing, so it isn't done.
+  of 3 is missed with antialiasing, at about 2: resizing is 60 % of a gray pair and 46 % of one in color. It
+  is already OpenCV's bicubic with AVX-512 (IPP), twice as fast as INTER_AREA, and any other way to resize
+  gives other views. Of a pair in color the turn of the hue is 16 %, blur 11 %, contrast 7 %.
 - files: a sheet is read, the same window cut out and made into views. albumentations has its sheet from
-  cv2.imread; ours, `read_sheet`, also proves that the file is whole and finds out whether it has color.
-  The goals are missed: both decode by OpenCV, which is eight to nine tenths of the time of a sheet of 1 to 2
-  megapixels, so that views made in no time at all would give about 1.1 for PNG and 1.3 for JPEG.
-- packed store: ours reads windows of a store, the official code of SimCLR and VICReg (torchvision transforms
-  on PIL images, bicubic with antialiasing) the same windows as files, one a window, as ImageFolder does.
-  `drawing` has no published peer and is compared with VICReg's recipe. In color simclr and vicreg miss the
-  goal: 40 % of ours is resizing, 15 % the turn of the hue.
+  cv2.imread; ours, `read_sheet`, also proves that the file is whole and finds out whether it has color. A
+  PNG is decoded by kornia-rs (the extra "fast"; without it the ratio is 1). A JPEG is decoded by
+  libjpeg-turbo on both sides, which alone is 71 % of ours and 72 % of the peer's time, and the goal of 1.3
+  is missed by 0.1 to 0.2: views made in no time at all would give 1.3.
+- packed store: ours reads windows of a store that was loaded as a run does it (a pool of up to 1 GiB is
+  decoded at its start) and, for `drawing`, from its tiles, as of a larger pool. The official code of SimCLR
+  and VICReg (torchvision transforms on PIL images, bicubic with antialiasing) reads the same windows as
+  files, one a window, as ImageFolder does. `drawing` has no published peer and is compared with VICReg's
+  recipe. In color the goals are missed, with 8 to 9 for simclr and vicreg and 7 for `drawing`: resizing
+  alone takes half of simclr's time, so that all else in no time would give 18 of the goal of 20. Of
+  `drawing` in color resizing is 35 %, the turn of crops 20 %, JPEG 13 %, tones 11 %; tiles, which are
+  unpacked by LZ4, add up to 2 ms.
 
 The peers' best flags: a gray window stays in one channel through albumentations, blur kernels are short (3.5
 sigma, not the 23 px published), and PIL blurs by Pillow, which is faster than torchvision. ToTensor and
