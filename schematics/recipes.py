@@ -225,12 +225,13 @@ def _around_ink(
     paper, tolerance: see `ink_mask`.
     """
     high, wide = image.shape[:2]
-    ys, xs = (rng.random((2, TRIES)) * [[high], [wide]]).astype(np.intp)
+    spots = rng.random((2, TRIES))
+    ys, xs = (spots[0] * high).astype(np.intp), (spots[1] * wide).astype(np.intp)
     there = paper[ys, xs][:, None] if isinstance(paper, np.ndarray) else paper
-    hits = np.flatnonzero(ink_mask(image[ys, xs][:, None], there, tolerance))
-    x, y = wide / 2, high / 2
-    if len(hits):
-        x, y = int(xs[hits[0]]), int(ys[hits[0]])
+    ink = ink_mask(image[ys, xs][:, None], there, tolerance)
+    x, y, first = wide / 2, high / 2, int(ink.argmax())
+    if ink[first]:
+        x, y = int(xs[first]), int(ys[first])
     else:  # there is so little ink that every pixel must be looked at
         hits = np.flatnonzero(ink_mask(image, paper, tolerance))
         if len(hits):
@@ -302,6 +303,7 @@ def _wear(image: Image, paper: Color, rng: np.random.Generator) -> Image:
 
 
 GRAYS = np.full((3, 3), 1 / 3)
+COLORS = np.eye(3) - GRAYS
 ACROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
 
 
@@ -319,9 +321,11 @@ def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float)
     if isinstance(paper, int):
         image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * paper + brightness)
     else:  # where a drawing has color it tells classes apart, so hues turn by 7 degrees at most
-        turn = GRAYS + math.cos(angle) * (np.eye(3) - GRAYS) + math.sin(angle) * ACROSS  # about r = g = b
+        turn = GRAYS + math.cos(angle) * COLORS + math.sin(angle) * ACROSS  # about r = g = b
         matrix = contrast * (GRAYS + saturation * (turn - GRAYS))
-        image = cv2.transform(image, np.column_stack([matrix, paper - matrix @ paper + brightness]))
+        affine = np.empty((3, 4))
+        affine[:, :3], affine[:, 3] = matrix, paper - matrix @ paper + brightness
+        image = cv2.transform(image, affine)
     return invert(image) if inverted else image
 
 

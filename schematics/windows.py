@@ -68,7 +68,7 @@ def ink_mask(
         margin = np.uint8(tolerance)
         lowest, highest = np.maximum(paper, margin) - margin, np.minimum(paper, 255 - margin) + margin
     else:
-        level = np.atleast_1d(np.asarray(paper_color(image) if paper is None else paper, dtype=float))
+        level = np.array(paper_color(image) if paper is None else paper, dtype=float, ndmin=1)
         lowest, highest = level - tolerance, level + tolerance
     return cv2.inRange(image, lowest, highest) == 0
 
