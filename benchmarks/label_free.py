@@ -28,7 +28,6 @@ from pretraining.data import Pairs
 from pretraining.features import embed, open_backbone
 from pretraining.probe import pair_accuracy, rank_me
 from schematics.store import WindowStore, build_store
-from schematics.symbols import cut_symbols
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, WINDOW, EXTENT = 64, 256, 112  # px of a view, of a window, and of what a view shows of it at most
@@ -165,7 +164,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     crops = args.out / "crops"
     if not crops.exists():
-        cut_symbols(args.data_dir, crops)
+        cut = [sys.executable, "-m", "schematics.symbols", args.data_dir.resolve(), crops.resolve()]
+        subprocess.run([*map(str, cut)], cwd=ROOT, check=True)
     pool, imagenet, out = args.data_dir.resolve() / "train", args.imagenet.resolve(), args.out.resolve()
     folders = {run: train(run, pool, imagenet, out) for run in RUNS}
 
@@ -184,7 +184,7 @@ def main() -> None:
             if name == begun:
                 start_of(folder, network)
             if name not in measured:
-                measured[name] = {"kNN": probe.top1(network)} | figures(network, pairs, many, seen)
+                measured[name] = {"kNN": probe(network)} | figures(network, pairs, many, seen)
                 kept.write_text(json.dumps(measured, indent=2))
         start, end = measured[begun], measured[run.name]
         if not changes:
