@@ -1,4 +1,7 @@
-"""Whether pretraining has helped: kNN of the frozen backbone on labelled crops, at the start and later."""
+"""Whether pretraining has helped: how good the frozen backbone is on labelled crops, at the start and later.
+
+Without labelled crops, how often it finds the second view of a window stands in for that.
+"""
 
 import contextlib
 import json
@@ -17,12 +20,15 @@ from cluster.errors import UserError
 from cluster.facts import check_facts
 from cluster.journal import Journal
 from cluster.lifecycle import Run
+from pretraining.data import Pairs, spread
 from pretraining.encoder import Encoder
-from pretraining.features import ClassFolder, class_features, class_names
-from pretraining.probe import accuracy, knn_predict
+from pretraining.features import ClassFolder, class_features, class_names, embed
+from pretraining.probe import accuracy, knn_predict, pair_accuracy
+from schematics import draws
 
 T = TypeVar("T")
-PROBE = "probe.json"  # in the exp-dir: what the backbone is compared with
+KEPT = "start.json"  # in the exp-dir: what the backbone is compared with
+WINDOWS = 256  # of the pool at most, where there are no labels
 NEIGHBOURS, QUERIES = 4096, 2048  # crops that are used at most, evenly spread over their split
 PROBING = 3600.0  # seconds that a probe may take before the run counts as hung
 CHANCE = 2.0  # standard errors of the difference of two accuracies up to which it may be chance
@@ -30,11 +36,11 @@ CHANCE = 2.0  # standard errors of the difference of two accuracies up to which 
 
 @dataclass(frozen=True)
 class Before:
-    """What a backbone is compared with: kNN top-1 of the run's first weights and of raw pixels."""
+    """What a backbone is compared with: accuracies by the run's first weights and by raw pixels."""
 
-    data: str  # folder of the crops
-    neighbours: int = setting(least=1)  # crops that vote
-    queries: int = setting(least=1)  # crops that are classified
+    data: str  # folder of the crops, or the pool
+    neighbours: int = setting(least=1)  # crops that vote, or views
+    queries: int = setting(least=1)  # crops that are classified, or views
     start: float = setting(least=0, most=1)
     raw: float = setting(least=0, most=1)
 
@@ -62,6 +68,8 @@ class Probe:
     Raises UserError or DataError if there are no such folders or no crops in them.
     """
 
+    name = "kNN"
+
     def __init__(self, data_dir: Path, size: int, color_mode: str, device: torch.device) -> None:
         splits = ["train", "valid" if (data_dir / "valid").is_dir() else "test"]
         self.classes = class_names(data_dir, splits)
@@ -69,8 +77,7 @@ class Probe:
             ClassFolder(data_dir / split, self.classes, size, color_mode) for split in splits
         )
         for folder, most in ((self.train, NEIGHBOURS), (self.test, QUERIES)):
-            count = min(most, len(folder))
-            folder.files = [folder.files[i * len(folder) // count] for i in range(count)]
+            folder.files = [folder.files[i] for i in spread(len(folder), most)]
         self.device = device
         self.about: dict[str, Any] = {
             "data": str(data_dir),
@@ -78,7 +85,7 @@ class Probe:
             "queries": len(self.test),
         }
 
-    def top1(self, network: nn.Module) -> float:
+    def __call__(self, network: nn.Module) -> float:
         """The accuracy by the features of a network, uint8 [N, 3, size, size] -> [N, D], in 0..1.
 
         They are computed in eval mode, and torch's generators stay as they are: a loader draws a seed.
@@ -89,57 +96,76 @@ class Probe:
         return accuracy(knn_predict(train, train_labels, test, len(self.classes)), test_labels)[0]
 
 
-class Benefit:
-    """The comparison of a run's backbone with the one that it began with; nothing if `data_dir` is None.
+class SecondViews:
+    """How often the second view of a window of the pool is the one that is most similar to the first.
 
-    Create it while the encoder has the weights of the start, as before a checkpoint is restored: so a run
-    that gets its --probe-dir later has its true start as well. Rank 0 measures, and the others wait for it.
-    size: of the images, px. run: None for a dry run, which measures nothing. new: whether this is the run's
-    first launch; the later ones read what it measured. Raises UserError or DataError as `Probe` does.
+    It needs no labels. Of the signs that were tried it is the one that agrees with kNN (docs/results.md). The
+    windows are evenly spread over the pool, and the views those of an epoch that no run reaches.
+    """
+
+    name = "second views found"
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self.chosen = pairs, spread(len(pairs), WINDOWS)
+        count = 2 * len(self.chosen)
+        self.about: dict[str, Any] = {"data": "windows of the pool", "neighbours": count, "queries": count}
+
+    def __call__(self, network: nn.Module) -> float:
+        """The share of the views, by the features of a network, uint8 [N, C, S, S] -> [N, D]."""
+        items = [self.pairs[draws.LARGEST, 0, i] for i in self.chosen]
+        z1, z2 = (embed(network, torch.stack(views)) for views in zip(*items, strict=True))
+        return pair_accuracy(z1, z2).item()
+
+
+class Benefit:
+    """The comparison of a run's backbone with the one that it began with.
+
+    data_dir: of labelled crops, for a Probe; None for SecondViews. Create it while the encoder has the
+    weights of the start, as before a checkpoint is restored: so a run that gets its --probe-dir later has its
+    true start as well. Rank 0 measures, and the others wait for it. run: None for a dry run, which measures
+    nothing. new: whether this is the run's first launch; the later ones read what it measured.
+    Raises UserError or DataError as `Probe` does.
     """
 
     def __init__(
-        self,
-        data_dir: Path | None,
-        encoder: Encoder,
-        size: int,
-        color_mode: str,
-        run: Run | None,
-        new: bool,
+        self, data_dir: Path | None, pairs: Pairs, encoder: Encoder, run: Run | None, new: bool
     ) -> None:
         self.network = nn.Sequential(encoder.normalise, encoder.backbone)
-        self.run, self.data_dir = run, data_dir
+        self.device = next(encoder.parameters()).device
+        self.run, self.labelled = run, data_dir is not None
         self.now: float | None = None  # as it was measured last; on rank 0, as all that follows
-        device = next(encoder.parameters()).device
+        self.trial: Probe | SecondViews
 
         def begin() -> None:
-            assert data_dir is not None
-            self.probe = Probe(data_dir, size, color_mode, device)
+            color_mode = pairs.store.color_mode
+            self.trial = (
+                Probe(data_dir, pairs.size, color_mode, self.device) if data_dir else SecondViews(pairs)
+            )
             if run:
-                self.before = self._before(run.exp_dir / PROBE, new)
+                self.before = self._before(run.exp_dir / KEPT, new)
 
         self._on_main(begin)
 
     def measure(self, journal: Journal, step: int) -> None:
-        """Record in line `step` of the journal how good the backbone is now, and what that compares with."""
+        """Record in line `step` of the journal how good the backbone is now; nothing without labels."""
 
         def work() -> None:
-            self.now = self.probe.top1(self.network)
+            self.now = self.trial(self.network)
             journal.record(step, knn=self.now, knn_start=self.before.start, knn_raw=self.before.raw)
 
-        self._on_main(work)
+        if self.labelled:
+            self._on_main(work)
 
-    def judgement(self) -> Judgement | None:
-        """What becomes of the comparison, as measured last, or now if this launch took no step."""
+    def judgement(self) -> Judgement:
+        """What becomes of the comparison, as measured last, or now if this launch has not measured."""
 
         def work() -> Judgement:
-            return judge(self.probe.top1(self.network) if self.now is None else self.now, self.before)
+            now = self.trial(self.network) if self.now is None else self.now
+            return judge(self.trial.name, now, self.before)
 
         return self._on_main(work)
 
-    def _on_main(self, work: Callable[[], T]) -> T | None:
-        if self.data_dir is None:
-            return None
+    def _on_main(self, work: Callable[[], T]) -> T:
         with self.run.allow(PROBING) if self.run else contextlib.nullcontext():
             return distributed.on_main(work)
 
@@ -148,19 +174,19 @@ class Benefit:
             kept = {} if new or not path.exists() else json.loads(path.read_text())
         except ValueError:
             raise UserError(f"{path}: not JSON; remove it, and the start is measured again") from None
-        about = self.probe.about
+        about = self.trial.about
         if all(kept.get(name) == value for name, value in about.items()):
             return Before(**check_facts(Before, kept, str(path), "remove it"))
-        raw = self.probe.top1(RawPixels().to(self.probe.device))
-        before = Before(**about, start=self.probe.top1(self.network), raw=raw)
+        raw = self.trial(RawPixels().to(self.device))
+        before = Before(**about, start=self.trial(self.network), raw=raw)
         atomic.write_text(path, json.dumps(asdict(before), indent=2) + "\n")
-        told = f"kNN of {before.queries} crops of {before.data}: {before.start:.2f} at the start"
+        told = f"{self.trial.name}, {before.queries} of {before.data}: {before.start:.2f} at the start"
         print(f"{told}, {raw:.2f} by raw 16 x 16 pixels", flush=True)
         return before
 
 
-def judge(now: float, before: Before) -> Judgement:
-    """Compare an accuracy with those of before.
+def judge(name: str, now: float, before: Before) -> Judgement:
+    """Compare an accuracy, which `name` stands for, with those of before.
 
     It is better or worse than the start where the difference is more than two standard errors of two
     independent samples. That is wide for the same crops twice, which makes up for crops of one sheet that are
@@ -171,5 +197,5 @@ def judge(now: float, before: Before) -> Judgement:
     chance = apart**2 <= CHANCE**2 * variance
     verdict: Literal["better", "same", "worse"] = "same" if chance else "better" if apart > 0 else "worse"
     told = {"same": "no better than", "better": "better than", "worse": "worse than"}[verdict]
-    figures = f"kNN {now:.2f}, at the start {before.start:.2f}, raw 16 x 16 pixels {before.raw:.2f}"
+    figures = f"{name} {now:.2f}, at the start {before.start:.2f}, raw 16 x 16 pixels {before.raw:.2f}"
     return Judgement(verdict, f"{figures}: these weights are {told} those you began with")

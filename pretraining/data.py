@@ -26,6 +26,12 @@ def describe_views(recipe: str, size: int, extent: int) -> str:
     return f"views by the recipe drawing: each shows {shown}, drawn at {size} px"
 
 
+def spread(pool: int, count: int) -> list[int]:
+    """At most so many windows of the pool, evenly spread over it and always the same."""
+    count = min(count, pool)
+    return [i * pool // count for i in range(count)]
+
+
 class Pairs(Dataset):
     """Item (epoch, position, sample) -> two views of window `sample`, uint8 [C, S, S] each.
 

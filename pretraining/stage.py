@@ -35,7 +35,7 @@ from cluster.training import (
 )
 from pretraining.benefit import Benefit
 from pretraining.config import PretrainConfig
-from pretraining.data import Pairs, collate, describe_views, epoch_order
+from pretraining.data import Pairs, collate, describe_views, epoch_order, spread
 from pretraining.encoder import Encoder
 from pretraining.features import embed, square
 from pretraining.loop import train
@@ -157,12 +157,12 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         beginning = begin_from(config.init, config.arch, config.exp_dir / INIT, new, config.dry_run)
         config = replace(config, arch=beginning.arch)
         encoder = build_encoder(beginning, config.projector, method, store, world, config.seed)
-        benefit = Benefit(config.probe_dir, encoder, config.image_size, store.color_mode, run, new)
         precision, in_words = settle(config.precision, world, encoder)
         chosen, by = choose_optimizer(encoder.backbone, config.optimizer, config.weight_decay)
         config = replace(config, precision=precision, **chosen)
         extent = view_extent(config.view, config.recipe, config.image_size, store)
         pairs = Pairs(store, extent=extent, **config.views)
+        benefit = Benefit(config.probe_dir, pairs, encoder, run, new)
         order = epoch_order(config.seed, len(store))
         batches = Batches(pairs, order, per_epoch, config.batch_size, world, config.workers, collate)
 
@@ -220,14 +220,13 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         judged = benefit.judgement()
         if world.main:
             about = {"arch": beginning.arch, "method": method.name, "image_size": config.image_size}
-            about |= {"step": total, **beginning.origin, **({"judged": asdict(judged)} if judged else {})}
+            about |= {"step": total, **beginning.origin, "judged": asdict(judged)}
             export(config.exp_dir / BACKBONE, encoder, store, about, *beginning.colors(store))
-        run.finish(total, training.state, [BACKBONE], judged.told if judged else "")
+        run.finish(total, training.state, [BACKBONE], judged.told)
         if world.main:
             tensors = len(encoder.backbone.state_dict())
             print(f"{config.exp_dir / BACKBONE}: {tensors} tensors of {beginning.arch} by {method.name}")
-            if judged:
-                print(judged.told, flush=True)
+            print(judged.told, flush=True)
     distributed.stop()
 
 
@@ -259,12 +258,6 @@ def export(
     colors = {"color_mode": store.color_mode, "mean": mean, "std": std}
     meta = {**about, **colors, "linework": version("linework")}
     write_backbone(path, encoder.backbone.state_dict(), meta)
-
-
-def spread(pool: int, count: int) -> list[int]:
-    """At most so many windows of the pool, evenly spread over it and always the same."""
-    count = min(count, pool)
-    return [i * pool // count for i in range(count)]
 
 
 def gallery(store: WindowStore, size: int, chosen: list[int]) -> Tensor:

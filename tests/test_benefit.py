@@ -69,6 +69,13 @@ def journal(config):
     return [json.loads(line) for line in (config.exp_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def told(config):
+    """What the sign-off says of the backbone, which its meta says too."""
+    told = json.loads((config.exp_dir / "final.json").read_text())["told"]
+    assert read_backbone(config.exp_dir / "backbone.safetensors")[1]["judged"]["told"] == told
+    return told
+
+
 def stop_in_call(number):
     calls = iter(range(100))
 
@@ -94,12 +101,11 @@ def test_a_probed_run_is_bitwise_the_run_without_and_says_what_became_of_its_sta
     )
     assert last["knn"] == accuracy(knn_predict(*train, test[0], len(classes)), test[1])[0]
     assert last["step"] == 3 and {"knn_start", "knn_raw"} < set(last)
-    told = json.loads((probed.exp_dir / "final.json").read_text())["told"]
-    assert told.startswith(f"kNN {last['knn']:.2f}, at the start {last['knn_start']:.2f}, raw 16 x 16 pixels")
-    assert read_backbone(probed.exp_dir / "backbone.safetensors")[1]["judged"]["told"] == told
+    said = told(probed)
+    assert said.startswith(f"kNN {last['knn']:.2f}, at the start {last['knn_start']:.2f}, raw 16 x 16 pixels")
     (line,) = status.lines_of([stages.Stage("pretrain", probed.exp_dir, [], [])], {}, config.exp_dir)
-    assert status.table([line]).endswith(f"knn_start {last['knn_start']:.4g}; {told}")
-    assert capfd.readouterr().out.rstrip().endswith(told)
+    assert status.table([line]).endswith(f"knn_start {last['knn_start']:.4g}; {said}")
+    assert capfd.readouterr().out.rstrip().endswith(said)
 
 
 def test_a_resumed_run_is_compared_with_its_true_start(config, crops):
@@ -108,8 +114,21 @@ def test_a_resumed_run_is_compared_with_its_true_start(config, crops):
     whole, _ = run(replace(config, exp_dir=config.exp_dir.with_name("whole")))
     with pytest.raises(SystemExit):
         run(config, stop_in_call(1))
-    (config.exp_dir / benefit.PROBE).unlink()
+    (config.exp_dir / benefit.KEPT).unlink()
     assert run(config)[0] == whole
+
+
+def test_without_labels_the_second_views_are_told_by_the_weights_of_start_and_end(config):
+    run(config)
+    whole = told(config)
+    assert whole.startswith("second views found 0.") and "those you began with" in whole
+    start = Before(**json.loads((config.exp_dir / benefit.KEPT).read_text()))
+    assert start.queries == start.neighbours <= 2 * benefit.WINDOWS
+    again = replace(config, exp_dir=config.exp_dir.with_name("again"))
+    with pytest.raises(SystemExit):
+        run(again, stop_in_call(1))
+    run(again)
+    assert told(again) == whole
 
 
 def probe_on_two(config):
@@ -124,19 +143,19 @@ def test_the_other_rank_waits_for_the_probe(config, crops, tmp_path):
 
 def test_worse_and_better_are_more_than_chance():
     before = Before(data="", neighbours=1, queries=400, start=0.66, raw=0.7)
-    assert judge(0.55, before) == Judgement(
+    assert judge("kNN", 0.55, before) == Judgement(
         "worse",
         "kNN 0.55, at the start 0.66, raw 16 x 16 pixels 0.70: these weights are worse than those you began "
         "with",
     )
-    assert [judge(now, before).verdict for now in (0.61, 0.71, 0.75)] == ["same", "same", "better"]
-    assert judge(0.61, replace(before, queries=2048)).verdict == "worse"
+    assert [judge("kNN", now, before).verdict for now in (0.61, 0.71, 0.75)] == ["same", "same", "better"]
+    assert judge("kNN", 0.61, replace(before, queries=2048)).verdict == "worse"
 
 
 @pytest.mark.parametrize("verdict", ["worse", "better"])
 def test_finetuning_warns_of_a_backbone_that_its_own_pretraining_found_worse(sheets, tmp_path, verdict):
     meta = {"arch": "resnet10t", "color_mode": "gray", "mean": [0.5] * 3, "std": [0.5] * 3}
-    meta["judged"] = asdict(judge(0.9 if verdict == "better" else 0.1, Before("", 1, 100, 0.5, 0.5)))
+    meta["judged"] = asdict(judge("kNN", 0.9 if verdict == "better" else 0.1, Before("", 1, 100, 0.5, 0.5)))
     file = tmp_path / "backbone.safetensors"
     write_backbone(file, build_backbone("resnet10t").state_dict(), meta)
     config = config_of(sheets, tmp_path / "out", backbone=str(file), arch=None)
