@@ -85,6 +85,9 @@ class FinetuneConfig(RunConfig):
     # Seconds from one checkpoint to the next; there is also one before each validation.
     checkpoint_every: float = 600.0
 
+    # Share of the labelled training sheets to train on, such as 0.05: drawn by --seed, by class; a smaller
+    # share is part of a larger one.
+    train_share: float = setting(1.0, least=0.0001, most=1)
     # Size at which sheets are seen, such as 0.5 for half of it, in training and by the detector ever after.
     scale: float = setting(1.0, least=0.01, most=1)
     # Side of a window in pixels of the scaled sheet, a multiple of 64; by default fitted to the sheets, and

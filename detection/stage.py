@@ -55,6 +55,7 @@ from detection.start import (
 )
 from schematics import draws
 from schematics.coco import losses
+from schematics.splits import take_share
 
 PACKING = 24 * 3600.0  # seconds that packing the sheets may take before the run counts as hung
 
@@ -71,10 +72,12 @@ def finetune(config: FinetuneConfig) -> None:
     check_engine(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
-    splits = read_splits(config.data_dir)
-    for line in filter(None, map(losses, splits)):
+    train_split, valid_split = read_splits(config.data_dir)
+    drawn, shared = take_share(train_split, config.train_share, config.seed)
+    for line in filter(None, [*map(losses, (train_split, valid_split)), shared]):
         if world.main:
             print(line, flush=True)
+    splits = drawn, valid_split
 
     # A new detector is built before the exp-dir is touched, so that bad input leaves no folder behind.
     beginning = Beginning(splits=splits, norm=norm, world=world, **config.beginning)

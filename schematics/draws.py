@@ -31,6 +31,7 @@ class Use(Enum):
     PRETRAINING_ORDER = 1  # the order of an epoch's windows in pretraining
     DETECTION_ORDER = 2  # the choice and the order of an epoch's tiles in finetuning
     DETECTION_WINDOW = 3  # how a tile is moved and changed: sample is its place in the epoch, view the tile
+    TRAINING_SHARE = 4  # which of the labelled training sheets a share of them has
     SHOTS = 5  # the order in which a draw of a few labelled crops a class takes them; sample is the draw
 
 

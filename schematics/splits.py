@@ -1,14 +1,17 @@
-"""Draw splits: by sheet, stratified by class, with sheets that look alike on one side."""
+"""Draw splits: by sheet, stratified by class, with sheets that look alike on one side; and shares of one."""
 
 import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
 
+from schematics import draws
+from schematics.coco import Split
 from schematics.sheets import DataError, Sheet, read_sheet
 
 # Two sheets look alike if their pictures, shrunk to so many pixels a side, correlate above this.
@@ -112,3 +115,39 @@ def draw(
         )
     split_of = {p: split for places, split in zip(members.values(), drawn, strict=True) for p in places}
     return [split_of[place] for place in range(len(sheets))]
+
+
+def take_share(split: Split, share: float, seed: int) -> tuple[Split, str]:
+    """A share of the split's sheets with the classes of all, and a line for the log ("" for the whole split).
+
+    It has at least one sheet. The same sheets and seed give the same share, and a smaller one is part of it.
+    """
+    if share == 1:
+        return split, ""
+    sheets = sorted(split.sheets, key=lambda sheet: sheet.file_name)
+    names = [category.name for category in split.categories]
+    classes = [{names[label - 1] for label in sheet.labels[~sheet.crowd]} for sheet in sheets]
+    taken = sorted(nested(classes, seed)[: max(1, round(share * len(sheets)))])
+    lost = set[str]().union(*classes) - set[str]().union(*(classes[place] for place in taken))
+    told = f"{split.name}: {len(taken)} of {len(sheets)} sheets, drawn with seed {seed}; "
+    told += f"no example left of {', '.join(sorted(lost))}" if lost else "every class has an example"
+    return replace(split, sheets=[sheets[place] for place in taken]), told
+
+
+def nested(classes: Sequence[Collection[str]], seed: int) -> list[int]:
+    """An order of the sheets, each beginning of which is a draw by class, of whatever length.
+
+    classes: those on each sheet. The sheets are halved by `stratified`, the first half again, and so on. A
+    plain shuffle leaves more classes out: of 31 classes of 1,534 circuits a share of 31 has 23 and not 25.
+    Where any sheet shows a class, the first one does.
+    """
+    rng = draws.draw(draws.Use.TRAINING_SHARE, seed)
+    groups = [(1, Counter(dict.fromkeys(names, 1))) for names in classes]
+    first, rest = rng.permutation(len(classes)).tolist(), list[int]()
+    while len(first) > 1:
+        halving = int(rng.integers(2**32))
+        sides = stratified([groups[place] for place in first], {"in": 0.5, "out": 0.5}, halving)
+        chosen = {place for place, side in zip(first, sides, strict=True) if side == "in"}
+        rest = [place for place in first if place not in chosen] + rest
+        first = [place for place in first if place in chosen]
+    return first + rest

@@ -271,7 +271,7 @@ ENTRIES = [
     *(f"{method}.pretrain" for method in stages.methods()),
     *("detection.finetune", "detection.predict", "detection.export"),
     *("evaluate/evaluate.py", "evaluate/compare.py", "evaluate/knn.py", "evaluate/linear.py"),
-    *("evaluate/shots.py", "evaluate/embedding.py"),
+    *("evaluate/shots.py", "evaluate/embedding.py", "evaluate/study.py"),
 ]
 
 
@@ -324,7 +324,9 @@ def test_the_help_of_each_flag_is_the_sentence_of_its_own_field(name, monkeypatc
         assert sentence[0].isupper() and sentence.endswith(".") and len(sentence.split()) >= 3, (
             flag + sentence
         )
-        name = r"\[PATH \.\.\.\]" if field.name in ("sheets", "runs") else flag  # arguments without a flag
+        # Arguments without a flag have another name.
+        shown = {"sheets": r"\[PATH \.\.\.\]", "runs": r"\[PATH \.\.\.\]", "what": r"\[\{plan,\S+\}\]"}
+        name = (shown | {"file": r"\[\S+PATH\]"}).get(field.name, flag)
         until_the_next = r"(?:(?!\(default|\(required).)*"
         assert re.search(f" {name}{until_the_next} {re.escape(sentence)} \\((default|required)", text), flag
     assert len(set(comments.values())) == len(comments), "two flags share their help"

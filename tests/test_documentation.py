@@ -43,6 +43,25 @@ PRETRAINING = (
     "--arch test_resnet.r160_in1k --steps 2 --batch-size 4 --image-size 32 --window 64 --projector 16 16"
 )
 FINETUNING = "--steps 2 --batch-size 2 --window 128 --fpn-channels 16"
+STUDY = """
+folder = "study"
+data = "DATA"
+[arms.random]
+backbone = "none"
+finetune = {arch = "test_resnet"}
+[arms.pretrained]
+backbone = "PRETRAIN/backbone.safetensors"
+[[labels]]
+share = 0.5
+[finetune]
+steps = 2
+batch-size = 2
+window = 128
+fpn-channels = 16
+workers = 0
+device = "cpu"
+norm = "group"
+"""
 SHORT = {  # what makes a command short, where it doesn't give that flag itself
     r"simclr.pretrain|vicreg.pretrain|slurm/pretrain.slurm": f"{PRETRAINING} --workers 0 --device cpu",
     r"detection.finetune|slurm/finetune.slurm": f"{FINETUNING} --workers 0 --device cpu",
@@ -103,6 +122,7 @@ def desk(sheets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("OTHER", "A", "B"):
         shutil.copytree(folder / "results", folder / name)
     shutil.copytree(folder / "checkpoints/vicreg", folder / "PRETRAIN")
+    (folder / "STUDY.toml").write_text(STUDY)
     return folder
 
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,17 @@ def test_a_resumed_run_takes_the_new_rate_says_so_and_goes_back_to_steps(data, t
     assert rates == pytest.approx([0.005, 0.005, 0.0005, 0.002, 0.001, 0.0001])
     told = re.findall(r"a new phase of the learning rate begins at (.*)", capfd.readouterr().out)
     assert told == ["step 3: 0.002 where it was 0.0005", "step 4: 0.001 where it was 0.002"]
+
+
+def test_a_share_of_the_sheets_is_trained_on_with_all_classes_and_stays_with_the_run(data, tmp_path, capfd):
+    half = config_of(data, tmp_path / "run", steps=1, train_share=0.5)
+    main(half)
+    assert "train: 2 of 4 sheets, drawn with seed 0; " in capfd.readouterr().out
+    known, (split, _) = checkpoint.read(tmp_path / "run" / "last.pt"), read_splits(data)
+    assert len(known["spec"]["categories"]) == len(split.categories)
+    assert 0 < sum(known["train_boxes"].values()) < sum(len(sheet.boxes) for sheet in split.sheets)
+    with pytest.raises(UserError, match=r"--train-share 1.0: the run in .* has 0.5; give that, or another"):
+        main(replace(half, train_share=1.0))
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run_and_names_the_sheets(data, tmp_path):

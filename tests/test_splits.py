@@ -1,6 +1,8 @@
-"""Splits are drawn by sheet, stratified by class, by a seed, with look-alikes on one side."""
+"""Splits are drawn by sheet, stratified by class, by a seed, with look-alikes on one side; so are shares."""
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from schematics.coco import Category, LabelledSheet, Split
 from schematics.sheets import DataError, Sheet
-from schematics.splits import alike, draw, stratified
+from schematics.splits import alike, draw, stratified, take_share
 
 SHARES = {"train": 0.8, "valid": 0.2}
 
@@ -81,3 +84,51 @@ def test_where_all_sheets_are_one_drawing_nothing_is_drawn(tmp_path):
     sheets = [drawing(tmp_path / f"{n}.png", 1) for n in range(3)]
     with pytest.raises(DataError, match=r"too few to draw train, valid: .* of 3 sheets 1 differ"):
         draw(sheets, [["valve"]] * 3, {"valid": 0.3}, 0)
+
+
+def labelled(classes: list[list[int]]) -> Split:
+    """A training split of sheets that show these labels, 1 to 9."""
+    one = {"width": 9, "height": 9, "annotation_ids": np.empty(0), "area": np.empty(0)}
+    sheets = [
+        LabelledSheet(
+            n, f"{n}.png", Path(f"{n}.png"), boxes=np.empty((len(k), 4)), labels=np.array(k, np.int64),
+            crowd=np.zeros(len(k), bool), **one,
+        )
+        for n, k in enumerate(classes)
+    ]  # fmt: skip
+    return Split(Path("train"), [Category(k, f"class {k}") for k in range(1, 10)], sheets, [])
+
+
+def test_a_smaller_share_is_part_of_a_larger_one_and_keeps_all_classes():
+    split = labelled([[n % 7 + 1] * (n % 3) for n in range(200)])
+    for seed in range(3):
+        parts = [take_share(split, share, seed)[0] for share in (0.001, 0.02, 0.05, 0.2, 0.99, 1)]
+        names = [{sheet.file_name for sheet in part.sheets} for part in parts]
+        assert [len(part) for part in names] == [1, 4, 10, 40, 198, 200]
+        assert all(small < large for small, large in itertools.pairwise(names))
+        assert all(part.categories == split.categories for part in parts)
+        assert len(parts[0].sheets[0].labels)  # a lone sheet has a symbol
+
+
+def test_a_share_is_drawn_by_seed_and_not_by_the_order_of_the_file():
+    split = labelled([[n % 7 + 1] for n in range(100)])
+    back = replace(split, sheets=split.sheets[::-1])
+    drawn = [[s.file_name for s in take_share(*each)[0].sheets] for each in ((split, 0.1, 0), (back, 0.1, 0))]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != [s.file_name for s in take_share(split, 0.1, 1)[0].sheets]
+
+
+def test_a_share_has_its_part_of_each_class_and_names_those_that_it_lost():
+    """Seven rare classes, each on four sheets of 200: a plain draw of a quarter has less than all of them."""
+    split = labelled([[n // 4 + 1] if n < 28 else [8] for n in range(200)])
+    for seed in range(5):
+        assert take_share(split, 0.25, seed)[1] == (
+            f"train: 50 of 200 sheets, drawn with seed {seed}; every class has an example"
+        )
+        plain = {min(n // 4 + 1, 8) for n in np.random.default_rng(seed).permutation(200)[:50]}
+        assert len(plain) < 8
+        part, told = take_share(split, 0.02, seed)
+        kept = {label for sheet in part.sheets for label in sheet.labels.tolist()}
+        lost = ", ".join(f"class {k}" for k in range(1, 9) if k not in kept)
+        assert told == f"train: 4 of 200 sheets, drawn with seed {seed}; no example left of {lost}"
+    assert take_share(split, 1.0, 0) == (split, "")

@@ -37,18 +37,37 @@ def compare(
     for one, other in ((first.image_ids, second.image_ids), (first.category_ids, second.category_ids)):
         if not np.array_equal(one, other):
             raise ValueError("the two were not matched with the same ground truth")
-    weights = np.vstack(
-        [np.ones((1, len(first.image_ids)), np.int64), resample(len(first.image_ids), resamples, seed)]
-    )
-    draws = [average_precision(matches, weights) for matches in (first, second)]
-    for table in draws:
-        del table["AP50_class"]
-    if thresholds:
-        for table, matches, given in zip(draws, (first, second), thresholds, strict=True):
-            table |= _at_thresholds(matches, given, weights)
+    drawn = [
+        drawn_figures(matches, given, resamples, seed)
+        for matches, given in zip((first, second), thresholds or (None, None), strict=True)
+    ]
+    return differences(*drawn)
+
+
+def drawn_figures(
+    matches: Matches, thresholds: Mapping[int, float] | None = None, resamples: int = 1000, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Each figure of the sheets as they are and then of each resample of them, float64 [1 + resamples].
+
+    Two detectors on the same sheets are drawn alike, so that the means of several runs can be compared too.
+    """
+    sheets = len(matches.image_ids)
+    weights = np.vstack([np.ones((1, sheets), np.int64), resample(sheets, resamples, seed)])
+    drawn = average_precision(matches, weights)
+    del drawn["AP50_class"]
+    return drawn | (_at_thresholds(matches, thresholds, weights) if thresholds else {})
+
+
+def drawn_interval(drawn: np.ndarray) -> Interval:
+    """The interval of a figure of `drawn_figures`."""
+    return interval(drawn[1:], drawn[0])
+
+
+def differences(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> dict[str, Difference]:
+    """By how much the figures of the second differ from those of the first, both of `drawn_figures`."""
     return {
-        name: Difference(float(one[0]), float(other[0]), interval(other[1:] - one[1:], other[0] - one[0]))
-        for name, one, other in ((name, draws[0][name], draws[1][name]) for name in draws[0])
+        name: Difference(float(one[0]), float(second[name][0]), drawn_interval(second[name] - one))
+        for name, one in first.items()
     }
 
 
