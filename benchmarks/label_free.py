@@ -75,6 +75,7 @@ def train(run: Short, pool: Path, imagenet: Path, out: Path) -> Path:
     flags = ["--init", imagenet] if run.init else ["--arch", run.arch]
     flags += ["--projector", "512", "512" if run.method == "vicreg" else "128", "--workers", "0"]
     flags += ["--precision", "bf16" if run.arch == "resnet18" else "fp32", "--device", "cpu", "--keep", "2"]
+    flags += ["--checkpoint-every", "86400"]  # the first checkpoint stays
     flags += ["--image-size", SIDE, "--window", WINDOW, "--batch-size", BATCH, "--steps", STEPS]
     flags += ["--optimizer", run.optimizer, "--base-lr", run.lr, "--lr-scaling", "sqrt"]
     command = [sys.executable, "-m", f"{run.method}.pretrain", "--data-dir", pool, "--exp-dir", folder]
@@ -181,9 +182,9 @@ def main() -> None:
         network, _ = open_backbone(folder / "backbone.safetensors")
         begun = f"{run.arch}{' of ImageNet' if run.init else ''}"
         for name in (run.name, begun):
-            if name == begun:
-                start_of(folder, network)
             if name not in measured:
+                if name == begun:
+                    start_of(folder, network)
                 measured[name] = {"kNN": probe(network)} | figures(network, pairs, many, seen)
                 kept.write_text(json.dumps(measured, indent=2))
         start, end = measured[begun], measured[run.name]

@@ -64,8 +64,9 @@ def choose_optimizer(
     """The flags optimizer and weight_decay, as given or else by the architecture, and a line that says so.
 
     LARS is for ResNets: it made an EfficientNet worse than its start, from random and from ImageNet's weights
-    (docs/results.md). So a network with any norm but BatchNorm, or with convolutions that aren't dense, as
-    depthwise ones, gets AdamW.
+    (docs/results.md). AdamW harms ImageNet's weights least, and is no better for random ones in short runs.
+    So a network with any norm but BatchNorm, or with convolutions that aren't dense, as depthwise ones, gets
+    AdamW.
     """
     convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
     dense = all(convolution.groups == 1 for convolution in convolutions)
