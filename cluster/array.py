@@ -194,7 +194,7 @@ class _Chain:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 pass_fds=[] if self.lock is None else [self.lock],
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def ended(self, wait: bool = False) -> bool:
@@ -246,7 +246,7 @@ def _alone(folder: Path) -> Iterator[IO]:
         yield lock
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask the kernel for a TERM when the parent dies: a stage then saves and ends."""
     with contextlib.suppress(OSError, AttributeError):  # only Linux knows this
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)

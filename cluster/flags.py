@@ -17,10 +17,11 @@ Flags = dict[str, Any]  # flags of a command by name, without the dashes in fron
 PATHS = ("data-dir", "init", "store-dir", "probe-dir")  # flags of training that name a file or a folder
 
 
-def words(flags: Flags) -> tuple[str, ...]:
+def words(flags: Flags, home: Path = Path()) -> tuple[str, ...]:
     """Flags as words of a command line that may run in another folder: paths become absolute.
 
-    true and false stand for --flag and --no-flag, a list for several values.
+    home: the folder that relative paths begin from, by default the current one. true and false stand for
+    --flag and --no-flag, a list for several values.
     """
     found: list[str] = []
     for name, value in flags.items():
@@ -28,7 +29,7 @@ def words(flags: Flags) -> tuple[str, ...]:
             found.append(f"--{name}" if value else f"--no-{name}")
         else:
             values = map(str, value if isinstance(value, list) else [value])
-            found += [f"--{name}", *(str(Path(v).absolute()) if name in PATHS else v for v in values)]
+            found += [f"--{name}", *(str((home / v).absolute()) if name in PATHS else v for v in values)]
     return tuple(found)
 
 

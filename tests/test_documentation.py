@@ -28,6 +28,7 @@ ELSEWHERE = {
     "make demo": "the stages are those of the pages",
     "make gpu": "test_gpu_acceptance.py",
     "make test": "this is part of it",
+    "python slurm/sweep.py": "test_sweep.py",
     "python slurm/pipeline.py status": "test_pipeline.py, after the chain that is only printed here",
     "python benchmarks/": "minutes on the data that they name",
     "python -m detection.export": "test_export.py, with a detector that has learnt: else scores tie",
