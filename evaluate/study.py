@@ -99,7 +99,7 @@ def estimate(command: tuple[str, ...], before: tuple[str, ...]) -> float | None:
     asked = subprocess.run([sys.executable, *words, "--dry-run"], capture_output=True, text=True)
     if asked.returncode:
         raise UserError(f"{array.line(words)} --dry-run: {' '.join(asked.stderr.split())[-400:]}")
-    found = re.search(r"about ([\d.e+]+) (s|min|h) in all", asked.stdout)
+    found = re.search(r"([\d.e+]+) (s|min|h) (?:in all|for \d+ steps)", asked.stdout)
     return float(found[1]) * SECONDS[found[2]] if found else None
 
 

@@ -26,6 +26,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,12 @@ def main(config: SweepConfig) -> None:
         command = ("-m", f"{config.method}.pretrain", *words(flags, config.home))
         work(study, folder, config.worker, share, search, command, config.objective)
         return
-    again = command_line(config, workers)
+    again: Flags = {"space": config.space.absolute(), "exp-dir": folder, "home": config.home.absolute()}
+    again |= {name: getattr(config, name) for name in ("method", "count", "objective", "seed")}
+    again |= {"workers": workers, "minimize": config.minimize, "prune": config.prune}
     runs = [
-        array.Run(f"worker_{k}", (("slurm/sweep.py", *again, "--worker", str(k)),)) for k in range(workers)
+        array.Run(f"worker_{k}", (("slurm/sweep.py", *words(again), "--worker", str(k)),))
+        for k in range(workers)
     ]
     try:
         if config.local:
@@ -99,16 +103,6 @@ def main(config: SweepConfig) -> None:
                 print(f"{name}: job {job}")
     finally:
         report(study, folder, count)
-
-
-def command_line(config: SweepConfig, workers: int) -> list[str]:
-    """The flags that a worker is given."""
-    paths = {"--space": config.space.absolute(), "--exp-dir": config.exp_dir.absolute()}
-    paths["--home"] = config.home.absolute()
-    numbers = {"--count": config.count, "--workers": workers, "--seed": config.seed}
-    texts = {"--method": config.method, "--objective": config.objective}
-    pairs = [str(word) for pair in (paths | numbers | texts).items() for word in pair]
-    return [*pairs, *["--minimize"] * config.minimize, *["--no-prune"] * (not config.prune)]
 
 
 def read_space(path: Path) -> tuple[Flags, Flags]:
@@ -259,7 +253,9 @@ def report(study: optuna.Study, folder: Path, count: int) -> None:
         ("parallel", lambda: plots.plot_parallel_coordinate(study)),
     ):
         try:
-            axes = draw()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                axes = draw()
         except (ValueError, RuntimeError) as error:  # too few trials, or all alike
             print(f"no {name}.png yet: {error}")
             continue

@@ -271,7 +271,7 @@ ENTRIES = [
     *(f"{method}.pretrain" for method in stages.methods()),
     *("detection.finetune", "detection.predict", "detection.export"),
     *("evaluate/evaluate.py", "evaluate/compare.py", "evaluate/knn.py", "evaluate/linear.py"),
-    *("evaluate/shots.py", "evaluate/embedding.py", "evaluate/study.py"),
+    *("evaluate/shots.py", "evaluate/embedding.py", "evaluate/study.py", "slurm/sweep.py"),
 ]
 
 
