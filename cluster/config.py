@@ -135,6 +135,8 @@ class RunConfig(Config):
     step_timeout: float = setting(600.0, least=1, may_change=True)
     # Steps from one line of metrics.jsonl to the next.
     log_every: int = setting(10, least=1, may_change=True)
+    # Project of Weights & Biases to which metrics are sent too (pip install 'linework[wandb]').
+    wandb_project: str | None = setting(None, may_change=True)
 
     @property
     def seconds(self) -> float | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import atomic
+from cluster.dashboard import Dashboard
 from cluster.errors import failing_disk
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Journal:
     start_step: the step from which the run continues. What an earlier launch logged for this step and later
     ones is dropped, since it will be logged again. every: steps from one log line to the next; see `due`.
     batch_size: over all ranks, from which images/s are computed. Speeds and memory go to the log and to
-    TensorBoard, not into metrics.jsonl, which is equal for equal runs.
+    TensorBoard, not into metrics.jsonl, which is equal for equal runs. wandb_project: of Weights & Biases, if
+    metrics go there too; see `Dashboard`.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Journal:
         start_step: int = 0,
         every: int = 10,
         batch_size: int = 1,
+        wandb_project: str | None = None,
     ) -> None:
         self.main = world.main
         self.folder = exp_dir
@@ -51,6 +54,7 @@ class Journal:
         self.every = max(1, every)
         self.batch_size = batch_size
         self.device = world.device
+        self._dashboard = Dashboard(wandb_project, exp_dir) if wandb_project and self.main else None
         if self.main:
             with atomic.named(self.folder / "tensorboard"):
                 self._open(start_step)
@@ -96,6 +100,8 @@ class Journal:
         with atomic.named(self.folder / "tensorboard"):  # the error of its thread is raised here
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
+        if self._dashboard:
+            self._dashboard.record(step, scalars)
 
     def waited(self, seconds: float) -> None:
         """Count `seconds` as waiting for data."""
@@ -129,17 +135,22 @@ class Journal:
     def rewind(self, step: int) -> None:
         """Drop what was logged for `step` and later steps, since the run goes back to `step`."""
         if self.main:
-            self.close()
+            self._close()
             self._open(step)
 
     def close(self) -> None:
         if self.main:
-            self._lines.close()
-            with atomic.named(self.folder / "tensorboard"):
-                self._board.close()
-            threading.excepthook = self._hook
-            if self._bar is not None:
-                self._bar.close()
+            self._close()
+            if self._dashboard:
+                self._dashboard.close()
+
+    def _close(self) -> None:
+        self._lines.close()
+        with atomic.named(self.folder / "tensorboard"):
+            self._board.close()
+        threading.excepthook = self._hook
+        if self._bar is not None:
+            self._bar.close()
 
     def _tell(self, step: int, figures: dict[str, float]) -> None:
         done, now = step + 1, time.monotonic()

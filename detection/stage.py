@@ -160,7 +160,7 @@ def finetune(config: FinetuneConfig) -> None:
         # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.
         progress.pending |= start >= total
 
-        journal = Journal(config.exp_dir, world, total, start, config.log_every, batch)
+        journal = Journal(config.exp_dir, world, total, start, config.log_every, batch, config.wandb_project)
         journal.message("\n".join(told))
         tell_changes(journal, saved, begun, progress.phases)
         # Windows have one size, but a head of convolutions sees a varying number of proposals.

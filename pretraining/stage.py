@@ -199,7 +199,9 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         if world.main and not saved:  # the first checkpoint is of no use without it
             configuration.save(config, config.exp_dir / "config.json")
         start = begin(run, saved, training.guard, training.state, training.restore)
-        journal = Journal(config.exp_dir, world, total, start, config.log_every, config.batch_size)
+        journal = Journal(
+            config.exp_dir, world, total, start, config.log_every, config.batch_size, config.wandb_project
+        )
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
             atomic.write_text(config.exp_dir / "store.txt", str(store.folder.absolute()))

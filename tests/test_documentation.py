@@ -90,7 +90,8 @@ def shortened(command: str) -> list[str]:
 
 def run(words: list[str], folder: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "LINEWORK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PATH": path, "LINEWORK_PYTHON": sys.executable}
+    env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     done = subprocess.run(words, cwd=folder, env=env, **quiet)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
