@@ -73,7 +73,7 @@ class BackboneFacts:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judged:
     """What a probe during pretraining says of a backbone against the weights that its run began with."""
 
     verdict: Literal["better", "same", "worse"]
@@ -142,7 +142,7 @@ def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: not a backbone of Linework ({checkpoint.brief(error)})") from None
     check_facts(BackboneFacts, meta, str(path), AGAIN)
     if "judged" in meta:
-        check_facts(Judgement, meta["judged"], str(path), AGAIN)
+        check_facts(Judged, meta["judged"], str(path), AGAIN)
     if ("mean" in meta) != ("std" in meta):
         raise UserError(f"{path}: {'std' if 'mean' in meta else 'mean'} is missing; {AGAIN}")
     refuse_not_finite(tensors, str(path), AGAIN)

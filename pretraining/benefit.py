@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster import atomic, distributed
-from cluster.backbone import Judgement
+from cluster.backbone import Judged
 from cluster.config import setting
 from cluster.errors import UserError
 from cluster.facts import check_facts
@@ -48,7 +48,8 @@ class Before:
 class RawPixels(nn.Module):
     """The least that a backbone has to beat: an image's 16 x 16 pixels, less their mean.
 
-    uint8 [N, 3, S, S] -> [N, 768].
+    uint8 [N, 3, S, S] -> [N, 768]. They are less bound to the paper's tone than the pixels of
+    `baselines.raw_pixels`, which `evaluate/knn.py` has beside it, and do better among neighbours.
     """
 
     def __init__(self) -> None:
@@ -156,10 +157,10 @@ class Benefit:
         if self.labelled:
             self._on_main(work)
 
-    def judgement(self) -> Judgement:
+    def judgement(self) -> Judged:
         """What becomes of the comparison, as measured last, or now if this launch has not measured."""
 
-        def work() -> Judgement:
+        def work() -> Judged:
             now = self.trial(self.network) if self.now is None else self.now
             return judge(self.trial.name, now, self.before)
 
@@ -185,7 +186,7 @@ class Benefit:
         return before
 
 
-def judge(name: str, now: float, before: Before) -> Judgement:
+def judge(name: str, now: float, before: Before) -> Judged:
     """Compare an accuracy, which `name` stands for, with those of before.
 
     It is better or worse than the start where the difference is more than two standard errors of two
@@ -198,4 +199,4 @@ def judge(name: str, now: float, before: Before) -> Judgement:
     verdict: Literal["better", "same", "worse"] = "same" if chance else "better" if apart > 0 else "worse"
     told = {"same": "no better than", "better": "better than", "worse": "worse than"}[verdict]
     figures = f"{name} {now:.2f}, at the start {before.start:.2f}, raw 16 x 16 pixels {before.raw:.2f}"
-    return Judgement(verdict, f"{figures}: these weights are {told} those you began with")
+    return Judged(verdict, f"{figures}: these weights are {told} those you began with")

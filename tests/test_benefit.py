@@ -15,7 +15,7 @@ from processes import Ranks
 from safetensors.torch import load_file
 from small_finetuning import config_of
 
-from cluster.backbone import Judgement, build_backbone, read_backbone, write_backbone
+from cluster.backbone import Judged, build_backbone, read_backbone, write_backbone
 from cluster.distributed import World
 from cluster.errors import UserError
 from detection.start import Beginning, read_splits
@@ -143,7 +143,7 @@ def test_the_other_rank_waits_for_the_probe(config, crops, tmp_path):
 
 def test_worse_and_better_are_more_than_chance():
     before = Before(data="", neighbours=1, queries=400, start=0.66, raw=0.7)
-    assert judge("kNN", 0.55, before) == Judgement(
+    assert judge("kNN", 0.55, before) == Judged(
         "worse",
         "kNN 0.55, at the start 0.66, raw 16 x 16 pixels 0.70: these weights are worse than those you began "
         "with",
