@@ -124,6 +124,9 @@ class RunConfig(Config):
     # Arithmetic of the network: fp32, bf16, or auto: bf16 where the machine computes this network faster in
     # it. A run keeps what it began with. Losses are computed in float32 always.
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", may_change=True)
+    # Compile the network by torch.compile at the first step, which takes minutes and a C++ compiler. Figures
+    # then differ from those of a run without it in their last digits.
+    compile: bool = setting(False)
     # Use deterministic algorithms alone, so that a GPU repeats a run to the last bit. A CPU always does.
     deterministic: bool = setting(False)
 

@@ -25,6 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from cluster import checkpoint, distributed
 from cluster.batches import Batches
 from cluster.checkpoint import OTHER, Saved, State
+from cluster.compiling import compile_part
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.facts import check_facts
@@ -132,11 +133,13 @@ def seconds_per_step(
     batches: Batches,
     world: World,
     precision: str,
+    compiled: str | None,
 ) -> float:
     """Seconds that a step takes on the slowest rank, by TIMED throw-away steps of a copy of the model.
 
-    The first step is not timed, because it allocates memory and starts the loader. The loader goes on making
-    batches meanwhile, as it will in the run. train: the loop of the stage.
+    The first step is not timed, because it allocates memory, starts the loader and compiles. The loader goes
+    on making batches meanwhile, as it will in the run. train: the loop of the stage. compiled: see
+    `parallel`.
     """
     moments: list[float] = []
 
@@ -147,7 +150,7 @@ def seconds_per_step(
 
     device = world.device
     with rehearsal(model, device, "fp32") as copied, suppress(NotFinite):
-        wrapped = parallel(copied, world)
+        wrapped = parallel(copied, world, compiled)
         optimizer = build_optimizer(copied)
         guarded = GuardedStep(wrapped, optimizer, lambda step: 0.0, Guard(), device, None, precision)
         # The journal of a rank other than the first records nothing.
@@ -296,15 +299,24 @@ def train_guarded(
             journal.rewind(start)
 
 
-def parallel(model: nn.Module, world: World) -> nn.Module:
+def parallel(model: nn.Module, world: World, compiled: str | None = None) -> nn.Module:
     """The model wrapped so that its gradients are averaged over ranks; with one rank, the model itself.
+
+    compiled: the name of the part that is to be compiled, "" for all of it; None compiles nothing.
+    """
+    wrapped = model if world.size == 1 else _wrap(model, world)
+    if compiled is not None:
+        compile_part(model, compiled)
+    return wrapped
+
+
+def _wrap(model: nn.Module, world: World) -> DistributedDataParallel:
+    """The model in DDP, with the layout of its gradients settled.
 
     Sums over three ranks or more depend on where a gradient lies in the buffers that are reduced. DDP lays
     them out anew after its first backward pass, by the order in which gradients came. That pass is spent here
     on a sum of the parameters, so that every step of every launch has the same layout, whatever its graph.
     """
-    if world.size == 1:
-        return model
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch rename broadcast_buffers

@@ -153,6 +153,7 @@ class Boundary:
         self.run.after_step(step, self.progress.state, save=due and not skipping, hold=skipping)
         return self.validate() if due else True
 
+    @torch.compiler.set_stance("force_eager")  # else code would be made for each number of windows
     def validate(self) -> bool:
         """Validate the detector and keep it if it is the best so far. Returns False to end the run."""
         progress = self.progress

@@ -16,6 +16,7 @@ from cluster import checkpoint, distributed
 from cluster import config as configuration
 from cluster.batches import Batches
 from cluster.checkpoint import OTHER, State
+from cluster.compiling import refuse_without_compiler
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
@@ -72,6 +73,10 @@ def finetune(config: FinetuneConfig) -> None:
     check_engine(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
     refuse_unsynced(norm, world)
+    if config.compile:
+        refuse_without_compiler(world.device)
+    # Windows have one size, but proposals a varying number, and code would be made for each.
+    compiled = "backbone" if config.compile else None
     train_split, valid_split = read_splits(config.data_dir)
     drawn, shared = take_share(train_split, config.train_share, config.seed)
     for line in filter(None, [*map(losses, (train_split, valid_split)), shared]):
@@ -129,7 +134,7 @@ def finetune(config: FinetuneConfig) -> None:
             if world.main:  # at once, as the steps that are timed may take minutes
                 print("\n".join([*told, "timing a few steps"]), flush=True)
             with run.allow(TIMING) if run else contextlib.nullcontext():
-                step = seconds_per_step(train, detector, build, batches, world, config.precision)
+                step = seconds_per_step(train, detector, build, batches, world, config.precision, compiled)
                 validation = validation_seconds(detector, readers[1], world)
             between = per_epoch * config.validate_every
             if config.seconds:
@@ -165,7 +170,7 @@ def finetune(config: FinetuneConfig) -> None:
         tell_changes(journal, saved, begun, progress.phases)
         # Windows have one size, but a head of convolutions sees a varying number of proposals.
         torch.backends.cudnn.benchmark = not config.deterministic and spec.head == "mlp"
-        model = parallel(detector, world)
+        model = parallel(detector, world, compiled)
         lr = functools.partial(lr_at, phases=progress.phases, warmup=min(config.warmup_steps, total // 10))
         guarded = GuardedStep(
             model, optimizer, lr, progress.guard, world.device, config.clip_grad, config.precision

@@ -17,6 +17,7 @@ from cluster import config as configuration
 from cluster.backbone import write_backbone
 from cluster.batches import Batches
 from cluster.checkpoint import OTHER, Saved, State
+from cluster.compiling import refuse_without_compiler
 from cluster.facts import check_facts
 from cluster.guard import Guard
 from cluster.journal import Journal
@@ -146,6 +147,9 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     new = not (config.exp_dir / "config.json").exists()
     config = configuration.recorded(config, config.exp_dir, world.device.type, *DECIDED)
     config = replace(config, arch=with_stem(config.arch, config.stem, config.init))
+    if config.compile:
+        refuse_without_compiler(world.device)
+    compiled = "" if config.compile else None
     with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
         configuration.refuse_changes(config, config.exp_dir)
         with run.allow(PACKING) if run else contextlib.nullcontext():
@@ -176,7 +180,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         loop = partial(train, loss=method.loss, micro_batch=fit.at_once)
         if config.seconds or (config.dry_run and fit.fits):
             with run.allow(TIMING) if run else contextlib.nullcontext():
-                seconds = seconds_per_step(loop, encoder, build, batches, world, config.precision)
+                seconds = seconds_per_step(loop, encoder, build, batches, world, config.precision, compiled)
             if config.seconds:
                 total = max(1, int(config.seconds / seconds))
                 config = replace(config, steps=total)
@@ -209,7 +213,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         tell_changes(journal, saved, schedule, optimizer)
 
         boundary = Boundary(training, run, journal, store, schedule, config.image_size, benefit, **config.due)
-        model = parallel(encoder, world)
+        model = parallel(encoder, world, compiled)
         guarded = GuardedStep(
             model, optimizer, schedule.lr, training.guard, world.device, config.clip_grad, config.precision
         )

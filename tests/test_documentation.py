@@ -34,6 +34,7 @@ ELSEWHERE = {
     "python -m detection.export": "test_export.py, with a detector that has learnt: else scores tie",
     "python -m detection.predict --checkpoint detector.onnx": "the same",
     "python -m detection.finetune --preset laptop --minutes 15": "test_fitting.py: a quarter of an hour",
+    "python -m simclr.pretrain --data-dir SHEETS --compile": "test_compiling.py",
     "python -m pretraining.datasets": "test_small_images.py: needs the data set",
     "python -m simclr.pretrain --data-dir cifar/train": "the same",
     "sbatch": "test_slurm_scripts.py and test_slurm_chain.py, on a real Slurm",
