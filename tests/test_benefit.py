@@ -22,7 +22,7 @@ from detection.start import Beginning, read_splits
 from pretraining import benefit
 from pretraining.benefit import Before, judge
 from pretraining.config import PretrainConfig
-from pretraining.features import split_features
+from pretraining.features import ClassFolder, class_features, class_names, open_backbone
 from pretraining.probe import accuracy, knn_predict
 from pretraining.stage import Method, pretrain
 from schematics.sheets import DataError
@@ -96,9 +96,10 @@ def test_a_probed_run_is_bitwise_the_run_without_and_says_what_became_of_its_sta
 
     # The figure is that of evaluate/knn.py on these splits, and the last one is in every place.
     last = [line for line in both if "knn" in line][-1]
-    classes, (train, test) = split_features(
-        probed.exp_dir / "backbone.safetensors", crops, ["train", "valid"], 32, torch.device("cpu"), 0
-    )
+    network, meta = open_backbone(probed.exp_dir / "backbone.safetensors")
+    classes = class_names(crops, ["train", "valid"])
+    folders = [ClassFolder(crops / split, classes, 32, meta["color_mode"]) for split in ("train", "valid")]
+    train, test = (class_features(network, folder, torch.device("cpu"), workers=0) for folder in folders)
     assert last["knn"] == accuracy(knn_predict(*train, test[0], len(classes)), test[1])[0]
     assert last["step"] == 3 and {"knn_start", "knn_raw"} < set(last)
     said = told(probed)
