@@ -22,24 +22,9 @@ from detection.metrics.comparison import drawn_figures, drawn_interval
 from detection.metrics.matching import match
 from detection.studies import Cell, Labels, Study
 from schematics.coco import find_split, read_split, to_coco
+from schematics.resampling import Interval
 
 DETECTION = ("AP", "AP50", "Counts right")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure with the bounds of its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    @property
-    def signed(self) -> str:
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 @dataclass(frozen=True)
@@ -53,19 +38,21 @@ class Group:
     arm: str
     labels: Labels
     drawn: dict[int, dict[str, np.ndarray]]
-    bounds: dict[int, dict[str, Figure]]
+    bounds: dict[int, dict[str, Interval]]
 
-    def mean(self, name: str) -> Figure:
+    def mean(self, name: str) -> Interval:
         """The mean over seeds, with the interval over sheets of that mean.
 
         In classification the bounds are the means of the runs' bounds: those of a typical run.
         """
         if all(len(each[name]) > 1 for each in self.drawn.values()):
-            return _figure(np.mean([each[name] for each in self.drawn.values()], axis=0))
+            return drawn_interval(np.mean([each[name] for each in self.drawn.values()], axis=0))
         rows = [each[name] for each in self.bounds.values()]
-        return Figure(*(float(np.mean([getattr(row, k) for row in rows])) for k in ("value", "low", "high")))
+        return Interval(
+            *(float(np.mean([getattr(row, k) for row in rows])) for k in ("value", "low", "high"))
+        )
 
-    def gain_over(self, other: Group, name: str) -> Figure | None:
+    def gain_over(self, other: Group, name: str) -> Interval | None:
         """self - other, the mean over the seeds that both have; None where they have none in common.
 
         Its interval is over sheets, each resample of which is the same for both arms. In classification it is
@@ -76,13 +63,8 @@ class Group:
             return None
         apart = np.array([self.drawn[seed][name] - other.drawn[seed][name] for seed in seeds])
         if apart.shape[1] > 1:
-            return _figure(apart.mean(0))
-        return Figure(float(apart.mean()), float(apart.min()), float(apart.max()))
-
-
-def _figure(drawn: np.ndarray) -> Figure:
-    found = drawn_interval(drawn)
-    return Figure(found.value, found.low, found.high)
+            return drawn_interval(apart.mean(0))
+        return Interval(float(apart.mean()), float(apart.min()), float(apart.max()))
 
 
 def read_groups(study: Study, resamples: int) -> tuple[list[Group], list[Cell]]:
@@ -105,7 +87,7 @@ def _result(study: Study, cell: Cell) -> Path:
     return study.out(cell) / ("linear.json" if study.classification else "metrics.json")
 
 
-Read = tuple[dict[str, np.ndarray], dict[str, Figure]]
+Read = tuple[dict[str, np.ndarray], dict[str, Interval]]
 
 
 def _read_linear(study: Study, labels: Labels, cells: Sequence[Cell], resamples: int) -> Iterator[Read]:
@@ -114,7 +96,7 @@ def _read_linear(study: Study, labels: Labels, cells: Sequence[Cell], resamples:
         try:
             found = json.loads(path.read_text())
             bounds = {
-                name: Figure(*(float(row[key]) for key in ("value", "low", "high")))
+                name: Interval(*(float(row[key]) for key in ("value", "low", "high")))
                 for name, row in found.items()
                 if isinstance(row, dict) and {"value", "low", "high"} <= {*row}
             }
@@ -137,7 +119,7 @@ def _read_detectors(study: Study, labels: Labels, cells: Sequence[Cell], resampl
         if one.classes(whole) != classes:
             raise UserError(f"{one.path}: measured on other classes than {measured[0].path}")
         drawn = drawn_figures(match(truth, one.results), one.thresholds(), resamples)
-        yield drawn, {name: _figure(values) for name, values in drawn.items()}
+        yield drawn, {name: drawn_interval(values) for name, values in drawn.items()}
 
 
 def names_of(study: Study, groups: Sequence[Group]) -> list[str]:
@@ -269,9 +251,9 @@ def _title(labels: Labels) -> str:
 
 
 def _canvas(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import Figure
 
-    figure = Canvas(figsize=(4.5 * columns, 3.8 * rows), layout="constrained")
+    figure = Figure(figsize=(4.5 * columns, 3.8 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -115,7 +115,7 @@ def report(judged: Mapping[str, Judgement], sheets: Sequence[str], over: str) ->
         lines.append(f"{name:{width}}  " + "  ".join(f"{each.figures[key]!s:<20}" for key in FIGURES))
     for name, each in others:
         gain = difference(first, each)["top1"]
-        lines.append(f"above {name}, top-1: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+        lines.append(f"above {name}, top-1: {gain.signed}")
     crops = dict(zip(first.classes, first.confusion.sum(axis=1)[first.confusion.any(axis=1)], strict=True))
     wrong = sorted((each.value, name) for name, each in first.classes.items() if each.value < 1)
     if wrong:

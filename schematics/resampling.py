@@ -22,6 +22,11 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    @property
+    def signed(self) -> str:
+        """As a difference is written."""
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
 
 def resample(sheets: int, count: int, seed: int = 0) -> np.ndarray:
     """int64 [count, sheets]: how often each sheet is in each of `count` drawn sets of as many sheets.
