@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,7 +69,7 @@ class Batches:
             start = batch % self.per_epoch * self.batch_size + self.world.rank * share
             yield [(epoch, place, int(order[place])) for place in range(start, start + share)]
 
-    def between(self, first: int, last: int, offset: int = 0) -> Iterator[tuple[int, Any]]:
+    def between(self, first: int, last: int, offset: int = 0) -> Generator[tuple[int, Any]]:
         """Yield (step, this rank's batch on its device) for steps `first` to `last` - 1.
 
         offset: step s takes the data of batch s + offset. Raises UserError if the batches that the workers of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -21,6 +23,14 @@ def refuse_without_compiler(device: torch.device) -> None:
             f"--compile: torch can't compile on this machine ({brief(error)}); "
             "install g++ and Python's headers, or leave it out"
         ) from None
+
+
+def uncompiled(compiled: bool) -> contextlib.AbstractContextManager[object]:
+    """Where a `compiled` network runs as it is, as on batches of many sizes, each of which takes code.
+
+    Nothing is touched where it is not, since even a stance loads the compiler.
+    """
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 def compile_part(model: nn.Module, part: str) -> None:

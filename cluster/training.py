@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -272,7 +272,10 @@ def train_guarded(
     """
     while True:
         try:
-            return train(run.heart.waits(batches.between(start, total, guard.offset), journal.waited))
+            # Closed here, so that the workers end now. A cycle of garbage may hold a frame that holds the
+            # batches until exit, where workers, who block SIGTERM, would be waited for without end.
+            with closing(batches.between(start, total, guard.offset)) as rest:
+                return train(run.heart.waits(rest, journal.waited))
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
             if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
                 raise

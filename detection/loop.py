@@ -13,6 +13,7 @@ from torch import nn
 
 from cluster import distributed
 from cluster.checkpoint import OTHER, Saved
+from cluster.compiling import uncompiled
 from cluster.facts import check_facts
 from cluster.guard import Guard
 from cluster.journal import Journal
@@ -138,6 +139,7 @@ class Boundary:
     train_boxes: dict[int, int]  # by category id, of the training split
     patience: int  # steps without a better validation AP that end the run; 0 never ends it early
     engine: Engine
+    compiled: bool
 
     def __post_init__(self) -> None:
         self.truth = to_coco(self.reader.split)
@@ -153,14 +155,13 @@ class Boundary:
         self.run.after_step(step, self.progress.state, save=due and not skipping, hold=skipping)
         return self.validate() if due else True
 
-    @torch.compiler.set_stance("force_eager")  # else code would be made for each number of windows
     def validate(self) -> bool:
         """Validate the detector and keep it if it is the best so far. Returns False to end the run."""
         progress = self.progress
         step = progress.step
         judged = None
         while judged is None:
-            with self.run.allow(VALIDATING):
+            with self.run.allow(VALIDATING), uncompiled(self.compiled):
                 judged = validate(
                     progress.judged,
                     self.reader,

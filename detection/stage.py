@@ -186,6 +186,7 @@ def finetune(config: FinetuneConfig) -> None:
             validate_every=config.validate_every,
             patience=patience,
             engine=config.coco_engine,
+            compiled=config.compile,
         )
 
         def train_on(rest: Iterable[tuple[int, Any]]) -> None:

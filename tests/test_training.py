@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import itertools
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +17,9 @@ from cluster.batches import Batches, default_workers, to_device
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.guard import Guard
-from cluster.training import GuardedStep, NotFinite
+from cluster.journal import Journal
+from cluster.lifecycle import Run
+from cluster.training import GuardedStep, NotFinite, train_guarded
 
 CPU = torch.device("cpu")
 
@@ -192,6 +196,22 @@ def test_batches_start_anywhere_and_ranks_share_them(workers, size):
     assert [found for _, found, _ in passed_over] == [found for _, found, _ in numbers(0, 6, 8)]
     assert passed_over[0][2] == [2] * (6 // size)
     assert batches(0).sources(1) == list(dict.fromkeys(f"file {n // 2}" for n in numbers(0, 1, 2)[0][1]))
+
+
+def test_workers_end_with_training_though_garbage_holds_a_frame_of_it(tmp_path):
+    """Else they are waited for at exit, and SIGTERM, by which multiprocessing ends them there, is blocked."""
+    batches, held = Batches(Numbers(), lambda _: np.arange(20), 3, 6, World(), 2, collate), []
+
+    def train(rest):
+        for _ in rest:
+            held.append(sys._getframe())
+            return
+
+    with Run(tmp_path, World(), checkpoint_every=600, keep=3, step_timeout=600) as run:
+        journal = Journal(tmp_path, World(), 3)
+        train_guarded(train, batches, Guard(), run, journal, lambda saved: None, 0, 3)
+        journal.close()
+        assert held and not multiprocessing.active_children()
 
 
 def test_every_tensor_of_a_batch_goes_to_the_device():
