@@ -143,19 +143,20 @@ def seconds_per_step(
     """
     moments: list[float] = []
 
-    def watched() -> Iterator[tuple[int, Any]]:
-        for item in itertools.islice(batches.between(0, LONG), 1 + TIMED):
+    def watched(made: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        for item in itertools.islice(made, 1 + TIMED):
             moments.append(time.monotonic())
             yield item
 
     device = world.device
-    with rehearsal(model, device, "fp32") as copied, suppress(NotFinite):
+    endless = closing(batches.between(0, LONG))  # as in `train_guarded`
+    with rehearsal(model, device, "fp32") as copied, endless as made, suppress(NotFinite):
         wrapped = parallel(copied, world, compiled)
         optimizer = build_optimizer(copied)
         guarded = GuardedStep(wrapped, optimizer, lambda step: 0.0, Guard(), device, None, precision)
         # The journal of a rank other than the first records nothing.
         silent = Journal(Path(), replace(world, rank=1), LONG, every=LONG)
-        train(wrapped, guarded, watched(), silent, lambda step: True)
+        train(wrapped, guarded, watched(made), silent, lambda step: True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = (time.monotonic() - moments[1]) / (len(moments) - 1)
@@ -273,7 +274,7 @@ def train_guarded(
     while True:
         try:
             # Closed here, so that the workers end now. A cycle of garbage may hold a frame that holds the
-            # batches until exit, where workers, who block SIGTERM, would be waited for without end.
+            # batches until exit, where workers, which block SIGTERM, would be waited for without end.
             with closing(batches.between(start, total, guard.offset)) as rest:
                 return train(run.heart.waits(rest, journal.waited))
         except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what a CPU raises
