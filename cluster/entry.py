@@ -14,6 +14,7 @@ import difflib
 import io
 import itertools
 import os
+import select
 import shlex
 import sys
 import traceback
@@ -22,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 
 from cluster import rendezvous
 from cluster.config import flag, rules
-from cluster.errors import CRASH, FAILED, INTERRUPTED, USAGE, UserError, failing_disk
+from cluster.errors import CRASH, FAILED, INTERRUPTED, UNREAD, USAGE, UserError, failing_disk
 
 ConfigType = TypeVar("ConfigType")
 
@@ -37,15 +38,17 @@ def live(work: Callable[[], Any]) -> None:
 
     An exception that carries `exit_status` (UserError, DataError) is printed as one line by one rank, and
     gives that status; so does one that shows that a disk fails, with status 1. Ctrl-C gives 130. Any other
-    exception is a bug: its traceback is printed, and the status is 70. A process that fails does not wait for
-    DataLoader workers; `rendezvous.leave` says how long it waits for other ranks. Where `work` returns, the
-    process group is closed, however early that is.
+    exception is a bug: its traceback is printed, and the status is 70. Where the reader of standard output
+    has left, as with `... | head`, nothing is said, and the status is 141. A process that fails does not wait
+    for DataLoader workers; `rendezvous.leave` says how long it waits for other ranks. Where `work` returns,
+    the process group is closed, however early that is.
     """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal can't show must not end the run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         work()
+        sys.stdout.flush()  # here, where a reader that has left is no traceback
         if distributed := sys.modules.get("cluster.distributed"):
             # The threads of a group that is open when the interpreter ends may abort it. After an error it is
             # left open, and `end` skips that: to close it NCCL would wait for ranks that may never answer.
@@ -59,6 +62,9 @@ def live(work: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         end(INTERRUPTED)
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            rendezvous.leave()
+            end(UNREAD)
         status, said = getattr(error, "exit_status", None), str(error)
         if status is None and (line := failing_disk(error)):
             status, said = FAILED, line
@@ -73,11 +79,23 @@ def live(work: Callable[[], Any]) -> None:
         end(status if told else 0)  # only the rank that has printed the error has a status other than 0
 
 
+def _unread() -> bool:
+    """Whether standard output is a pipe whose reader has left."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
 def end(status: int) -> NoReturn:
     """Exit, at once if a DataLoader worker or a process group could keep the interpreter from exiting."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        try:
             stream.flush()
+        except BrokenPipeError:  # what is left would be a traceback when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            status = status or UNREAD
+        except OSError:
+            pass
     multiprocessing = sys.modules.get("multiprocessing")
     distributed = sys.modules.get("torch.distributed")
     if (multiprocessing and multiprocessing.active_children()) or (

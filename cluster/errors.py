@@ -14,6 +14,7 @@ USAGE = 2  # a wrong command line
 CRASH = 70  # an unexpected exception, a hung step or a lost rank: start again from the last checkpoint
 AGAIN = 75  # saved, but not requeued: the same command resumes from here (EX_TEMPFAIL)
 INTERRUPTED = 130  # ended after Ctrl-C
+UNREAD = 141  # ended as the reader of standard output had left
 TERMINATED = 143  # saved after TERM
 
 

@@ -15,7 +15,7 @@ import pytest
 import stages
 
 from cluster import config, entry
-from cluster.errors import UserError
+from cluster.errors import UNREAD, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,7 +188,7 @@ def test_a_number_outside_its_limits_on_the_command_line_is_exit_1(capsys, monke
 LOADING = """
 import dataclasses, torch
 from cluster.entry import run
-from cluster.errors import UserError
+from cluster.errors import UNREAD, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -330,3 +330,22 @@ def test_the_help_of_each_flag_is_the_sentence_of_its_own_field(name, monkeypatc
         until_the_next = r"(?:(?!\(default|\(required).)*"
         assert re.search(f" {name}{until_the_next} {re.escape(sentence)} \\((default|required)", text), flag
     assert len(set(comments.values())) == len(comments), "two flags share their help"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "simclr.pretrain", "--help"],
+        ["evaluate/study.py", "plan", "evaluate/studies/ablations.toml"],
+        ["-c", "from cluster import entry; entry.live(lambda: print('x' * 10_000_000))"],
+    ],
+)
+def test_a_reader_that_has_left_is_no_traceback(command):
+    """`... | head -0`: what is printed, by the command or by its --help, can't be written."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    ended = subprocess.run(
+        [sys.executable, *command], stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (UNREAD, "")
