@@ -191,7 +191,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         schedule = plan_rate(method, config.batch_size, per_epoch, total, **config.rates)
         if world.main:
             print(describe(beginning.arch, config.batch_size, encoder, store, schedule, world))
-            print(describe_views(config.recipe, config.image_size, extent))
+            print(describe_views(config.recipe, config.image_size, extent, config.without))
             print(f"{by}\n{in_words}", flush=True)
         if not run:
             return
