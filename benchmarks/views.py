@@ -50,7 +50,7 @@ from race import describe_machine, race
 from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from schematics import recipes
+from schematics import photo
 from schematics.drafting import draw_sheet
 from schematics.pixels import resize
 from schematics.recipes import two_views
@@ -140,7 +140,7 @@ def memory(rounds: int, pairs: int) -> None:
     """From a window in memory, with antialiasing and without."""
     ours_plain = lambda image, size: cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)  # noqa: E731
     for antialias, told in ((True, "antialiased"), (False, "bicubic without antialiasing")):
-        recipes.resize = resize if antialias else ours_plain
+        photo.resize = resize if antialias else ours_plain
         for color, window in drawn(SIDE, SIDE).items():
             for recipe in ("simclr", "vicreg"):
                 peer = albumentations_views(recipe, cv2.INTER_AREA if antialias else cv2.INTER_CUBIC)
@@ -154,7 +154,7 @@ def memory(rounds: int, pairs: int) -> None:
 
                 work = f"memory, {told}, {color}, {recipe}"
                 race(work, ours, theirs, "albumentations", MEMORY[antialias], rounds, pairs)
-    recipes.resize = resize
+    photo.resize = resize
 
 
 def mode(window: np.ndarray) -> str:

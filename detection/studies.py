@@ -20,16 +20,23 @@ from cluster.snapshot import methods
 from detection.config import FinetuneConfig
 
 NAME = re.compile(r"[\w.+-]+")
-SET = ("data-dir", "exp-dir", "backbone", "train-share", "seed", "checkpoint", "out")  # by the study itself
+# Flags that are set by the study itself.
+SET = ("data-dir", "exp-dir", "backbone", "train-share", "seed", "checkpoint", "out", "freeze")
+TRAINED = ("head", "whole")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a backbone that is there ("none": random weights), or a way to pretrain one."""
+    """What is compared: a backbone that is there ("none": random weights), or a way to pretrain one.
+
+    train: in classification, what of a classifier is trained, its "head" or the "whole"; None for a linear
+    layer that is fitted to the backbone's features.
+    """
 
     name: str
     backbone: str | None
     method: str | None
+    train: str | None
     pretrain: Flags
     finetune: Flags
 
@@ -78,18 +85,30 @@ class Study:
     def cells(self) -> list[Cell]:
         """All runs of the comparison.
 
-        A linear layer on given weights has no seed, so in classification such an arm has the first one alone.
+        A linear layer that is fitted to given weights has no seed, so such an arm has the first one alone.
         """
         return [
             Cell(arm, labels, seed)
             for labels in self.labels
             for arm in self.arms
-            for seed in (labels.seeds[:1] if self.classification and arm.backbone else labels.seeds)
+            for seed in (labels.seeds[:1] if self.fitted(arm) and arm.backbone else labels.seeds)
         ]
+
+    def fitted(self, arm: Arm) -> bool:
+        """Whether an arm is a linear layer that is fitted to the features of its backbone."""
+        return self.classification and arm.train is None
 
     def out(self, cell: Cell) -> Path:
         """The folder that the last command of a cell writes its figures to."""
-        return self.folder / cell.name / ("linear" if self.classification else "evaluate")
+        folder = self.folder / cell.name
+        if not self.classification:
+            return folder / "evaluate"
+        return folder / "linear" if self.fitted(cell.arm) else folder
+
+    def result(self, cell: Cell) -> Path:
+        """The file with the figures of a cell."""
+        name = "metrics" if not self.classification else "linear" if self.fitted(cell.arm) else "classify"
+        return self.out(cell) / f"{name}.json"
 
     def runs(self) -> list[Run]:
         """Pretrainings first, then what needs them."""
@@ -112,8 +131,14 @@ class Study:
                 )
 
     def _pretrained(self, cell: Cell) -> str:
-        """The run that pretrains for a cell: one for all runs of an arm, in classification one for a seed."""
-        return f"pretrain_{cell.arm.name}" + (f"_seed{cell.seed}" if self.classification else "")
+        """The run that pretrains for a cell: one for all runs of an arm, in classification one for a seed.
+
+        It has the name of the first arm that pretrains alike, so that such arms share it.
+        """
+        alike = (
+            arm for arm in self.arms if (arm.method, arm.pretrain) == (cell.arm.method, cell.arm.pretrain)
+        )
+        return f"pretrain_{next(alike).name}" + (f"_seed{cell.seed}" if self.classification else "")
 
     def _pretraining(self, cell: Cell) -> tuple[str, ...]:
         flags = {**self.pretrain, **cell.arm.pretrain}
@@ -127,11 +152,15 @@ class Study:
         backbone = cell.arm.backbone or str(self.folder / self._pretrained(cell) / "backbone.safetensors")
         data = ("--data-dir", str(labels.data))
         measuring = ("--out", str(self.out(cell)), *words(self.evaluate))
-        if self.classification:
+        if self.fitted(cell.arm):
             return (("evaluate/linear.py", "--checkpoint", backbone, *data, *measuring),)
-        share = ("--train-share", f"{labels.share:g}") if labels.share < 1 else ()
         flags = words({**self.finetune, **labels.finetune, **cell.arm.finetune})
-        own = ("--backbone", backbone, "--exp-dir", str(exp_dir), "--seed", str(cell.seed), *share)
+        place = ("--exp-dir", str(exp_dir), "--seed", str(cell.seed))
+        if self.classification:
+            freeze = ("--freeze",) if cell.arm.train == "head" else ()
+            return (("evaluate/classify.py", *data, "--checkpoint", backbone, *place, *freeze, *flags),)
+        share = ("--train-share", f"{labels.share:g}") if labels.share < 1 else ()
+        own = ("--backbone", backbone, *place, *share)
         model = ("--checkpoint", str(exp_dir / "model.pt"), *data, "--split", self.split)
         return (
             ("-m", "detection.finetune", *data, *own, *flags),
@@ -168,10 +197,10 @@ class _Reader:
         if task not in ("detection", "classification"):
             raise self.wrong(f'task = "{task}": give "detection" or "classification"')
         classification = task == "classification"
-        arms = tuple(self.arm(name, arm) for name, arm in table["arms"].items())
+        arms = tuple(self.arm(name, arm, classification) for name, arm in table["arms"].items())
         if any(arm.method for arm in arms) and "pool" not in table:
             raise self.wrong("pool is required, the unlabelled drawings that an arm is pretrained on")
-        labels = tuple(self.labels(entry, table) for entry in table.get("labels", [{}]))
+        labels = tuple(self.labels(entry, table, classification) for entry in table.get("labels", [{}]))
         if len({each.name for each in labels}) < len(labels):
             raise self.wrong("two of labels have one name; give each its own")
         if classification and (any(each.share < 1 for each in labels) or "split" in table):
@@ -187,27 +216,37 @@ class _Reader:
             arms=arms,
             labels=labels,
             pretrain=self.flags(table, "pretrain"),
-            finetune=self.flags(table, "finetune"),
+            finetune=self.flags(table, "finetune", classification=classification),
             evaluate=self.flags(table, "evaluate"),
             slurm=table.get("slurm", {}),
         )
 
-    def arm(self, name: str, table: Flags) -> Arm:
+    def arm(self, name: str, table: Flags, classification: bool) -> Arm:
         where = f"arms.{name}"
         self.named(name, where)
-        self.check(table, where, {"backbone": str, "method": str, "pretrain": dict, "finetune": dict})
-        backbone, method = table.get("backbone"), table.get("method")
+        kinds = {"backbone": str, "method": str, "train": str, "pretrain": dict, "finetune": dict}
+        self.check(table, where, kinds)
+        backbone, method, train = table.get("backbone"), table.get("method"), table.get("train")
         if (backbone is None) == (method is None) or ("pretrain" in table and method is None):
             raise self.wrong(f"{where}: give it a backbone, or a method to pretrain one with")
         if method is not None and method not in methods():
             raise self.wrong(f'{where}: method = "{method}": give one of {", ".join(methods())}')
+        if train is not None and not (classification and train in TRAINED):
+            raise self.wrong(
+                f'{where}: train = "{train}": give {" or ".join(TRAINED)}, in classification alone'
+            )
+        if classification and train is None and (backbone == "none" or "finetune" in table):
+            fault = "finetune" if "finetune" in table else 'backbone = "none"'
+            raise self.wrong(
+                f'{where}: {fault}: a layer on its features is fitted there; give train = "whole"'
+            )
         if backbone not in (None, "none"):
             backbone = str(Path(backbone).absolute())
-        return Arm(
-            name, backbone, method, self.flags(table, "pretrain", where), self.flags(table, "finetune", where)
-        )
+        pretrain = self.flags(table, "pretrain", where)
+        finetune = self.flags(table, "finetune", where, classification)
+        return Arm(name, backbone, method, train, pretrain, finetune)
 
-    def labels(self, entry: Any, table: Flags) -> Labels:
+    def labels(self, entry: Any, table: Flags, classification: bool) -> Labels:
         kinds = {"name": str, "share": float, "data": str, "seeds": list, "finetune": dict}
         self.check(entry, "labels", kinds)
         share, seeds = float(entry.get("share", 1.0)), entry.get("seeds", table.get("seeds", [0]))
@@ -218,15 +257,19 @@ class _Reader:
         name = entry.get("name", f"{100 * share:g}pc")
         self.named(name, "labels")
         data = Path(entry.get("data", table["data"])).absolute()
-        return Labels(name, share, data, tuple(seeds), self.flags(entry, "finetune", "labels"))
+        flags = self.flags(entry, "finetune", "labels", classification)
+        return Labels(name, share, data, tuple(seeds), flags)
 
-    def flags(self, table: Flags, key: str, where: str = "") -> Flags:
-        """The flags of a command, with dashes in their names."""
+    def flags(self, table: Flags, key: str, where: str = "", classification: bool = False) -> Flags:
+        """The flags of a command, with dashes in their names.
+
+        Those of evaluate/classify.py are not known here; a wrong one ends that command at once.
+        """
         name = f"{where}.{key}".lstrip(".")
         flags = {flag.replace("_", "-"): value for flag, value in table.get(key, {}).items()}
         if taken := [flag for flag in flags if flag in SET and not (key == "pretrain" and flag == "seed")]:
             raise self.wrong(f"{name}: {taken[0]} is set by the study itself; leave it out")
-        if key == "finetune":
+        if key == "finetune" and not classification:
             known = [field.name.replace("_", "-") for field in dataclasses.fields(FinetuneConfig)]
             self.check(flags, name, dict.fromkeys(known, object))
         return flags

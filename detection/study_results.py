@@ -72,9 +72,9 @@ def read_groups(study: Study, resamples: int) -> tuple[list[Group], list[Cell]]:
     groups, missing = list[Group](), list[Cell]()
     for labels in study.labels:
         cells = [cell for cell in study.cells if cell.labels is labels]
-        missing += [cell for cell in cells if not _result(study, cell).exists()]
+        missing += [cell for cell in cells if not study.result(cell).exists()]
         done = [cell for cell in cells if cell not in missing]
-        read = _read_linear if study.classification else _read_detectors
+        read = _read_classifiers if study.classification else _read_detectors
         for cell, (drawn, bounds) in zip(done, read(study, labels, done, resamples), strict=True):
             group = next((g for g in groups if (g.arm, g.labels) == (cell.arm.name, labels)), None)
             if group is None:
@@ -83,16 +83,12 @@ def read_groups(study: Study, resamples: int) -> tuple[list[Group], list[Cell]]:
     return groups, missing
 
 
-def _result(study: Study, cell: Cell) -> Path:
-    return study.out(cell) / ("linear.json" if study.classification else "metrics.json")
-
-
 Read = tuple[dict[str, np.ndarray], dict[str, Interval]]
 
 
-def _read_linear(study: Study, labels: Labels, cells: Sequence[Cell], resamples: int) -> Iterator[Read]:
+def _read_classifiers(study: Study, labels: Labels, cells: Sequence[Cell], resamples: int) -> Iterator[Read]:
     for cell in cells:
-        path = _result(study, cell)
+        path = study.result(cell)
         try:
             found = json.loads(path.read_text())
             bounds = {
@@ -102,7 +98,7 @@ def _read_linear(study: Study, labels: Labels, cells: Sequence[Cell], resamples:
             }
             yield {name: np.array([row.value]) for name, row in bounds.items()}, bounds
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not what linear.py writes ({error}); run that again") from None
+            raise UserError(f"{path}: not what {path.stem}.py writes ({error}); run that again") from None
 
 
 def _read_detectors(study: Study, labels: Labels, cells: Sequence[Cell], resamples: int) -> Iterator[Read]:
@@ -123,7 +119,7 @@ def _read_detectors(study: Study, labels: Labels, cells: Sequence[Cell], resampl
 
 
 def names_of(study: Study, groups: Sequence[Group]) -> list[str]:
-    """The figures to show: those of detection, or what every linear.json has."""
+    """The figures to show: those of detection, or what every result in classification has."""
     if not study.classification:
         return [*DETECTION]
     every = [set(bounds) for group in groups for bounds in group.bounds.values()]
@@ -222,27 +218,33 @@ def plot_figures(path: Path, study: Study, groups: Sequence[Group]) -> None:
 
 
 def plot_curves(path: Path, study: Study, groups: Sequence[Group]) -> bool:
-    """Validation AP of each run against its steps and its minutes; whether there was anything to plot."""
+    """How each training went, a column for each number of labels; whether there was anything to plot.
+
+    Rows have AP or top-1 on valid against steps and against minutes, and in classification the loss on train.
+    """
+    figure = "valid_top1" if study.classification else "valid_AP"
+    rows = [(figure, False), (figure, True), *([("train_loss", False)] if study.classification else [])]
     labels = [each for each in study.labels if any(group.labels is each for group in groups)]
-    figure, axes = _canvas(2, len(labels))
+    canvas, axes = _canvas(len(rows), len(labels))
     arms, plotted = [arm.name for arm in study.arms], False
     for column, each in enumerate(labels):
         for cell in (cell for cell in study.cells if cell.labels is each):
-            points, _ = timeline(study.folder / cell.name, "valid_AP")
             k = arms.index(cell.arm.name)
             label = cell.arm.name if cell.seed == each.seeds[0] else None
-            value = [point.value for point in points]
-            plotted |= bool(points)
             look: dict[str, Any] = {"color": f"C{k}", "marker": ".", "label": label, "alpha": 0.7}
-            axes[0][column].plot([point.step for point in points], value, **look)
-            axes[1][column].plot([point.seconds / 60 for point in points], value, **look)
-        axes[0][column].set(title=_title(each), xlabel="steps", ylabel="valid AP")
-        axes[1][column].set(xlabel="minutes of finetuning", ylabel="valid AP")
+            for (name, timed), axis in zip(rows, axes[:, column], strict=True):
+                points, _ = timeline(study.folder / cell.name, name)
+                plotted |= bool(points)
+                at = [point.seconds / 60 if timed else point.step for point in points]
+                axis.plot(at, [point.value for point in points], **look)
+        axes[0][column].set(title=_title(each))
+        for (name, timed), axis in zip(rows, axes[:, column], strict=True):
+            axis.set(xlabel="minutes of training" if timed else "steps", ylabel=name.replace("_", " "))
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     axes[0][0].legend()
     if plotted:
-        _write(path, figure)
+        _write(path, canvas)
     return plotted
 
 

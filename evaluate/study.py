@@ -76,7 +76,7 @@ def plan(study: Study, hours: bool) -> None:
     total, unknown = 0.0, list[str]()
     for each in left:
         # Runs that differ by their seed and weights alone take alike.
-        kind = re.sub(r"--(seed|exp-dir|backbone) \S+", "", array.line(each.commands[0]))
+        kind = re.sub(r"--(seed|exp-dir|backbone|checkpoint) \S+", "", array.line(each.commands[0]))
         if kind not in known:
             known[kind] = estimate(each.commands[0], commands[each.after[0]] if each.after else ())
         total += known[kind] or 0
@@ -90,11 +90,13 @@ def estimate(command: tuple[str, ...], before: tuple[str, ...]) -> float | None:
 
     before: the pretraining that it begins from. Until that is done random weights of its network take alike.
     """
-    if command[0] != "-m":
+    if "--exp-dir" not in command:
         return None
-    words = list(command)
-    if before and not Path(words[words.index("--backbone") + 1]).exists():
-        words[words.index("--backbone") + 1] = "none"
+    script = [str(Path(__file__).parents[1] / command[0])] if command[0] != "-m" else []
+    words = [*script, *command[len(script) :]]
+    begun = 1 + words.index("--checkpoint" if "--checkpoint" in words else "--backbone") if before else 0
+    if before and not Path(words[begun]).exists():
+        words[begun] = "none"
         words += before[before.index("--arch") :][:2] if "--arch" in before else []
     asked = subprocess.run([sys.executable, *words, "--dry-run"], capture_output=True, text=True)
     if asked.returncode:

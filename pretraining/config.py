@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cluster.config import RunConfig, setting
+from cluster.errors import UserError
 
 # What two CPU cores can train in half an hour (docs/results.md); a method adds what it owns.
 LAPTOP: dict[str, Any] = {
@@ -68,6 +69,9 @@ class PretrainConfig(RunConfig):
 
     # How a window becomes two views: drawing (line art), or simclr and vicreg (the published photo recipes).
     recipe: Literal["drawing", "simclr", "vicreg"] = setting("drawing")
+    # Changes of the recipe that are left out, such as: blur jitter. docs/views.md has the names. The random
+    # numbers of the other changes stay what they are.
+    without: tuple[str, ...] = setting(())
     # Side of a view in pixels.
     image_size: int = setting(224, least=1)
     # Pixels of the sheet that a drawing view shows at most; by default as many as leave lines a pixel wide.
@@ -97,6 +101,14 @@ class PretrainConfig(RunConfig):
     # Epochs from one such trial to the next.
     probe_every: int = setting(10, least=1, may_change=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.without:
+            from schematics.recipes import other_parts  # only here, as it imports OpenCV
+
+            if wrong := other_parts(self.recipe, self.without):
+                raise UserError(wrong)
+
     @property
     def pool(self) -> dict[str, Any]:
         """The arguments of `start.pack`."""
@@ -106,7 +118,7 @@ class PretrainConfig(RunConfig):
     @property
     def views(self) -> dict[str, Any]:
         """The arguments of `Pairs` that flags set."""
-        named = ("recipe", "seed", "strength", "orientation")
+        named = ("recipe", "seed", "strength", "orientation", "without")
         return {"size": self.image_size, **{name: getattr(self, name) for name in named}}
 
     @property

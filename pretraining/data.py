@@ -1,6 +1,6 @@
 """Make the samples of pretraining: two views of one window of the pool."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ def epoch_order(seed: int, samples: int) -> Callable[[int], np.ndarray]:
     return lambda epoch: draw(Use.PRETRAINING_ORDER, seed, epoch).permutation(samples)
 
 
-def describe_views(recipe: str, size: int, extent: int) -> str:
-    """What the views show, as a line for the log. extent: side in px of the sheet."""
-    if recipe != "drawing":
-        return f"views by the recipe {recipe}: 8 to 100 % of the window, drawn at {size} px"
-    shown = f"{round(SHARE[0] * extent)} to {extent} px of the sheet"
-    return f"views by the recipe drawing: each shows {shown}, drawn at {size} px"
+def describe_views(recipe: str, size: int, extent: int, without: Collection[str]) -> str:
+    """What the views show, as a line for the log. extent: side in px of the sheet. without: see `Pairs`."""
+    name = f"{recipe} without {', '.join(without)}" if without else recipe
+    if recipe == "drawing":
+        least = "" if "crop" in without else f"{round(SHARE[0] * extent)} to "
+        shown = f"each shows {least}{extent} px of the sheet"
+    else:
+        shown = "the whole window" if "crop" in without else "8 to 100 % of the window"
+    return f"views by the recipe {name}: {shown}, drawn at {size} px"
 
 
 def spread(pool: int, count: int) -> list[int]:
@@ -37,7 +40,7 @@ class Pairs(Dataset):
 
     C is 1 in a gray store, whose views become three equal channels where they are normalised: on the device,
     after a third of the copying. Else it is 3. Each window occurs once an epoch, so its views are a function
-    of (seed, epoch, sample) alone. extent: see `two_views`.
+    of (seed, epoch, sample) alone. extent, without: see `two_views`.
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class Pairs(Dataset):
         seed: int,
         strength: float,
         orientation: bool,
+        without: Collection[str] = (),
     ) -> None:
         self.store, self.recipe, self.size, self.extent, self.seed = store, recipe, size, extent, seed
-        self.strength, self.orientation = strength, orientation
+        self.strength, self.orientation, self.without = strength, orientation, without
 
     def __len__(self) -> int:
         return len(self.store)
@@ -71,6 +75,7 @@ class Pairs(Dataset):
             tolerance=self.store.tolerance(sample),
             paper=self.store.paper(sample),
             color_mode=self.store.color_mode,
+            without=self.without,
         )
         view1, view2 = (torch.from_numpy(np.atleast_3d(view)).permute(2, 0, 1) for view in views)
         return view1, view2

@@ -105,9 +105,14 @@ class ClassFolder(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """The crop as its file has it, uint8 [H, W] or [H, W, 3] by the color mode, and its label."""
         crop, label = self.files[index]
-        return square(to_color(read_sheet(crop), self.color_mode), self.size), label
+        return to_color(read_sheet(crop), self.color_mode), label
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        crop, label = self.read(index)
+        return square(crop, self.size), label
 
 
 def square(image: np.ndarray, size: int) -> Tensor:

@@ -82,6 +82,19 @@ def plot_embeddings(
     write_figure(path, figure)
 
 
+def plot_epochs(path: Path, epochs: Sequence[Mapping[str, float]]) -> None:
+    """Write a PNG of loss and top-1 over the epochs, on train and valid. epochs: rows of `epochs_of`."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "top1"), strict=True):
+        for split in ("train", "valid"):
+            at, values = [row["epoch"] for row in epochs], [float(row[f"{split}_{name}"]) for row in epochs]
+            axes.plot(at, values, marker=".", label=split)
+        axes.set(xlabel="epochs", ylabel=name.replace("top1", "top-1"))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    write_figure(path, figure)
+
+
 def plain_text(name: str, most: int = 50) -> str:
     """A name as matplotlib shows it letter by letter, shortened in front.
 

@@ -57,6 +57,17 @@ class Schedule:
     def lr(self, step: int) -> float:
         return lr_at(step, self.total, self.warmup, self.peak, self.floor)
 
+    def told_change(self, start: int, optimizer: torch.optim.Optimizer) -> str:
+        """A line if a run that is resumed at step `start` had another schedule before, else nothing.
+
+        optimizer: as it was saved, with the learning rate of the step before.
+        """
+        last = optimizer.param_groups[0]["lr"]
+        if start == 0 or last == self.lr(start - 1):
+            return ""
+        now = f"{self.lr(start):.4g} where it was {last:.4g}"
+        return f"the length of this run has changed: from step {start} on, the learning rate is {now}"
+
 
 def choose_optimizer(
     backbone: nn.Module, optimizer: str | None, weight_decay: float | None

@@ -191,7 +191,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         schedule = plan_rate(method, config.batch_size, per_epoch, total, **config.rates)
         if world.main:
             print(describe(beginning.arch, config.batch_size, encoder, store, schedule, world))
-            print(describe_views(config.recipe, config.image_size, extent))
+            print(describe_views(config.recipe, config.image_size, extent, config.without))
             print(f"{by}\n{in_words}", flush=True)
         if not run:
             return
@@ -244,12 +244,8 @@ def tell_changes(
         return
     if saved.get("draws") != draws.VIEWS_VERSION:
         journal.message(draws.CHANGED)
-    start, last = saved["step"], optimizer.param_groups[0]["lr"]  # of the step before, as it was taken
-    if start and last != schedule.lr(start - 1):
-        journal.message(
-            f"the length of this run has changed: from step {start} on, the learning rate is "
-            f"{schedule.lr(start):.4g} where it was {last:.4g}"
-        )
+    if line := schedule.told_change(saved["step"], optimizer):
+        journal.message(line)
 
 
 def export(

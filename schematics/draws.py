@@ -33,6 +33,8 @@ class Use(Enum):
     DETECTION_WINDOW = 3  # how a tile is moved and changed: sample is its place in the epoch, view the tile
     TRAINING_SHARE = 4  # which of the labelled training sheets a share of them has
     SHOTS = 5  # the order in which a draw of a few labelled crops a class takes them; sample is the draw
+    CROP_ORDER = 6  # the order of an epoch's crops in training a classifier
+    CROP_CHANGES = 7  # how a crop is moved and scaled: sample is its place in the epoch, view the crop
 
 
 class _Key(ISeedSequence):

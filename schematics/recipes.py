@@ -10,7 +10,7 @@ schematics.draws. Everything is worked on as uint8 with OpenCV, on as many threa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from functools import cache
 from statistics import NormalDist
 
@@ -18,23 +18,24 @@ import cv2
 import numpy as np
 
 from schematics.draws import Use, draw
-from schematics.pixels import (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
-    blur,
-    invert,
-    jpeg,
-    resize,
-    smooth,
-    solarize,
-    turned,
-)
+from schematics.photo import PHOTO, photo_view
+from schematics.pixels import invert, jpeg, resize, smooth, turned
 from schematics.sheets import to_color
 from schematics.windows import INK_TOLERANCE, Color, Image, ink_mask, nearby_paper, paper_color
 
-RECIPES: tuple[str, ...] = ("drawing", "simclr", "vicreg")
+# The changes of each recipe by name, each of which can be left out. What they are is said in docs/views.md.
+PARTS: dict[str, tuple[str, ...]] = {
+    "drawing": ("crop", "turn", "pen", "blur", "jitter", "invert", "noise", "jpeg"),
+    "simclr": ("crop", "mirror", "jitter", "gray", "blur"),
+    "vicreg": ("crop", "mirror", "jitter", "gray", "blur", "solarize"),
+}
+RECIPES: tuple[str, ...] = tuple(PARTS)
+
+
+def other_parts(recipe: str, without: Iterable[str]) -> str:
+    """A line on the first name of `without` that is no change of the recipe; empty if all are."""
+    wrong = [name for name in without if name not in PARTS[recipe]]
+    return f"--without {wrong[0]}: the recipe {recipe} has {', '.join(PARTS[recipe])}" if wrong else ""
 
 
 def two_views(
@@ -50,6 +51,7 @@ def two_views(
     tolerance: int | None = None,
     paper: Color | None = None,
     color_mode: str = "rgb",
+    without: Collection[str] = (),
 ) -> tuple[Image, Image]:
     """Two views, uint8 RGB [size, size, 3] each, of a window uint8 [H, W] or [H, W, 3].
 
@@ -59,102 +61,26 @@ def two_views(
     `drawing` show of the window at most, px; that for 2-px lines if not given. tolerance: of ink on
     uneven paper, for `drawing`; None if the paper is even. paper: the color of even paper, looked for on the
     window if not given. color_mode: "gray" for views [size, size] in one channel, which are what a gray
-    window's three channels would be. Raises ValueError for an unknown recipe.
+    window's three channels would be. without: names of PARTS that are left out; their random numbers are
+    drawn all the same, so the other changes stay what they are. Raises ValueError for an unknown recipe or
+    part.
     """
+    if recipe in PARTS and (wrong := other_parts(recipe, without)):
+        raise ValueError(wrong)
     if recipe == "drawing":
         extent = extent or default_extent(size, None)
         first, second = _drawing_pair(
-            window, size, seed, epoch, sample, strength, orientation, extent, tolerance, paper
+            window, size, seed, epoch, sample, strength, orientation, extent, tolerance, paper, without
         )
     elif recipe in PHOTO:
         first, second = (
-            _photo_view(window, size, draw(Use.VIEWS, seed, epoch, sample, view), strength, photo)
+            photo_view(window, size, draw(Use.VIEWS, seed, epoch, sample, view), strength, photo, without)
             for view, photo in enumerate(PHOTO[recipe])
         )
     else:
         raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
     return to_color(first, color_mode), to_color(second, color_mode)
 
-
-# --- the photo recipes -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Photo:
-    """The published numbers of a photo recipe's view.
-
-    All have in common: a crop of 8 % of the area to all of it, mirrored with probability 0.5, jittered in
-    color with 0.8, turned gray with 0.2.
-    """
-
-    brightness: float  # largest change of the factor 1
-    contrast: float  # largest change of the factor 1
-    saturation: float  # largest change of the factor 1
-    hue: float  # largest turn, as a share of the full circle
-    blur: float  # probability; the kernel is a tenth of the side, sigma U(0.1, 2)
-    solarize: float  # probability; the threshold is 128
-
-
-SIMCLR = Photo(0.8, 0.8, 0.8, 0.2, blur=0.5, solarize=0.0)  # arXiv 2002.05709, appendix A
-VICREG = (  # arXiv 2105.04906, appendix C.1: the two views differ, as in BYOL
-    Photo(0.4, 0.4, 0.2, 0.1, blur=1.0, solarize=0.0),
-    Photo(0.4, 0.4, 0.2, 0.1, blur=0.1, solarize=0.2),
-)
-PHOTO = {"simclr": (SIMCLR, SIMCLR), "vicreg": VICREG}
-
-
-def _photo_view(image: Image, size: int, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
-    x, y, w, h = random_resized_crop(image.shape[1], image.shape[0], rng)
-    image = resize(image[y : y + h, x : x + w], size)
-    if rng.random() < 0.5:
-        image = cv2.flip(image, 1)
-    if rng.random() < 0.8:
-        image = _color_jitter(image, rng, strength, photo)
-    if rng.random() < 0.2:
-        image = to_color(image, "gray")
-    if rng.random() < photo.blur:
-        image = blur(image, rng.uniform(0.1, 2.0))
-    if rng.random() < photo.solarize:
-        image = solarize(image)
-    return image
-
-
-LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
-
-
-def random_resized_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draw a crop x, y, w, h in px: 8 % of the window's area to all of it, w / h log-uniform in 3/4 to 4/3.
-
-    A crop that the window doesn't hold is drawn anew; after ten tries it is the largest one in the middle.
-    """
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1.0)
-        ratio = math.exp(rng.uniform(*LOG_RATIO))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def _color_jitter(image: Image, rng: np.random.Generator, strength: float, photo: Photo) -> Image:
-    """Change brightness, contrast, saturation and hue in random order, by factors drawn from the ranges."""
-    ranges = (strength * largest for largest in (photo.brightness, photo.contrast, photo.saturation))
-    factors = [rng.uniform(max(0.0, 1 - most), 1 + most) for most in ranges]
-    turn = rng.uniform(-1, 1) * min(0.5, strength * photo.hue)
-    for operation in rng.permutation(4).tolist():
-        if operation == 0:
-            image = adjust_brightness(image, factors[0])
-        elif operation == 1:
-            image = adjust_contrast(image, factors[1])
-        elif operation == 2:
-            image = adjust_saturation(image, factors[2])
-        else:
-            image = adjust_hue(image, turn)
-    return image
-
-
-# --- the recipe for drawings -----------------------------------------------------------------------------
 
 # The region that both views show has this many times a view's side where lines are 2 px wide: they stay more
 # than a pixel wide.
@@ -187,6 +113,7 @@ def _drawing_pair(
     extent: int,
     tolerance: int | None,
     paper: Color | None,
+    without: Collection[str],
 ) -> list[Image]:
     """Both views show the same region around ink, whose sides are at most `extent` px."""
     if paper is None or tolerance is not None:  # a window of an uneven sheet has a color of its own
@@ -207,6 +134,7 @@ def _drawing_pair(
             draw(Use.VIEWS, seed, epoch, sample, view),
             strength,
             orientation,
+            without,
         )
         for view in (0, 1)
     ]
@@ -249,22 +177,30 @@ def _drawing_view(
     rng: np.random.Generator,
     strength: float,
     orientation: bool,
+    without: Collection[str],
 ) -> Image:
-    image = resize(_crop(region, paper, nearby, tolerance, rng), size)
+    image = resize(_crop(region, paper, nearby, tolerance, rng, without), size)
     if orientation:
         image = np.rot90(image, int(rng.integers(4)))
         image = np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image)
-    image = _wear(image, paper, rng)
-    image = _tone(image, paper, rng, strength)
+    image = _wear(image, paper, rng, without)
+    image = _tone(image, paper, rng, strength, without)
     if rng.random() < 0.3:
-        image = scan_noise(image, rng.uniform(2, 10), rng)
+        noisy = scan_noise(image, rng.uniform(2, 10), rng)
+        image = image if "noise" in without else noisy
     if rng.random() < 0.2:
-        image = jpeg(image, int(rng.integers(30, 91)))
+        quality = int(rng.integers(30, 91))
+        image = image if "jpeg" in without else jpeg(image, quality)
     return image
 
 
 def _crop(
-    region: Image, paper: Color, nearby: Color | Image, tolerance: int, rng: np.random.Generator
+    region: Image,
+    paper: Color,
+    nearby: Color | Image,
+    tolerance: int,
+    rng: np.random.Generator,
+    without: Collection[str],
 ) -> Image:
     """Cut a crop around ink out of the region, four times in ten turned and sheared by a few degrees."""
     height, width = region.shape[:2]
@@ -272,10 +208,14 @@ def _crop(
     w = max(1, min(width, round(width * share * ratio)))
     h = max(1, min(height, round(height * share / ratio)))
     x, y = _around_ink(region, nearby, tolerance, w, h, rng)
+    if "crop" in without:
+        x, y, w, h = 0, 0, width, height
     if rng.random() < 0.6:
         return region[y : y + h, x : x + w]
     # The crop is turned before it is shrunk, since interpolation costs a thin line less at this resolution.
     angle, shear = math.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
+    if "turn" in without:
+        return region[y : y + h, x : x + w]
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, -sin], [sin, cos]]) @ [[1, shear], [0, 1]]
     shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
@@ -289,16 +229,19 @@ def _is_light(paper: Color) -> bool:
     return paper > 127 if isinstance(paper, int) else sum(paper) > 3 * 127
 
 
-def _wear(image: Image, paper: Color, rng: np.random.Generator) -> Image:
+def _wear(image: Image, paper: Color, rng: np.random.Generator, without: Collection[str]) -> Image:
     """Do to lines what pens and copiers do: make them thicker or thinner, blur them, or leave them alone."""
     kind = rng.random()
+    if kind < 0.4 and "pen" in without:
+        return image
     if kind < 0.25:  # thicker by a pixel
         return (cv2.erode if _is_light(paper) else cv2.dilate)(image, SQUARE)
     if kind < 0.4:  # thinner, but only by half: a whole pixel would wipe out lines that are one pixel wide
         thin = (cv2.dilate if _is_light(paper) else cv2.erode)(image, SQUARE)
         return cv2.addWeighted(image, 0.5, thin, 0.5, 0)
     if kind < 0.7:
-        return smooth(image, 2, rng.uniform(0.2, 0.7))
+        sigma = rng.uniform(0.2, 0.7)
+        return image if "blur" in without else smooth(image, 2, sigma)
     return image
 
 
@@ -307,7 +250,9 @@ COLORS = np.eye(3) - GRAYS
 ACROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
 
 
-def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float) -> Image:
+def _tone(
+    image: Image, paper: Color, rng: np.random.Generator, strength: float, without: Collection[str]
+) -> Image:
     """Change the contrast against the paper, the brightness and a little of the colors, and invert at times.
 
     All of it but the inversion is one linear map of (color - paper) and a shift by the brightness, so that
@@ -317,7 +262,9 @@ def _tone(image: Image, paper: Color, rng: np.random.Generator, strength: float)
     brightness = strength * rng.uniform(-25, 25)
     saturation = 1 + strength * rng.uniform(-0.2, 0.2)
     angle = 2 * math.pi * strength * rng.uniform(-0.02, 0.02)
-    inverted = rng.random() < 0.2
+    inverted = rng.random() < 0.2 and "invert" not in without
+    if "jitter" in without:
+        return invert(image) if inverted else image
     if isinstance(paper, int):
         image = cv2.addWeighted(image, contrast, image, 0.0, (1 - contrast) * paper + brightness)
     else:  # where a drawing has color it tells classes apart, so hues turn by 7 degrees at most

@@ -22,7 +22,7 @@ import numpy as np
 
 from schematics.command import Parser, run
 from schematics.pixels import resize
-from schematics.recipes import RECIPES, default_extent, two_views
+from schematics.recipes import RECIPES, default_extent, other_parts, two_views
 from schematics.sheets import DataError, find_sheets, read_sheet, to_color, write_png
 from schematics.store import WindowStore
 from schematics.windows import Color, Image, cut, ink_windows, paper_color, uneven_paper
@@ -125,6 +125,10 @@ def main(args: argparse.Namespace) -> None:
     size = flags["image_size"]
     extent = min(samples[0].window.shape[0], flags.get("view") or default_extent(size, line))
     shared = {name: flags[name] for name in ("seed", "strength", "orientation")}
+    shared["without"] = flags.get("without", ())  # runs of earlier versions left nothing out
+    for wrong in (other_parts(recipe, shared["without"]) for recipe in recipes):
+        if wrong:
+            raise DataError(wrong)
     picture = contact_sheet(samples, recipes, args.pairs, {"size": size, "extent": extent, **shared})
     write_png(args.out, picture)
     print(
@@ -173,6 +177,9 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--strength", type=float, default=1.0, help="Factor on the color jitter (default %(default)s)."
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=(), metavar="PART", help="Changes of the recipe that are left out."
     )
     parser.add_argument("--orientation", action="store_true", help="Mirror and turn drawing views too.")
     parser.add_argument(

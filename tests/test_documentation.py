@@ -68,6 +68,7 @@ SHORT = {  # what makes a command short, where it doesn't give that flag itself
     r"simclr.pretrain|vicreg.pretrain|slurm/pretrain.slurm": f"{PRETRAINING} --workers 0 --device cpu",
     r"detection.finetune|slurm/finetune.slurm": f"{FINETUNING} --workers 0 --device cpu",
     r"evaluate/shots.py": "--draws 1 --weight-decays 0.001",
+    r"evaluate/classify.py": "--epochs 1 --image-size 32 --resamples 20 --workers 0 --device cpu",
     r"slurm/pipeline.py submit": "--dry-run",
 }
 

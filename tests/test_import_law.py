@@ -160,6 +160,7 @@ def test_metrics_need_no_torch_and_of_ours_only_schematics():
 def test_a_whole_config_goes_no_further_than_an_entry():
     """Law: below an entry its named parts are handed on. A stage is the body of its entries."""
     bodies = {("pretraining.stage", "pretrain"), ("detection.stage", "finetune")}
+    bodies.add(("pretraining.classifier_stage", "train_classifier"))
     takers = set()
     for file in files_of(*HOUSE):
         module = module_of(file)

@@ -134,11 +134,25 @@ def test_what_a_view_shows_is_said_and_a_run_of_before_the_flag_goes_on(config, 
         in capfd.readouterr().out
     )
     old = json.loads((config.exp_dir / "config.json").read_text())
-    del old["view"]
+    del old["view"], old["without"]
     (config.exp_dir / "config.json").write_text(json.dumps(old))
     run(dataclasses.replace(config, steps=3))
     with pytest.raises(UserError, match=r"--view 80: the run in .* has None"):
         run(dataclasses.replace(config, steps=4, view=80))
+
+
+def test_a_change_of_the_recipe_is_left_out_of_a_whole_run_and_a_wrong_name_is_refused_at_once(config, capfd):
+    config = dataclasses.replace(config, steps=2, without=("blur", "crop"))
+    less, _ = run(config)
+    assert "recipe drawing without blur, crop: each shows 56 px of the sheet" in capfd.readouterr().out
+    whole, _ = run(dataclasses.replace(config, without=(), exp_dir=config.exp_dir.with_name("whole")))
+    assert less[0]["loss"] != whole[0]["loss"]
+    with pytest.raises(UserError, match=r"--without \[\]: the run in .* has \['blur', 'crop'\]"):
+        run(dataclasses.replace(config, steps=3, without=()))
+    with pytest.raises(
+        UserError, match="--without gray: the recipe drawing has crop, turn, pen, blur, jitter, "
+    ):
+        dataclasses.replace(config, without=("blur", "gray"))
 
 
 @pytest.mark.parametrize("color_mode", ["gray", "auto", "rgb"])

@@ -100,6 +100,46 @@ def test_in_classification_a_pretraining_has_the_seed_and_given_weights_have_one
     assert command[:2] == ("evaluate/linear.py", "--checkpoint") and runs["ssl_large_seed0"].after
 
 
+def test_a_classifier_is_trained_by_its_head_or_as_a_whole_and_alike_pretrainings_are_one(written, tmp_path):
+    arms = """[arms.random]
+backbone = "none"
+train = "whole"
+finetune = {arch = "resnet18"}
+[arms.head]
+method = "simclr"
+train = "head"
+[arms.whole]
+method = "simclr"
+train = "whole"
+[arms.longer]
+method = "simclr"
+train = "whole"
+pretrain = {steps = 10}
+[[labels]]"""
+    text = STUDY.replace('folder = "out"', 'folder = "out"\ntask = "classification"').replace(
+        "share = 1\n", ""
+    )
+    text = text[: text.index("[arms.random]")] + arms + text[text.index("\nshare = 0.25") :]
+    text = text.replace("share = 0.25", 'name = "few"').replace("flip = true", "batch-size = 8")
+    study = written(text)
+    runs = {run.name: run for run in study.runs()}
+    here = str(tmp_path)
+    rest = f"--exp-dir {here}/out/random_few_seed1 --seed 1 --steps 10 --batch-size 8 --arch resnet18"
+    command = f"evaluate/classify.py --data-dir {here}/sheets --checkpoint none {rest}"
+    assert runs["random_few_seed1"] == Run("random_few_seed1", (tuple(command.split()),))
+    assert {name for name in runs if "pretrain" in name} == {
+        f"pretrain_{arm}_seed{seed}" for arm in ("head", "longer") for seed in (0, 1)
+    }
+    head, whole = (runs[f"{arm}_few_seed1"] for arm in ("head", "whole"))
+    assert head.after == whole.after == ("pretrain_head_seed1",)
+    assert "--freeze" in head.commands[0] and "--freeze" not in whole.commands[0]
+    assert f"{here}/out/pretrain_head_seed1/backbone.safetensors" in whole.commands[0]
+    assert {study.result(cell).relative_to(tmp_path / "out").as_posix() for cell in study.cells} >= {
+        "random_few_seed0/classify.json",
+        "whole_few_seed1/classify.json",
+    }
+
+
 def test_flags_are_words_as_a_command_line_has_them():
     flags = {"a": 1, "b": True, "c": False, "d": [2, 3], "e": "it's"}
     assert words(flags) == ("--a", "1", "--b", "--no-c", "--d", "2", "3", "--e", "it's")
@@ -121,6 +161,16 @@ def test_flags_are_words_as_a_command_line_has_them():
         ('folder = "out"', "", "folder is required"),
         ('pool = "sheets/unlabeled"', "", "pool is required, the unlabelled drawings that an arm is"),
         ("[arms.random]", "[arms.'a b']", "arms.a b: a name of letters, digits"),
+        (
+            'backbone = "none"',
+            'backbone = "none"\ntrain = "whole"',
+            'arms.random: train = "whole": give head or',
+        ),
+        (
+            'folder = "out"',
+            'folder = "out"\ntask = "classification"',
+            'arms.random: backbone = "none": a layer',
+        ),
         ("[arms.random]", "[arms", "cannot be read as TOML (Expected ']'"),
     ],
 )

@@ -14,10 +14,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from schematics import pixels, recipes
+from schematics import photo, pixels, recipes
 from schematics.drafting import draw_sheet
 from schematics.draws import Use, draw
-from schematics.recipes import RECIPES, two_views
+from schematics.recipes import PARTS, RECIPES, two_views
 from schematics.sheets import to_color
 from schematics.store import build_store
 from schematics.windows import paper_color
@@ -73,6 +73,58 @@ def test_importing_the_recipes_leaves_the_threads_of_opencv_alone():
     code += "print(cv2.getNumThreads())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3"]
+
+
+# --- parts that are left out -----------------------------------------------------------------------------
+
+EVERY_PART = [(recipe, part) for recipe in RECIPES for part in PARTS[recipe]]
+COLORED = cv2.merge([SHEET[:200, :200], np.full((200, 200), 255, np.uint8), SHEET[:200, :200]])
+
+
+def one_view(recipe, sample, without):
+    """A view, and the next number of its generator."""
+    rng, region, paper = draw(Use.VIEWS, 0, 0, sample, 1), COLORED, (255, 255, 255)
+    if recipe == "drawing":
+        view = recipes._drawing_view(region, paper, paper, 40, 48, rng, 1.0, False, without)
+    else:
+        view = photo.photo_view(region, 48, rng, 1.0, photo.PHOTO[recipe][1], without)
+    return to_color(view, "rgb"), rng.integers(2**63)
+
+
+@pytest.mark.parametrize("recipe, part", EVERY_PART)
+def test_a_part_left_out_changes_some_views_and_no_random_number_of_the_others(recipe, part):
+    changed = 0
+    for sample in range(60):
+        (view, number), (less, same) = (one_view(recipe, sample, names) for names in ((), (part,)))
+        assert number == same
+        changed += not np.array_equal(view, less)
+    assert changed >= 1 and (part in ("crop", "jitter") or changed < 60)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_without_all_parts_both_views_are_the_region(recipe):
+    for window in (SHEET[:256, :256], COLORED):
+        first, second = two_views(window, recipe, 64, 0, 1, 2, without=PARTS[recipe], extent=128)
+        np.testing.assert_array_equal(first, second)
+        if recipe != "drawing":
+            np.testing.assert_array_equal(first, to_color(pixels.resize(window, 64), "rgb"))
+
+
+@pytest.mark.parametrize(
+    "recipe, part", [("drawing", "invert"), ("simclr", "mirror"), ("vicreg", "solarize")]
+)
+def test_the_one_part_that_is_left_does_what_its_name_says(recipe, part):
+    does = {
+        "invert": pixels.invert,
+        "mirror": lambda image: cv2.flip(image, 1),
+        "solarize": pixels.solarize,
+    }[part]
+    plain, _ = one_view(recipe, 0, PARTS[recipe])
+    rest, seen = [name for name in PARTS[recipe] if name != part], set()
+    for sample in range(40):
+        view, _ = one_view(recipe, sample, rest)
+        seen.add([np.array_equal(view, plain), np.array_equal(view, does(plain))].index(True))
+    assert seen == {0, 1}
 
 
 # --- the published operations ----------------------------------------------------------------------------
@@ -162,7 +214,7 @@ def test_crops_are_distributed_as_torchvisions():
     image = torch.zeros(1, 300, 400)
     drawn = [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(1500)]
     theirs = np.array(drawn)[:, [1, 0, 3, 2]]  # (y, x, h, w) -> (x, y, w, h)
-    ours = np.array([recipes.random_resized_crop(400, 300, draw(Use.VIEWS, 0, 0, i, 0)) for i in range(1500)])
+    ours = np.array([photo.random_resized_crop(400, 300, draw(Use.VIEWS, 0, 0, i, 0)) for i in range(1500)])
     assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= [400, 300]).all()
     for q in (10, 25, 50, 75, 90):
         np.testing.assert_allclose(np.percentile(ours, q, axis=0), np.percentile(theirs, q, axis=0), atol=15)
@@ -386,9 +438,13 @@ def test_any_window_gives_two_rgb_views(recipe, shape):
         np.testing.assert_array_equal(window, before)
 
 
-def test_unknown_recipe_is_refused_by_name():
+def test_unknown_recipes_and_parts_are_refused_by_name():
     with pytest.raises(ValueError, match="'photo' is none of drawing, simclr, vicreg"):
         two_views(SHEET, "photo", 64, 0, 0, 0)
+    with pytest.raises(
+        ValueError, match="--without solarize: the recipe simclr has crop, mirror, jitter, gray, "
+    ):
+        two_views(SHEET, "simclr", 64, 0, 0, 0, without=("blur", "solarize"))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -403,6 +459,8 @@ def test_command_draws_the_very_views_of_a_run(tmp_path, shared):
         store = build_store(tmp_path / "sheets", tmp_path / "run/windows", side=128)
     settings = {"image_size": 48, "view": 100, "seed": 5, "strength": 0.5, "orientation": True}
     config = {"data_dir": str(tmp_path / "sheets"), "recipe": "drawing", **settings}
+    without = () if shared else ("crop", "noise")  # earlier versions had no such flag
+    config |= {"without": without} if without else {}
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     out = tmp_path / "views.png"
     command = [sys.executable, "-m", "schematics.views", "--exp-dir", str(tmp_path / "run"), str(out)]
@@ -411,7 +469,8 @@ def test_command_draws_the_very_views_of_a_run(tmp_path, shared):
     picture, last = cv2.imread(str(out))[..., ::-1], len(store) - 1
     assert picture.shape == (2 * 50, 48 * 9, 3)
     paper = store.paper(last)
-    views = two_views(store.window(last), "drawing", 48, 5, 3, last, 0.5, True, extent=100, paper=paper)
+    options = {"extent": 100, "paper": paper, "without": without}
+    views = two_views(store.window(last), "drawing", 48, 5, 3, last, 0.5, True, **options)
     np.testing.assert_array_equal(picture[50:98, -96:], np.hstack(views))
     (tmp_path / "run/config.json").unlink()
     failed = subprocess.run(command, capture_output=True, text=True)
@@ -424,6 +483,10 @@ def test_command_draws_a_picture_of_the_recipes(tmp_path):
     command = [sys.executable, "-m", "schematics.views", str(tmp_path / "a.png"), str(out), "--size", "64"]
     subprocess.run(command, check=True, capture_output=True)
     assert cv2.imread(str(out)).shape == (3 * (64 + 2), 64 * 9, 3)
+    failed = subprocess.run([*command, "--without", "invert"], capture_output=True, text=True)
+    assert (
+        failed.stderr == "error: --without invert: the recipe simclr has crop, mirror, jitter, gray, blur\n"
+    )
     blank = cv2.imencode(".png", np.full((300, 300), 255, np.uint8))[1].tobytes()
     (tmp_path / "a.png").write_bytes(blank)
     failed = subprocess.run(command, capture_output=True, text=True)
