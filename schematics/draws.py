@@ -33,6 +33,7 @@ class Use(Enum):
     DETECTION_WINDOW = 3  # how a tile is moved and changed: sample is its place in the epoch, view the tile
     TRAINING_SHARE = 4  # which of the labelled training sheets a share of them has
     SHOTS = 5  # the order in which a draw of a few labelled crops a class takes them; sample is the draw
+    PASTE = 8  # which symbols are laid on a tile in finetuning, and where: sample, view as in 3
 
 
 class _Key(ISeedSequence):
