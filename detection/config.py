@@ -103,6 +103,9 @@ class FinetuneConfig(RunConfig):
     flip: bool = setting(False)
     # Turn windows by quarters; harmful where orientation tells classes apart.
     rot90: bool = setting(False)
+    # Labelled symbols of other sheets that are laid on a window at most, on blank paper or in wires; rare
+    # classes come more often (arXiv 2012.07177); 0 is off.
+    paste: int = setting(0, least=0)
     # Windows without symbols that an epoch has at most for each window with symbols.
     negatives: float = setting(0.5, least=0)
     # Threshold t of repeat-factor sampling, which shows rare classes more often (arXiv 1908.03195); 0 is off.
@@ -130,7 +133,7 @@ class FinetuneConfig(RunConfig):
     @property
     def augmenting(self) -> dict[str, Any]:
         """The arguments of `Augment` that flags set."""
-        named = ("photometric", "flip", "rot90")
+        named = ("photometric", "flip", "rot90", "paste")
         return {"scale": self.scale_jitter, **{name: getattr(self, name) for name in named}}
 
     @property

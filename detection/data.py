@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from cluster.batches import Key
 from detection.model import as_tensor
+from detection.paste import Symbols, paste
 from detection.sheets import SheetReader
 from schematics.draws import Use, draw
 from schematics.recipes import scan_noise
@@ -40,6 +41,7 @@ class Augment:
     photometric: float = 0.0  # strength of the changes in brightness, contrast, blur and noise, 0 to 1
     flip: bool = False  # mirror left-right and up-down, each with probability 1/2
     rot90: bool = False  # rotate by a random number of quarter turns
+    paste: int = 0  # symbols of other sheets that are laid on the window, at most; their number is uniform
 
 
 class TrainingWindows(Dataset):
@@ -79,6 +81,7 @@ class TrainingWindows(Dataset):
         self.tiles = np.array(tiles, np.int64).reshape(-1, 3)  # sheet, x, y
         self.stride = side - overlap
         self.weights = _weights(tile_labels, negatives, repeat)
+        self.symbols = Symbols(reader, side) if augment.paste else None
 
     def __len__(self) -> int:
         """Number of samples in an epoch: the sum of the tiles' weights, at least 1."""
@@ -115,11 +118,27 @@ class TrainingWindows(Dataset):
         known = ~sheet.crowd
         window = self.reader.window(sheet_index, x, y, reach)
         boxes, labels = crop_boxes(sheet.boxes[known], sheet.labels[known], x, y, reach, KEEP)
+        if self.symbols:
+            window, pasted, of = self._paste(window, sheet_index, (x, y), key)
+            boxes, labels = np.concatenate([boxes, pasted]), np.concatenate([labels, of])
         window, boxes = resize(window, boxes, self.side)
         window, boxes = turn(window, boxes, rng, self.augment.flip, self.augment.rot90)
         window = photometric(window, rng, self.augment.photometric)
         target = {"boxes": torch.from_numpy(boxes.astype(np.float32)), "labels": torch.from_numpy(labels)}
         return as_tensor(window), target, int(rng.integers(2**31))
+
+    def _paste(
+        self, window: np.ndarray, sheet_index: int, corner: tuple[int, int], key: Key
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lay symbols over the window that begins at `corner` (x, y) of a sheet; see `paste`."""
+        assert self.symbols
+        rng = draw(Use.PASTE, self.seed, *key)
+        count = int(rng.integers(self.augment.paste + 1)) if len(self.symbols) else 0
+        symbols = [self.symbols.draw(rng) for _ in range(count)]
+        sheet, (x, y), reach = self.reader.split.sheets[sheet_index], corner, window.shape[0]
+        shown, _ = crop_boxes(sheet.boxes, sheet.labels, x, y, reach, 0.0)
+        beside = [(sheet.width - x, 0, reach, reach), (0, sheet.height - y, reach, reach)]  # beyond the sheet
+        return paste(window, self.reader.paper(sheet_index), [*shown, *beside], symbols, rng)
 
 
 def steps_per_epoch(windows: TrainingWindows, batch_size: int) -> int:

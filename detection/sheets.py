@@ -74,7 +74,7 @@ class SheetReader:
         Raises DataError if the file can't be read or the image has another size than its header says.
         """
         if self.store:
-            return to_color(self.store.sheet(index), self.color_mode), self._paper(index)
+            return to_color(self.store.sheet(index), self.color_mode), self.paper(index)
         if index in self.cache:
             return self.cache[index]
         sheet = self.split.sheets[index]
@@ -94,9 +94,11 @@ class SheetReader:
         image, paper = self[index]
         return cut(image, x, y, side, paper)
 
-    def _paper(self, index: int) -> Color:
-        """The color of a stored sheet's paper: stored sheets without color are gray whatever the mode."""
-        assert self.store
+    def paper(self, index: int) -> Color:
+        """The color of a sheet's paper. Raises DataError as reading the sheet does."""
+        if not self.store:
+            return self[index][1]
+        # Stored sheets without color are gray whatever the mode.
         paper = self.store.sheets[index]["paper"]
         if self.color_mode == "gray":
             return paper

@@ -35,6 +35,7 @@ class Use(Enum):
     SHOTS = 5  # the order in which a draw of a few labelled crops a class takes them; sample is the draw
     CROP_ORDER = 6  # the order of an epoch's crops in training a classifier
     CROP_CHANGES = 7  # how a crop is moved and scaled: sample is its place in the epoch, view the crop
+    PASTE = 8  # which symbols are laid on a tile in finetuning, and where: sample, view as in 3
 
 
 class _Key(ISeedSequence):
