@@ -37,7 +37,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # `cluster`, al
 from cluster import array, atomic
 from cluster.config import Config, setting
 from cluster.entry import run
-from cluster.errors import UserError
+from cluster.errors import AGAIN, INTERRUPTED, TERMINATED, UserError
 from cluster.flags import Flags, read_toml, words
 from cluster.snapshot import methods
 
@@ -183,7 +183,10 @@ def suggest(trial: optuna.Trial, name: str, row: Flags) -> Any:
 def run_trial(
     study: optuna.Study, trial: optuna.Trial, command: tuple[str, ...], exp_dir: Path, objective: str
 ) -> tuple[str, float | None, str]:
-    """Run a pretraining to its end, or until it is pruned: how that ends, its figure, and what failed."""
+    """Run a pretraining to its end, or until it is pruned: how that ends, its figure, and what failed.
+
+    One that has saved because of a signal ends this process with its status, and its trial stays under way.
+    """
     process = subprocess.Popen([sys.executable, *command], preexec_fn=array.end_with_parent)
     try:
         reported = dict(study.trials[trial.number].intermediate_values)
@@ -203,6 +206,8 @@ def run_trial(
     finally:
         process.terminate()
         process.wait()
+    if process.returncode in (AGAIN, INTERRUPTED, TERMINATED):
+        sys.exit(process.returncode)
     if process.returncode:
         return "FAIL", None, f", exit status {process.returncode}"
     if not reported:

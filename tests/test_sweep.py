@@ -27,6 +27,8 @@ folder.mkdir(exist_ok=True)
 (folder / "launches").open("a").write(json.dumps(given) + "\\n")
 if sys.argv[1] == "fail":
     sys.exit("error: no pool; give one")
+if sys.argv[1] == "saved" and first:
+    sys.exit(75)
 with (folder / "metrics.jsonl").open("a") as lines:
     for step in range(4):
         value = (1 - abs(float(given["--x"]) - 0.3) - (given["--kind"] == "bad")) * (step + 1) / 4
@@ -97,6 +99,15 @@ def test_after_kill_9_the_trial_under_way_goes_on_with_its_flags_in_its_folder(t
     assert len(launches) == 2 and launches[0] == launches[1]
 
 
+def test_a_trial_that_a_signal_has_ended_stays_under_way_and_goes_on(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        work(tmp_path, 1, "saved")
+    assert ended.value.code == 75
+    study = work(tmp_path, 1, "saved")
+    first, second = map(json.loads, (tmp_path / "trial_0000" / "launches").read_text().splitlines())
+    assert first == second and [trial.state.name for trial in study.trials] == ["COMPLETE"]
+
+
 def test_what_fails_or_has_no_figure_is_a_failed_trial_and_none_at_all_an_error(tmp_path, capfd):
     study = work(tmp_path, 1, "fail")
     study = work(tmp_path, 1, worker=1, objective="accuracy")
@@ -123,18 +134,48 @@ def test_a_wrong_space_is_refused_in_one_line(tmp_path, text, said):
         sweep.read_space(tmp_path / "space.toml")
 
 
-def test_the_command_runs_real_pretrainings_by_a_path_from_here(sheets, tmp_path):
-    flags = {"data-dir": "unlabeled", "arch": "test_resnet", "steps": 2, "image-size": 32, "window": 64}
+def real_sweep(sheets: Path, folder: Path, **flags) -> list:
+    """The command of a sweep of one real pretraining, and in the folder its space."""
+    flags = {"data-dir": "unlabeled", "arch": "test_resnet", "image-size": 32, "window": 64, **flags}
     flags |= {"projector": [16, 16], "batch-size": 4, "workers": 0, "device": "cpu", "log-every": 1}
     lines = ["[flags]", *(f"{name} = {json.dumps(value)}" for name, value in flags.items())]
-    (tmp_path / "space.toml").write_text(
+    (folder / "space.toml").write_text(
         "\n".join([*lines, "[search]", "temperature = {choices = [0.1, 0.2]}"])
     )
-    (tmp_path / "unlabeled").symlink_to(sheets / "unlabeled")
+    (folder / "unlabeled").symlink_to(sheets / "unlabeled")
     command = [sys.executable, ROOT / "slurm" / "sweep.py", "--space", "space.toml", "--count", "1"]
-    command += ["--local", "1", "--exp-dir", "out", "--objective", "loss", "--minimize"]
+    return [*command, "--exp-dir", "out", "--objective", "loss", "--minimize"]
+
+
+def test_the_command_runs_real_pretrainings_by_a_path_from_here(sheets, tmp_path):
+    command = [*real_sweep(sheets, tmp_path, steps=2), "--local", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + (tmp_path / "out/logs/worker_0.log").read_text()
     assert "1 of 1 trials finished, 1 of them to their end" in done.stdout
     assert (tmp_path / "out" / "trial_0000" / "backbone.safetensors").exists()
+
+
+def test_on_slurm_a_worker_that_is_preempted_goes_on_with_its_trial(slurm, sheets, tmp_path):
+    """The array's task is told of its preemption as Slurm tells it, saves, is requeued and begins again."""
+    command = real_sweep(sheets, tmp_path, steps=600)
+    environment = {"OMP_NUM_THREADS": "1"}
+    told = slurm.run(*command, cwd=tmp_path, env=environment)
+    job = told.partition("worker_0: job ")[2].split()[0]
+    trial, log = tmp_path / "out" / "trial_0000", tmp_path / "out" / "logs" / "worker_0.log"
+
+    def steps() -> list[int]:
+        path = trial / "metrics.jsonl"
+        rows = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(row)["step"] for row in rows]
+
+    def said() -> str:
+        return f"{told}\n{slurm.run('squeue')}\n{log.read_text() if log.exists() else ''}"
+
+    slurm.wait_for(lambda: len(steps()) > 20, 120, said)
+    slurm.run("scancel", "--signal=USR2", job)
+    slurm.wait_for(lambda: slurm.show(job).get("Restarts") == "1", 60, said)
+    (where,) = trial.glob("checkpoints/step_*.pt")
+    slurm.wait_for(lambda: (trial / "backbone.safetensors").exists() and slurm.idle(), 240, said)
+    assert f"going on from {where}" in log.read_text() and steps() == [*range(600)]
+    assert "1 of 1 trials finished, 1 of them" in slurm.run(*command, cwd=tmp_path, env=environment)
