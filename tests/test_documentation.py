@@ -66,7 +66,7 @@ workers = 0
 device = "cpu"
 norm = "group"
 """
-SHORT = {  # makes a command short, or fits it to a detector of two steps, where it does not give that flag itself
+SHORT = {  # makes a command short, or fits it to a detector of two steps, where it does not give that flag
     r"simclr.pretrain|vicreg.pretrain|slurm/pretrain.slurm": f"{PRETRAINING} --workers 0 --device cpu",
     r"detection.finetune|slurm/finetune.slurm": f"{FINETUNING} --workers 0 --device cpu",
     r"evaluate/(linear|knn|shots|embedding).py": "--workers 0",
