@@ -6,8 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs/demo
 # mypy takes a package with those inside it, so it is given the outer ones of the one list in pyproject.toml.
-PACKAGES = $(shell PYTHONPATH=.:slurm $(BIN)/python -c \
-	'import stages; print(*(name for name in stages.packages() if "." not in name))')
+PACKAGES = $(shell PYTHONPATH=. $(BIN)/python -c \
+	'from cluster import snapshot; print(*(name for name in snapshot.packages() if "." not in name))')
 
 .PHONY: install demo check test chaos gpu bench clean
 
