@@ -44,7 +44,8 @@ gpu: install
 	$(BIN)/python benchmarks/gpu_acceptance.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 tests
+# Each process begins with half of the tests, so that most files are in one, which sets up once what they share.
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

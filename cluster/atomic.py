@@ -111,7 +111,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def write_figure(path: Path, figure: Figure, crop: Literal["tight"] | None = None) -> None:
-    """`replace` for a PNG of a figure. crop: "tight" fits the picture to what is drawn, where no layout does."""
+    """`replace` for a PNG of a figure. crop: "tight" fits it to what is drawn, where no layout does."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130, bbox_inches=crop)
     replace(path, lambda file: file.write(data.getvalue()))
