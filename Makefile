@@ -6,8 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs/demo
 # mypy takes a package with those inside it, so it is given the outer ones of the one list in pyproject.toml.
-PACKAGES = $(shell PYTHONPATH=.:slurm $(BIN)/python -c \
-	'import stages; print(*(name for name in stages.packages() if "." not in name))')
+PACKAGES = $(shell PYTHONPATH=. $(BIN)/python -c \
+	'from cluster import snapshot; print(*(name for name in snapshot.packages() if "." not in name))')
 
 .PHONY: install demo check test chaos gpu bench clean
 
@@ -44,7 +44,8 @@ gpu: install
 	$(BIN)/python benchmarks/gpu_acceptance.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 tests
+# Each process begins with half of the tests, so that most files are in one, which sets up once what they share.
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,13 +14,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from cluster.errors import GONE, UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -104,6 +108,13 @@ def named(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def write_figure(path: Path, figure: Figure, crop: Literal["tight"] | None = None) -> None:
+    """`replace` for a PNG of a figure. crop: "tight" fits it to what is drawn, where no layout does."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130, bbox_inches=crop)
+    replace(path, lambda file: file.write(data.getvalue()))
 
 
 def write_text(path: Path, text: str) -> None:

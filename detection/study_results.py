@@ -214,7 +214,7 @@ def plot_figures(path: Path, study: Study, groups: Sequence[Group]) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0][0].legend()
-    _write(path, figure)
+    atomic.write_figure(path, figure)
 
 
 def plot_curves(path: Path, study: Study, groups: Sequence[Group]) -> bool:
@@ -244,7 +244,7 @@ def plot_curves(path: Path, study: Study, groups: Sequence[Group]) -> bool:
         axis.grid(alpha=0.3)
     axes[0][0].legend()
     if plotted:
-        _write(path, canvas)
+        atomic.write_figure(path, canvas)
     return plotted
 
 
@@ -257,8 +257,3 @@ def _canvas(rows: int, columns: int) -> tuple[Any, np.ndarray]:
 
     figure = Figure(figsize=(4.5 * columns, 3.8 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _write(path: Path, figure: Any) -> None:
-    with atomic.named(path):
-        figure.savefig(path, dpi=120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str]) ->
         text = f"{100 * shares[row, column]:.0f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=6, color=color)
     axes.set_title("Per cent of the crops of a class", fontsize=9)
-    write_figure(path, figure)
+    atomic.write_figure(path, figure)
 
 
 def plot_shots(path: Path, curves: Mapping[str, Sequence[Point]], ylabel: str) -> None:
@@ -57,7 +56,7 @@ def plot_shots(path: Path, curves: Mapping[str, Sequence[Point]], ylabel: str) -
     axes.set(xlabel="labelled crops of each class", ylabel=ylabel, ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(lines, map(plain_text, curves), fontsize=8, loc="lower right")
-    write_figure(path, figure)
+    atomic.write_figure(path, figure)
 
 
 def plot_embeddings(
@@ -79,7 +78,7 @@ def plot_embeddings(
         axes.set_title(plain_text(name, 60), fontsize=9)
     names = [plain_text(classes[label], 36) for label in known]
     figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=7, frameon=False)
-    write_figure(path, figure)
+    atomic.write_figure(path, figure)
 
 
 def plot_epochs(path: Path, epochs: Sequence[Mapping[str, float]]) -> None:
@@ -92,7 +91,7 @@ def plot_epochs(path: Path, epochs: Sequence[Mapping[str, float]]) -> None:
         axes.set(xlabel="epochs", ylabel=name.replace("top1", "top-1"))
         axes.grid(alpha=0.3)
         axes.legend()
-    write_figure(path, figure)
+    atomic.write_figure(path, figure)
 
 
 def plain_text(name: str, most: int = 50) -> str:
@@ -102,10 +101,3 @@ def plain_text(name: str, most: int = 50) -> str:
     """
     short = name if len(name) <= most else f"...{name[3 - most :]}"
     return ("\u200b" if short.startswith("_") else "") + short.replace("$", r"\$")
-
-
-def write_figure(path: Path, figure: Figure) -> None:
-    """Write a PNG, whole or not at all. Raises UserError as `atomic.replace` does."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    atomic.replace(path, lambda file: file.write(data.getvalue()))

@@ -38,6 +38,7 @@ import status
 
 from cluster.entry import live
 from cluster.errors import USAGE, UserError
+from cluster.snapshot import methods, snapshot
 
 DEFAULT = "vicreg"  # the method where --method is not given; pretrain.slurm has the same
 
@@ -73,7 +74,7 @@ def submit_rest(args: argparse.Namespace, chain: list[stages.Stage], flags: Mapp
     if args.dry_run:
         dry_run(chain, run_dir, args.local)
     elif chain:
-        code = stages.snapshot(run_dir)
+        code = snapshot(run_dir)
         environment = stages.job_environment(os.environ)
         # Figures that are there were made of another detector, or with other flags.
         (run_dir / "evaluate" / "metrics.json").unlink(missing_ok=True)
@@ -275,7 +276,7 @@ def add_submit(run: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--method",
-        choices=stages.methods(),
+        choices=methods(),
         default=DEFAULT,
         help=f"Method of pretraining; default: {DEFAULT}.",
     )

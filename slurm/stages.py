@@ -18,10 +18,6 @@ from typing import Any
 from cluster import atomic, checkpoint
 from cluster.errors import UserError
 from cluster.snapshot import HOME, sources
-from cluster.snapshot import SCRIPTS as SCRIPTS  # by these names the pipeline and the Makefile ask for them
-from cluster.snapshot import methods as methods
-from cluster.snapshot import packages as packages
-from cluster.snapshot import snapshot as snapshot
 
 STAGES = ("pretrain", "finetune", "evaluate")
 

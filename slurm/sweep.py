@@ -252,7 +252,7 @@ def report(study: optuna.Study, folder: Path, count: int) -> None:
         return
     best = study.best_trial
     print(f"best: trial {best.number}, {best.value:.4g}: {' '.join(words(best.params))}")
-    evaluator = PedAnovaImportanceEvaluator()  # the default one needs scikit-learn
+    evaluator = PedAnovaImportanceEvaluator()  # of what makes trials good; fANOVA, the default, of any change
     for name, draw in (
         ("importances", lambda: plots.plot_param_importances(study, evaluator=evaluator)),
         ("parallel", lambda: plots.plot_parallel_coordinate(study)),
@@ -264,10 +264,9 @@ def report(study: optuna.Study, folder: Path, count: int) -> None:
         except (ValueError, RuntimeError) as error:  # too few trials, or all alike
             print(f"no {name}.png yet: {error}")
             continue
-        with atomic.named(folder / f"{name}.png"):
-            figure = axes.get_figure(root=True)
-            assert figure
-            figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        figure = axes.get_figure(root=True)
+        assert figure
+        atomic.write_figure(folder / f"{name}.png", figure, crop="tight")
 
 
 if __name__ == "__main__":

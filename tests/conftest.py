@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster, clean_environment
 
+# For torch in every process that tests start, unless it is told otherwise: two tests run at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def site() -> Iterator[Cluster]:

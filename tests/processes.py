@@ -1,13 +1,14 @@
-"""Start real processes for the tests of cluster/: the ranks of one launch, each with a log file."""
+"""Start real processes for tests: the ranks of one launch, or a command of python, each with a log file."""
 
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -77,6 +78,23 @@ def _child(log: str, env: dict[str, str], work: Callable, args: tuple) -> None:
 
     torch.set_num_threads(1)
     work(*args)
+
+
+def python(words: Sequence[str], folder: Path) -> None:
+    """What `python FILE ...` or `python -m MODULE ...` does in the folder, as the work of a forked rank.
+
+    The modules of the server are there already, which is most of the time that a short command takes.
+    """
+    os.chdir(folder)
+    here = Path(__file__).parent
+    ours = {str(here), str(here.parent / "slurm")}  # where pytest lets tests import from, and no user does
+    rest = [place for place in sys.path if place not in ours]
+    if words[0] == "-m":
+        sys.argv, sys.path = list(words[1:]), [str(folder), *rest]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path = list(words), [str((folder / words[0]).parent), *rest]
+        runpy.run_path(str(folder / words[0]), run_name="__main__")
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0, what: str = "condition") -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 
 from cluster import config as configuration
@@ -59,7 +60,9 @@ class Run:
         self.optimizer.load_state_dict(state[1])
 
 
-def test_a_compiled_run_resumes_to_the_last_bit_and_its_weights_fit_a_plain_network():
+def test_a_compiled_run_resumes_to_the_last_bit_and_its_weights_fit_a_plain_network(monkeypatch):
+    # torch would first build a program for each vector unit, to see that the compiler knows it.
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)
     whole = Run("")
     losses = whole.losses(0, 2)
     between = whole.state()

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import stages
 
 from cluster import config, entry
 from cluster.errors import UNREAD, UserError
+from cluster.snapshot import methods
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,7 +188,7 @@ def test_a_number_outside_its_limits_on_the_command_line_is_exit_1(capsys, monke
 LOADING = """
 import dataclasses, torch
 from cluster.entry import run
-from cluster.errors import UNREAD, UserError
+from cluster.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -268,7 +268,7 @@ def test_only_what_may_change_may_differ_from_the_run_that_goes_on(tmp_path):
 
 
 ENTRIES = [
-    *(f"{method}.pretrain" for method in stages.methods()),
+    *(f"{method}.pretrain" for method in methods()),
     *("detection.finetune", "detection.predict", "detection.export"),
     *("evaluate/evaluate.py", "evaluate/compare.py", "evaluate/knn.py", "evaluate/linear.py"),
     *("evaluate/shots.py", "evaluate/embedding.py", "evaluate/study.py", "slurm/sweep.py"),

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from processes import until
+
 from cluster.dashboard import ID
 from cluster.distributed import World
 from cluster.journal import Journal
@@ -62,6 +64,8 @@ def test_metrics_are_sent_and_a_resumed_run_is_the_same_run_there(tmp_path, monk
         journal.rewind(2)
         journal.record(2, valid_AP=0.25)
         journal.close()
+    # The process of wandb that writes may be behind when a run is closed.
+    until(lambda: sum(map(len, sent(folder).values())) >= 7, what="seven lines of wandb")
     (known, lines), *others = sent(folder).items()
     assert not others and known == (folder / ID).read_text().strip()
     losses = [{"step": step, "loss": 0.5 * step} for step in range(3)]

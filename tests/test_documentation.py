@@ -1,7 +1,8 @@
 """Every command of README.md and docs/ runs as it is written, from top to bottom of a page in one folder.
 
-The words are those of the page; flags that make a training short are added behind them. What a page speaks of
-and leaves to its reader (DATA, SHEETS, POOL, an earlier run, ...) lies there under its name.
+The words are those of the page; flags that make a training short are added behind them, and the libraries are
+loaded once for all commands of python. What a page speaks of and leaves to its reader (DATA, SHEETS, POOL, an
+earlier run, ...) lies there under its name.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Ranks, python
 
 from cluster.backbone import build_backbone
 
@@ -64,12 +66,14 @@ workers = 0
 device = "cpu"
 norm = "group"
 """
-SHORT = {  # what makes a command short, where it doesn't give that flag itself
+SHORT = {  # makes a command short, or fits it to a detector of two steps, where it does not give that flag
     r"simclr.pretrain|vicreg.pretrain|slurm/pretrain.slurm": f"{PRETRAINING} --workers 0 --device cpu",
     r"detection.finetune|slurm/finetune.slurm": f"{FINETUNING} --workers 0 --device cpu",
+    r"evaluate/(linear|knn|shots|embedding).py": "--workers 0",
     r"evaluate/shots.py": "--draws 1 --weight-decays 0.001",
     r"evaluate/classify.py": "--epochs 1 --image-size 32 --resamples 20 --workers 0 --device cpu",
     r"slurm/pipeline.py submit": "--dry-run",
+    r"detection.predict": "--threshold 0.01",  # after two steps no score may reach the threshold of its class
 }
 
 
@@ -90,13 +94,19 @@ def shortened(command: str) -> list[str]:
     return words
 
 
-def run(words: list[str], folder: Path) -> None:
+def fault(command: str, folder: Path) -> str:
+    """What the command says if it fails, else ""."""
+    words = shortened(command)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "LINEWORK_PYTHON": sys.executable}
-    env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    done = subprocess.run(words, cwd=folder, env=env, **quiet)
-    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    env = {"PATH": path, "LINEWORK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    if words[0] == "python":
+        with Ranks(python, words[1:], folder, logs=folder.parent / "logs", env=env) as ranks:
+            (status,), said = ranks.statuses(300), ranks.log()
+    else:
+        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        done = subprocess.run(words, cwd=folder, env=os.environ | env, text=True, **quiet)
+        status, said = done.returncode, done.stdout
+    return "" if status == 0 else f"{shlex.join(words)}: exit status {status}\n{said}"
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +132,7 @@ def desk(sheets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"arch": "test_resnet", "state_dict": tensors}, folder / "moco.pth.tar")
     for command in commands(ROOT / "README.md"):
         if re.search("vicreg.pretrain|detection.finetune|evaluate.py", command):
-            run(shortened(command), folder)
+            assert not (said := fault(command, folder)), said
     for name in ("OTHER", "A", "B"):
         shutil.copytree(folder / "results", folder / name)
     shutil.copytree(folder / "checkpoints/vicreg", folder / "PRETRAIN")
@@ -136,4 +146,4 @@ def test_a_page_can_be_followed(page, desk, tmp_path):
     shutil.copytree(desk, tmp_path / "desk", symlinks=True, ignore=shutil.ignore_patterns(*made))
     for command in commands(page):
         if not command.startswith(tuple(ELSEWHERE)):
-            run(shortened(command), tmp_path / "desk")
+            assert not (said := fault(command, tmp_path / "desk")), said

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Ranks, python
 from small_finetuning import config_of, lines_of, weights_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -97,31 +97,15 @@ def test_two_and_two_steps_are_four_to_the_last_bit(data, four_steps, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def two_ranks(*command):
-    """Run a Python command as two ranks on this machine. Returns what rank 0 printed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in ("0", "1"):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        env = {**CLEAN, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True))
-    printed = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    return printed[0]
-
-
-def finetune_over_two_ranks(data, exp_dir, steps):
-    """The finetuning of the fixture `four_steps`, with `steps` steps on two ranks."""
-    flags = f"""--backbone none --arch resnet10t --norm group --fpn-channels 64 --window 256 --overlap 64
-        --steps {steps} --ema-decay 0.9 --batch-size 2 --lr 0.02 --scheduler constant --warmup-steps 0
-        --validate-every 20 --log-every 1 --workers 0 --device cpu --precision fp32"""
-    where = ["--data-dir", str(data), "--exp-dir", str(exp_dir)]
-    return two_ranks("-m", "detection.finetune", *where, *flags.split())
+def over_two_ranks(folder, work, *args):
+    """What rank 0 says."""
+    with Ranks(work, *args, size=2, logs=folder / "logs") as ranks:
+        assert ranks.statuses(300) == [0, 0], ranks.log() + ranks.log(1)
+    return ranks.log()
 
 
 def test_two_processes_take_the_gradient_of_one(data, four_steps, tmp_path):
-    finetune_over_two_ranks(data, tmp_path / "run", 1)
+    over_two_ranks(tmp_path, main, config_of(data, tmp_path / "run", **{**FOUR, "steps": 1}))
     one, two = lines_of(four_steps)[0], lines_of(tmp_path / "run")[0]
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
@@ -129,7 +113,7 @@ def test_two_processes_take_the_gradient_of_one(data, four_steps, tmp_path):
 def test_a_run_goes_on_with_another_number_of_ranks(data, four_steps, tmp_path):
     """Its next step has the windows, the learning rate and the gradient of the run on one rank."""
     main(config_of(data, tmp_path / "run", **{**FOUR, "steps": 2}))
-    printed = finetune_over_two_ranks(data, tmp_path / "run", 4)
+    printed = over_two_ranks(tmp_path, main, config_of(data, tmp_path / "run", **FOUR))
     assert "going on at step 2" in printed
     one, two = ([line for line in lines_of(run) if "loss" in line] for run in (four_steps, tmp_path / "run"))
     assert [line["step"] for line in two] == [0, 1, 2, 3]
@@ -145,24 +129,17 @@ def test_deterministic_changes_nothing_on_a_cpu(data, four_steps, tmp_path, monk
     assert lines_of(tmp_path / "run") == lines_of(four_steps)
 
 
-VALIDATE = """
-import json, sys
-from cluster import distributed
-from detection.sheets import SheetReader
-from detection.validation import validate
-from detection.inference import load_detector
-from schematics.coco import read_split, to_coco
-world = distributed.start("cpu")
-split = read_split(sys.argv[2])
-figures, thresholds = validate(load_detector(sys.argv[1]), SheetReader(split, "gray"), to_coco(split), world)
-print(json.dumps([figures.coco, sorted(thresholds.items())]))
-distributed.stop()
-"""
+def validate_a_share(model, folder):
+    world = distributed.start("cpu")
+    split = read_split(folder)
+    figures, thresholds = validate(load_detector(model), SheetReader(split, "gray"), to_coco(split), world)
+    print(json.dumps([figures.coco, sorted(thresholds.items())]))
+    distributed.stop()
 
 
 def test_ranks_with_unequal_shares_validate_as_one_process(data, trained, tmp_path):
     # Of the three sheets one rank gets two and the other one.
-    printed = two_ranks("-c", VALIDATE, str(trained / "model.pt"), str(data / "valid"))
+    printed = over_two_ranks(tmp_path, validate_a_share, trained / "model.pt", data / "valid")
     alone = checkpoint.read(trained / "model.pt")
     coco, thresholds = json.loads(printed.splitlines()[-1])
     assert coco == pytest.approx(list(alone["valid"]["coco"].values()), abs=1e-3)
@@ -280,22 +257,19 @@ def test_what_the_splits_lost_is_said_and_training_s_boxes_stay_with_the_detecto
     assert events.Tags()["images"] == ["valid/1", "valid/2"]
 
 
-def report(trained, data, out, *flags):
-    command = [sys.executable, "evaluate/evaluate.py", "--checkpoint", str(trained), "--data-dir", str(data)]
-    return subprocess.run(
-        [*command, "--out", str(out), "--device", "cpu", *flags],
-        cwd=HERE,
-        env=CLEAN,
-        capture_output=True,
-        text=True,
-    )
+def report(folder, model, data, *flags):
+    """Exit status of evaluate.py, with all files in the folder, and what it says."""
+    where = ["--checkpoint", str(model), "--data-dir", str(data), "--out", str(folder / "out")]
+    words = ["evaluate/evaluate.py", *where, "--device", "cpu", *flags]
+    with Ranks(python, words, HERE, logs=folder / "logs") as ranks:
+        return ranks.statuses(300)[0], ranks.log()
 
 
 def test_evaluate_writes_what_it_prints(trained, data, tmp_path):
-    done = report(trained / "model.pt", data, tmp_path / "out", "--split", "valid", "--pictures", "2")
-    assert done.returncode == 0, done.stderr
+    status, said = report(tmp_path, trained / "model.pt", data, "--split", "valid", "--pictures", "2")
+    assert status == 0, said
     text = (tmp_path / "out" / "validation_results.txt").read_text()
-    assert text in done.stdout and text.count(" @[ IoU=") == 12
+    assert text in said and text.count(" @[ IoU=") == 12
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(metrics["coco"]) == list(NAMES)
     valid = checkpoint.read(trained / "model.pt")["valid"]
@@ -328,11 +302,11 @@ def test_evaluate_asks_for_the_signed_end(trained, data, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "final.json").unlink()
-    done = report(run / "model.pt", data, tmp_path / "out", "--split", "valid")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "final.json: absent, that stage has not finished" in done.stderr and "--unfinished" in done.stderr
-    done = report(run / "model.pt", data, tmp_path / "out", "--split", "valid", "--unfinished")
-    assert done.returncode == 0, done.stderr
+    status, said = report(tmp_path, run / "model.pt", data, "--split", "valid")
+    assert status == 1 and said.count("\n") == 1
+    assert "final.json: absent, that stage has not finished" in said and "--unfinished" in said
+    status, said = report(tmp_path, run / "model.pt", data, "--split", "valid", "--unfinished")
+    assert status == 0, said
 
 
 def test_the_lines_of_the_readme_find_symbols(trained, data, tmp_path, monkeypatch):
@@ -351,9 +325,9 @@ def test_evaluate_refuses_what_is_no_checkpoint_in_one_line(data, tmp_path):
         ["sha256sum", "evil.pt"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     (tmp_path / "evil.pt.sha256").write_text(digest.stdout)
-    done = report(tmp_path / "evil.pt", data, tmp_path / "out")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "evil.pt" in done.stderr
+    status, said = report(tmp_path, tmp_path / "evil.pt", data)
+    assert status == 1
+    assert said.startswith("error: ") and said.count("\n") == 1 and "evil.pt" in said
     assert not (tmp_path / "was-here").exists() and not (tmp_path / "out").exists()
 
 
@@ -365,10 +339,10 @@ def test_evaluate_measures_another_data_set_and_names_what_the_detector_does_not
     for split in ("train", "valid", "test"):
         annotations = other / split / "_annotations.coco.json"
         annotations.write_text(annotations.read_text().replace('"diode"', '"valve"'))
-    done = report(trained / "model.pt", other, tmp_path / "out", "--split", "valid")
-    assert done.returncode == 0, done.stderr
-    assert "boxes of classes that the detector does not know, in no figure: valve" in done.stdout
-    assert "detections of classes that the data does not list, in no figure: diode" in done.stdout
+    status, said = report(tmp_path, trained / "model.pt", other, "--split", "valid")
+    assert status == 0, said
+    assert "boxes of classes that the detector does not know, in no figure: valve" in said
+    assert "detections of classes that the data does not list, in no figure: diode" in said
 
 
 def test_predict_skips_what_is_broken_and_says_so(trained, data, tmp_path, capsys):

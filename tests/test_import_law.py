@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import stages
+
+from cluster import snapshot
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
@@ -29,9 +30,9 @@ MAY_IMPORT = {
         "cluster",
     },
     "slurm": {"cluster"},
-    **{method: {"pretraining", "schematics", "cluster"} for method in stages.methods()},
+    **{method: {"pretraining", "schematics", "cluster"} for method in snapshot.methods()},
 }
-HOUSE = (*stages.packages(), *stages.SCRIPTS)
+HOUSE = (*snapshot.packages(), *snapshot.SCRIPTS)
 
 
 def files_of(*folders: str) -> list[Path]:
@@ -79,7 +80,7 @@ def is_entry(file: Path) -> bool:
     return "__name__ == '__main__'" in conditions
 
 
-ENTRIES = [module_of(file) for file in files_of(*stages.sources()) if is_entry(file)]
+ENTRIES = [module_of(file) for file in files_of(*snapshot.sources()) if is_entry(file)]
 
 
 def test_every_package_has_its_rule():
@@ -88,7 +89,7 @@ def test_every_package_has_its_rule():
 
 def test_every_folder_of_code_is_in_the_list():
     """A package that the list lacks would be neither installed nor checked."""
-    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in files_of(*stages.sources())}
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in files_of(*snapshot.sources())}
     assert folders == set(HOUSE)
 
 
@@ -96,7 +97,7 @@ def test_every_folder_of_code_is_in_the_list():
 def test_package_imports_only_what_the_house_allows(package):
     files = [file for file in files_of(*package.split(".")[:1]) if owner_of(module_of(file)) == package]
     assert files, f"{package} holds no code"
-    own = {package} - {*stages.SCRIPTS}  # scripts are run, and not imported by that name
+    own = {package} - {*snapshot.SCRIPTS}  # scripts are run, and not imported by that name
     for file in files:
         owners = {owner_of(name) for name in imports(file)} - {None}
         forbidden = owners - MAY_IMPORT[package] - own
@@ -108,9 +109,9 @@ def test_nothing_imports_an_entry(entry):
     """What has a command line is run; what it shares with others stands in a module without one."""
     folder, _, name = entry.rpartition(".")
     importers = []
-    for file in files_of(*stages.sources(), "benchmarks"):
+    for file in files_of(*snapshot.sources(), "benchmarks"):
         beside = (
-            folder in stages.SCRIPTS and file.parent == ROOT / folder
+            folder in snapshot.SCRIPTS and file.parent == ROOT / folder
         )  # a script knows it by its bare name
         if imports(file) & ({entry, name} if beside else {entry}):
             importers.append(str(file.relative_to(ROOT)))

@@ -17,6 +17,7 @@ import stages
 from slurm_cluster import Cluster, clean_environment
 from slurm_jobs import program
 
+from cluster import snapshot
 from cluster.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,7 @@ def test_a_list_of_packages_that_is_no_list_is_one_line(text, expected, tmp_path
     if text:
         path.write_text(text)
     with pytest.raises(UserError, match=expected) as refusal:
-        stages.packages(tmp_path)
+        snapshot.packages(tmp_path)
     assert str(refusal.value).startswith(f"{path}: ") and "\n" not in str(refusal.value)
 
 
@@ -149,7 +150,7 @@ def test_the_list_of_packages_may_be_written_in_any_way(tmp_path):
         '  [t]\npackages = [\n  "one", # first\n  "one.inner",\n]\nx = []',
     ):
         (tmp_path / "pyproject.toml").write_text(text)
-        assert stages.packages(tmp_path) == ["one", "one.inner"]
+        assert snapshot.packages(tmp_path) == ["one", "one.inner"]
 
 
 def test_pipeline_runs_without_any_package(work):
@@ -304,7 +305,7 @@ def test_cancel_ends_the_chain_and_no_stranger(slurm, work):
 
 def test_source_edited_while_queued_does_not_reach_the_job(slurm, work):
     home = work / "home"
-    for name in (*stages.packages(), *stages.SCRIPTS):
+    for name in (*snapshot.packages(), *snapshot.SCRIPTS):
         if "." not in name:
             shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", home)

@@ -1,7 +1,8 @@
 """Compare runs that suffer faults with undisturbed runs, on a real two-node Slurm on this machine.
 
     python tests/faults/chaos.py [--methods simclr vicreg finetune] [--workers 0 2] [--ranks 2] [--faults 20]
-                               [--seed 0] [--parts runs kills overhead] [--results docs/results.md]
+                               [--undisturbed 2] [--seed 0] [--parts runs kills overhead]
+                               [--results docs/results.md]
 
 runs: one seed, on both nodes, for each number of ranks (from three on, sums depend on their order). Each
 method runs undisturbed twice, and then once for each number of workers with faults at random steps: kill -9
@@ -273,14 +274,14 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Run one method undisturbed and with faults; a row of the table for each number of workers."""
     steps = STEPS[method] * options.faults * 6 // 5
-    wanted = None
-    for number in (0, 1):
+    wanted, same = None, None
+    for number in range(options.undisturbed):
         began = time.monotonic()
         workers = options.workers[number % len(options.workers)]
         calm = Trial(site, folder / f"{method}-calm-{number}", method, ranks, workers, steps, "main").result()
         took = time.monotonic() - began
         print(f"{named(method, ranks)}, workers {workers}, undisturbed: {steps} steps in {took:.0f} s")
-        same = wanted in (None, calm)
+        same = None if wanted is None else wanted == calm
         wanted = wanted or calm
         shutil.rmtree(folder / f"{method}-calm-{number}")
     assert wanted is not None
@@ -321,8 +322,8 @@ def named(method: str, ranks: int) -> str:
     return method if ranks == len(NODES) else f"{method} at {ranks} ranks"
 
 
-def yes(true: bool) -> str:
-    return "yes" if true else "NO"
+def yes(true: bool | None) -> str:
+    return "-" if true is None else "yes" if true else "NO"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -369,7 +370,8 @@ def runs(options: argparse.Namespace) -> Iterator[str]:
             for method, ranks in itertools.product(options.methods, options.ranks):
                 rows = compare(site, folder, method, ranks, options)
                 options.failed |= not all(
-                    row["identical"] and row["twice"] and len(row["told"]) == options.faults for row in rows
+                    row["identical"] and row["twice"] is not False and len(row["told"]) == options.faults
+                    for row in rows
                 )
                 yield f"### Struck by faults: {named(method, ranks)}\n\n{table(rows)}"
         finally:
@@ -386,6 +388,9 @@ def main() -> int:
         "--ranks", nargs="+", type=int, default=[len(NODES)], help="on the two nodes together"
     )
     parser.add_argument("--faults", type=int, default=20, help="number of faults in each run, at most 20")
+    parser.add_argument(
+        "--undisturbed", type=int, choices=(1, 2), default=2, help="number of runs without faults"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
     parser.add_argument(
         "--parts", nargs="+", choices=("runs", "kills", "overhead"), default=["runs", "kills", "overhead"]

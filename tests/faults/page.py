@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[1:1] = [str(ROOT), str(ROOT / "slurm")]
-import stages  # noqa: E402
+sys.path.insert(1, str(ROOT))
+from cluster.snapshot import sources  # noqa: E402
 
 HEAD = """\
 ## Reliability
@@ -41,7 +41,7 @@ def commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    dirty = git("status", "--porcelain", "--untracked-files=no", "--", *stages.sources())
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", *sources())
     return git("rev-parse", "--short=10", "HEAD") + (" with changes" if dirty else "")
 
 
