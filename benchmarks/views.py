@@ -19,8 +19,8 @@ antialiased unless the line says otherwise.
   decoded at its start) and, for `drawing`, from its tiles, as of a larger pool. The official code of SimCLR
   and VICReg (torchvision transforms on PIL images, bicubic with antialiasing) reads the same windows as
   files, one a window, as ImageFolder does. `drawing` has no published peer and is compared with VICReg's
-  recipe. In color the goals are missed, with 8 to 9 for simclr and vicreg and 7 for `drawing`: resizing
-  alone takes half of simclr's time, so that all else in no time would give 18 of the goal of 20. Of
+  recipe. In color the goals are missed, with 8 to 11 for simclr and vicreg, and 7 to 8 for `drawing`:
+  resizing alone takes half of simclr's time, so that all else in no time would give 18 of the goal of 20. Of
   `drawing` in color resizing is 35 %, the turn of crops 20 %, JPEG 13 %, tones 11 %; tiles, which are
   unpacked by LZ4, add up to 2 ms.
 
