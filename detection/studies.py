@@ -85,14 +85,19 @@ class Study:
     def cells(self) -> list[Cell]:
         """All runs of the comparison.
 
-        A linear layer that is fitted to given weights has no seed, so such an arm has the first one alone.
+        A linear layer that is fitted to given weights and all labels has no seed, so such an arm has the
+        first one alone.
         """
         return [
             Cell(arm, labels, seed)
             for labels in self.labels
             for arm in self.arms
-            for seed in (labels.seeds[:1] if self.fitted(arm) and arm.backbone else labels.seeds)
+            for seed in (labels.seeds[:1] if self._sure(arm, labels) else labels.seeds)
         ]
+
+    def _sure(self, arm: Arm, labels: Labels) -> bool:
+        """Whether no seed changes what comes of an arm."""
+        return self.fitted(arm) and arm.backbone is not None and labels.share == 1
 
     def fitted(self, arm: Arm) -> bool:
         """Whether an arm is a linear layer that is fitted to the features of its backbone."""
@@ -152,14 +157,16 @@ class Study:
         backbone = cell.arm.backbone or str(self.folder / self._pretrained(cell) / "backbone.safetensors")
         data = ("--data-dir", str(labels.data))
         measuring = ("--out", str(self.out(cell)), *words(self.evaluate))
+        share = ("--train-share", f"{labels.share:g}") if labels.share < 1 else ()
         if self.fitted(cell.arm):
-            return (("evaluate/linear.py", "--checkpoint", backbone, *data, *measuring),)
+            drawn = (*share, "--seed", str(cell.seed)) if share else ()
+            return (("evaluate/linear.py", "--checkpoint", backbone, *data, *drawn, *measuring),)
         flags = words({**self.finetune, **labels.finetune, **cell.arm.finetune})
         place = ("--exp-dir", str(exp_dir), "--seed", str(cell.seed))
         if self.classification:
             freeze = ("--freeze",) if cell.arm.train == "head" else ()
-            return (("evaluate/classify.py", *data, "--checkpoint", backbone, *place, *freeze, *flags),)
-        share = ("--train-share", f"{labels.share:g}") if labels.share < 1 else ()
+            own = ("--checkpoint", backbone, *place, *share, *freeze)
+            return (("evaluate/classify.py", *data, *own, *flags),)
         own = ("--backbone", backbone, *place, *share)
         model = ("--checkpoint", str(exp_dir / "model.pt"), *data, "--split", self.split)
         return (
@@ -203,10 +210,8 @@ class _Reader:
         labels = tuple(self.labels(entry, table, classification) for entry in table.get("labels", [{}]))
         if len({each.name for each in labels}) < len(labels):
             raise self.wrong("two of labels have one name; give each its own")
-        if classification and (any(each.share < 1 for each in labels) or "split" in table):
-            raise self.wrong(
-                "share and split are for detection; in classification give labels their own data"
-            )
+        if classification and "split" in table:
+            raise self.wrong("split is for detection; [evaluate] has test-split")
         return Study(
             name=table.get("name", self.path.stem),
             classification=classification,

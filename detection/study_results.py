@@ -31,8 +31,8 @@ DETECTION = ("AP", "AP50", "Counts right")
 class Group:
     """The runs of one arm with the same labels, by seed.
 
-    drawn: of each seed, each figure of the sheets as they are and then of each resample of them; in
-    classification, where only intervals are known, the value alone and the bounds beside it.
+    drawn: of each seed, each figure of the sheets as they are and then of each resample of them; where only
+    intervals are known, as of classifiers that earlier versions tested, the value alone.
     """
 
     arm: str
@@ -43,7 +43,7 @@ class Group:
     def mean(self, name: str) -> Interval:
         """The mean over seeds, with the interval over sheets of that mean.
 
-        In classification the bounds are the means of the runs' bounds: those of a typical run.
+        Without resamples the bounds are the means of the runs' bounds: those of a typical run.
         """
         if all(len(each[name]) > 1 for each in self.drawn.values()):
             return drawn_interval(np.mean([each[name] for each in self.drawn.values()], axis=0))
@@ -55,50 +55,67 @@ class Group:
     def gain_over(self, other: Group, name: str) -> Interval | None:
         """self - other, the mean over the seeds that both have; None where they have none in common.
 
-        Its interval is over sheets, each resample of which is the same for both arms. In classification it is
+        Its interval is over sheets, each resample of which is the same for both arms. Without resamples it is
         the range over the seeds.
         """
         seeds = [seed for seed in self.drawn if seed in other.drawn]
         if not seeds:
             return None
-        apart = np.array([self.drawn[seed][name] - other.drawn[seed][name] for seed in seeds])
-        if apart.shape[1] > 1:
-            return drawn_interval(apart.mean(0))
+        pairs = [(self.drawn[seed][name], other.drawn[seed][name]) for seed in seeds]
+        if all(len(one) == len(two) > 1 for one, two in pairs):
+            return drawn_interval(np.mean([one - two for one, two in pairs], axis=0))
+        apart = np.array([one[0] - two[0] for one, two in pairs])
         return Interval(float(apart.mean()), float(apart.min()), float(apart.max()))
 
 
 def read_groups(study: Study, resamples: int) -> tuple[list[Group], list[Cell]]:
-    """The groups that have results, and the cells that have none. Raises UserError for a broken result."""
-    groups, missing = list[Group](), list[Cell]()
+    """The groups that have results, and the cells that have none. Raises UserError for a broken result.
+
+    In classification the baselines that stand beside the results are groups too, before the arms.
+    """
+    groups, missing = dict[tuple[str, str], Group](), list[Cell]()
     for labels in study.labels:
         cells = [cell for cell in study.cells if cell.labels is labels]
         missing += [cell for cell in cells if not study.result(cell).exists()]
         done = [cell for cell in cells if cell not in missing]
         read = _read_classifiers if study.classification else _read_detectors
-        for cell, (drawn, bounds) in zip(done, read(study, labels, done, resamples), strict=True):
-            group = next((g for g in groups if (g.arm, g.labels) == (cell.arm.name, labels)), None)
-            if group is None:
-                groups.append(group := Group(cell.arm.name, labels, {}, {}))
-            group.drawn[cell.seed], group.bounds[cell.seed] = drawn, bounds
-    return groups, missing
+        for cell, found in zip(done, read(study, labels, done, resamples), strict=True):
+            for name, (drawn, bounds) in found.items():
+                group = groups.setdefault((labels.name, name), Group(name, labels, {}, {}))
+                group.drawn[cell.seed], group.bounds[cell.seed] = drawn, bounds
+    names, order = [arm.name for arm in study.arms], list(study.labels)
+    return sorted(groups.values(), key=lambda g: (order.index(g.labels), g.arm in names)), missing
 
 
-Read = tuple[dict[str, np.ndarray], dict[str, Interval]]
+# By the name of an arm or a baseline: as `drawn` and `bounds` of a Group have them for one seed.
+Read = dict[str, tuple[dict[str, np.ndarray], dict[str, Interval]]]
 
 
 def _read_classifiers(study: Study, labels: Labels, cells: Sequence[Cell], resamples: int) -> Iterator[Read]:
+    """Of each cell its figures and those of its baselines; the resamples are those of the command itself."""
     for cell in cells:
         path = study.result(cell)
         try:
             found = json.loads(path.read_text())
-            bounds = {
-                name: Interval(*(float(row[key]) for key in ("value", "low", "high")))
-                for name, row in found.items()
-                if isinstance(row, dict) and {"value", "low", "high"} <= {*row}
+            arm = cell.arm.name
+            beside = {
+                "raw pixels" if kind == "raw" else f"{kind}, as {arm}": _figures(baseline)
+                for kind, baseline in found.get("baselines", {}).items()
             }
-            yield {name: np.array([row.value]) for name, row in bounds.items()}, bounds
+            yield {**beside, arm: _figures(found)}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not what {path.stem}.py writes ({error}); run that again") from None
+
+
+def _figures(found: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Interval]]:
+    """What a judgement in JSON says of each figure; files of earlier versions have no draws."""
+    bounds = {
+        name: Interval(*(float(row[key]) for key in ("value", "low", "high")))
+        for name, row in found.items()
+        if isinstance(row, dict) and {"value", "low", "high"} <= {*row}
+    }
+    draws = found.get("draws", {})
+    return {name: np.array([row.value, *draws.get(name, [])], float) for name, row in bounds.items()}, bounds
 
 
 def _read_detectors(study: Study, labels: Labels, cells: Sequence[Cell], resamples: int) -> Iterator[Read]:
@@ -111,11 +128,11 @@ def _read_detectors(study: Study, labels: Labels, cells: Sequence[Cell], resampl
     classes = measured[0].classes(whole)
     split = match_classes(classes, whole).split
     truth = to_coco(split)
-    for one in measured:
+    for cell, one in zip(cells, measured, strict=True):
         if one.classes(whole) != classes:
             raise UserError(f"{one.path}: measured on other classes than {measured[0].path}")
         drawn = drawn_figures(match(truth, one.results), one.thresholds(), resamples)
-        yield drawn, {name: drawn_interval(values) for name, values in drawn.items()}
+        yield {cell.arm.name: (drawn, {name: drawn_interval(values) for name, values in drawn.items()})}
 
 
 def names_of(study: Study, groups: Sequence[Group]) -> list[str]:
@@ -161,11 +178,13 @@ def as_markdown(
                 seeds = len({*one.drawn} & {*other.drawn})
                 shown = [gain.signed for gain in gains if gain]
                 apart.append([one.labels.name, f"{one.arm} - {other.arm}", str(seeds), *shown])
+    everything = [values for g in groups for drawn in g.drawn.values() for values in drawn.values()]
     how = (
-        "Brackets hold the mean bounds of the runs over sheets; of a difference, its range over the seeds."
-        if study.classification
-        else "Brackets hold 95 % of the resamples of the test sheets, each the same for both arms of a "
+        "Brackets hold 95 % of the resamples of the test sheets, each the same for both arms of a "
         "difference; other training runs would differ more."
+        if all(len(values) > 1 for values in everything)
+        else "Brackets hold the mean bounds of the runs over sheets; of a difference, its range over the "
+        "seeds."
     )
     parts = [f"# {study.name}", "Means over the seeds. " + how, _table(head, rows)]
     if apart:
@@ -190,6 +209,8 @@ def training_minutes(study: Study, groups: Sequence[Group]) -> dict[str, str]:
                 after = next(run.after for run in study.runs() if run.name == cell.name)
                 folders = [study.folder / name for name in (cell.name, *after)]
                 spent.append([timeline(folder, "loss")[1] / 60 for folder in folders])
+        if not spent:  # a baseline, which nothing was trained for
+            continue
         own, *before = (float(np.mean(each)) for each in zip(*spent, strict=True))
         parts = [f"{own:.1f} min"] * (own > 0) + [f"pretraining {each:.1f} min" for each in before]
         told[f"{group.arm} {group.labels.name}"] = ", ".join(parts)

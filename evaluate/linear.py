@@ -27,6 +27,9 @@ class LinearConfig(ProbeConfig):
     checkpoint: Path
     # Split that the linear layer is fitted to.
     train_split: str = "train"
+    # Share of the sheets of --train-split whose crops are fitted to, such as 0.05: drawn by --seed, by class;
+    # a smaller share is part of a larger one.
+    train_share: float = setting(1.0, least=0.0001, most=1)
     # Split on which the weight decay is chosen; the same as --train-split for cross-validation over sheets.
     valid_split: str = "valid"
     # Weight decays to try, which are factors on the squared norm of the layer's weights.
@@ -45,7 +48,8 @@ def main(config: LinearConfig) -> None:
 
     train, valid, test = splits = config.train_split, config.valid_split, config.test_split
     refuse_test_among(*splits)
-    crops = open_crops([config.checkpoint], splits, **config.seeing)
+    shares = {train: config.train_share}
+    crops = open_crops([config.checkpoint], splits, **config.seeing, shares=shares)
     judged, decays, missed = {}, {}, ""
     for one in crops.representations:
         seen = crops.features(one)

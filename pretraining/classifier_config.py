@@ -27,6 +27,9 @@ class ClassifierConfig(RunConfig):
 
     # Split that is trained on.
     train_split: str = setting("train")
+    # Share of the sheets of --train-split whose crops are trained on, such as 0.05: drawn by --seed, by
+    # class; a smaller share is part of a larger one.
+    train_share: float = setting(1.0, least=0.0001, most=1)
     # Split on which the epoch is chosen whose weights are kept.
     valid_split: str = setting("valid")
     # Split that the kept weights are tested on.
@@ -66,7 +69,7 @@ class ClassifierConfig(RunConfig):
     @property
     def beginning(self) -> dict[str, Any]:
         """The arguments of `begin_classifier` that flags set."""
-        named = ("checkpoint", "arch", "freeze", "image_size", "data_dir", "splits", "seed")
+        named = ("checkpoint", "arch", "freeze", "image_size", "data_dir", "splits", "train_share", "seed")
         return {name: getattr(self, name) for name in named}
 
     @property

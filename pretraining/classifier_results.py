@@ -17,7 +17,7 @@ from cluster import atomic, checkpoint
 from cluster.timeline import timeline
 from pretraining.baselines import raw_pixels
 from pretraining.classifier import Crops, Progress
-from pretraining.features import ClassFolder, class_features
+from pretraining.features import class_features
 from pretraining.judgement import Judgement, judge, report, write_judgements
 from pretraining.plots import plot_confusion, plot_epochs
 from pretraining.probe import linear_probe, unseen
@@ -73,8 +73,8 @@ def write_results(
 def raw_scores(crops: Crops, device: torch.device, workers: int) -> Tensor:
     """What a linear layer on raw pixels says of the test crops: float [M, K]."""
     raw, seen = raw_pixels(), []
-    for split in crops.names:
-        folder = ClassFolder(crops.data_dir / split, crops.classes, raw.size, raw.color_mode)
+    for folder in map(copy.copy, (crops.train, crops.valid, crops.test)):
+        folder.size, folder.color_mode = raw.size, raw.color_mode
         seen.append(class_features(raw.network, folder, device, workers))
     train, valid, (test, _) = seen
     return linear_probe(train, valid, test, len(crops.classes), DECAYS).scores

@@ -169,6 +169,7 @@ def begin_classifier(
     image_size: int | None,
     data_dir: Path,
     splits: tuple[str, str, str],
+    train_share: float,
     seed: int,
     classes: list[str],
     saved: Saved | None,
@@ -199,6 +200,7 @@ def begin_classifier(
         sight = BackboneFacts(**{field.name: meta[field.name] for field in fields(BackboneFacts)})
         sight = replace(sight, image_size=image_size or sight.image_size)
     folders = [ClassFolder(data_dir / name, classes, sight.image_size, sight.color_mode) for name in splits]
+    story = "\n".join(filter(None, [story, folders[0].take_share(train_share, seed)]))
     crops = Crops(data_dir, splits, classes, *folders)
     if not saved and checkpoint == "none":
         mean, std = distributed.on_main(lambda: colors(crops.train))

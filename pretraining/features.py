@@ -1,5 +1,6 @@
 """Compute features by a frozen pretrained backbone, for probes and pictures."""
 
+from collections import defaultdict
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -14,6 +15,7 @@ from cluster.backbone import AGAIN, BackboneFacts, Normalise, build_backbone, re
 from cluster.errors import UserError
 from cluster.foreign import convert
 from schematics.sheets import DataError, find_sheets, read_sheet, to_color
+from schematics.splits import share_of
 from schematics.windows import paper_color
 
 
@@ -88,7 +90,7 @@ class ClassFolder(Dataset):
         self.files = [(sheet, label_of[name]) for sheet, name in crops if name in label_of]
         if not self.files:
             raise DataError(f"{root}: no drawings in its class folders; cut them with schematics.symbols")
-        self.size, self.color_mode = size, color_mode
+        self.root, self.classes, self.size, self.color_mode = root, classes, size, color_mode
 
     @property
     def sheets(self) -> list[str]:
@@ -101,6 +103,18 @@ class ClassFolder(Dataset):
             sheet, _, number = crop.path.stem.rpartition("_")
             names.append(sheet if sheet and number.isdecimal() else crop.path.as_posix())
         return names
+
+    def take_share(self, share: float, seed: int) -> str:
+        """Leave a share of the sheets, drawn by class as `schematics.splits.take_share` does; its line."""
+        if share == 1:
+            return ""
+        sheets, classes = self.sheets, defaultdict[str, set[str]](set)
+        for sheet, (_, label) in zip(sheets, self.files, strict=True):
+            classes[sheet].add(self.classes[label])
+        names, told = share_of(classes, share, seed, self.root.name)
+        kept = {*names}
+        self.files = [file for sheet, file in zip(sheets, self.files, strict=True) if sheet in kept]
+        return told
 
     def __len__(self) -> int:
         return len(self.files)

@@ -36,9 +36,11 @@ class Judgement:
     draws: dict[str, np.ndarray]
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures and the classes, for JSON."""
+        """The figures, the classes and the draws, for JSON."""
+        figures = {name: plain(figure) for name, figure in self.figures.items()}
         classes = {name: plain(figure) for name, figure in self.classes.items()}
-        return {name: plain(figure) for name, figure in self.figures.items()} | {"classes": classes}
+        draws = {name: np.round(values, 6).tolist() for name, values in self.draws.items()}
+        return figures | {"classes": classes, "draws": draws}
 
 
 def judge(

@@ -124,14 +124,24 @@ def take_share(split: Split, share: float, seed: int) -> tuple[Split, str]:
     """
     if share == 1:
         return split, ""
-    sheets = sorted(split.sheets, key=lambda sheet: sheet.file_name)
     names = [category.name for category in split.categories]
-    classes = [{names[label - 1] for label in sheet.labels[~sheet.crowd]} for sheet in sheets]
-    taken = sorted(nested(classes, seed)[: max(1, round(share * len(sheets)))])
-    lost = set[str]().union(*classes) - set[str]().union(*(classes[place] for place in taken))
-    told = f"{split.name}: {len(taken)} of {len(sheets)} sheets, drawn with seed {seed}; "
+    classes = {s.file_name: {names[label - 1] for label in s.labels[~s.crowd]} for s in split.sheets}
+    taken, told = share_of(classes, share, seed, split.name)
+    sheets = {sheet.file_name: sheet for sheet in split.sheets}
+    return replace(split, sheets=[sheets[name] for name in taken]), told
+
+
+def share_of(
+    classes: Mapping[str, Collection[str]], share: float, seed: int, split: str
+) -> tuple[list[str], str]:
+    """`take_share` for the classes on each sheet, by its name: the names taken, sorted, and the line."""
+    sheets = sorted(classes)
+    taken = sorted(nested([classes[name] for name in sheets], seed)[: max(1, round(share * len(sheets)))])
+    names = [sheets[place] for place in taken]
+    lost = set[str]().union(*classes.values()) - set[str]().union(*(classes[name] for name in names))
+    told = f"{split}: {len(names)} of {len(sheets)} sheets, drawn with seed {seed}; "
     told += f"no example left of {', '.join(sorted(lost))}" if lost else "every class has an example"
-    return replace(split, sheets=[sheets[place] for place in taken]), told
+    return names, told
 
 
 def nested(classes: Sequence[Collection[str]], seed: int) -> list[int]:

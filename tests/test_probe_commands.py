@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -102,6 +103,21 @@ def test_figures_stand_beside_their_baselines(name, flags, crops, weights, tmp_p
     assert (tmp_path / "o/confusion.png").read_bytes().startswith(b"\x89PNG")
     if "--train-split" in flags:
         assert "fitted to 13 crops of valid" in text and "by cross-validation over sheets" in text
+
+
+def test_a_share_of_the_labelled_sheets_is_fitted_to(crops, weights, tmp_path, capsys):
+    checkpoint, fitted = weights / "backbone.safetensors", {}
+    for share in (0.3, 0.6, 1):
+        out = tmp_path / str(share)
+        flags = ["--train-share", share, "--resample", "crops", "--out", out]
+        run("linear", "--checkpoint", checkpoint, "--data-dir", crops, *flags)
+        text = capsys.readouterr().out
+        fitted[share] = int(re.search(r"fitted to (\d+) crops of train", text)[1])
+        assert ("sheets, drawn with seed 0; " in text) == (share < 1)
+        document = json.loads((out / "linear.json").read_text())
+        assert document["crops"] == 20 and document["settings"]["train_share"] == share
+        assert len(document["draws"]["top1"]) == len(document["baselines"]["raw"]["draws"]["top1"]) == 50
+    assert fitted[0.3] < fitted[0.6] < fitted[1]
 
 
 def test_other_projects_weights_give_the_same_features(crops, weights, tmp_path, capsys):

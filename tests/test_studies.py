@@ -100,6 +100,19 @@ def test_in_classification_a_pretraining_has_the_seed_and_given_weights_have_one
     assert command[:2] == ("evaluate/linear.py", "--checkpoint") and runs["ssl_large_seed0"].after
 
 
+def test_in_classification_the_sheets_of_a_share_are_drawn_by_the_seed(written, tmp_path):
+    text = STUDY.replace('folder = "out"', 'folder = "out"\ntask = "classification"')
+    runs = {run.name: run for run in written(text.replace('backbone = "none"', 'backbone = "w.pth"')).runs()}
+    assert {"random_25pc_seed0", "random_25pc_seed1", "random_100pc_seed0"} < {*runs}
+    (command,) = runs["random_25pc_seed1"].commands
+    rest = f"--train-share 0.25 --seed 1 --out {tmp_path}/out/random_25pc_seed1/linear"
+    assert command == (
+        *f"evaluate/linear.py --checkpoint {tmp_path}/w.pth".split(),
+        *f"--data-dir {tmp_path}/sheets {rest}".split(),
+    )
+    assert "--train-share" not in runs["random_100pc_seed0"].commands[0]
+
+
 def test_a_classifier_is_trained_by_its_head_or_as_a_whole_and_alike_pretrainings_are_one(written, tmp_path):
     arms = """[arms.random]
 backbone = "none"
@@ -266,17 +279,47 @@ def test_a_report_of_nothing_is_refused_and_one_of_a_part_names_the_rest(written
     assert "Without a result yet: ssl_100pc_seed0." in table
 
 
-def test_a_report_on_classification_reads_what_linear_leaves(written, tmp_path):
+def leave_linear(written, figures) -> None:
+    """The results of a study of classifiers, random weights and ssl; figures: of a cell, as linear.json."""
     text = STUDY.replace('folder = "out"', 'folder = "out"\ntask = "classification"')
     study = written(
         text.replace('backbone = "none"', 'backbone = "w.pth"').replace("share = 0.25", 'name = "few"')
     )
     for cell in study.cells:
         study.out(cell).mkdir(parents=True)
+        (study.out(cell) / "linear.json").write_text(json.dumps(figures(cell)))
+
+
+def test_a_report_on_classification_reads_what_earlier_versions_left(written, tmp_path):
+    def figures(cell):
         value = 0.5 + 0.2 * (cell.arm.name == "ssl") + 0.1 * cell.seed
-        figure = {"value": value, "low": value - 0.05, "high": value + 0.05}
-        (study.out(cell) / "linear.json").write_text(json.dumps({"top1": figure, "crops": 9}))
+        return {"top1": {"value": value, "low": value - 0.05, "high": value + 0.05}, "crops": 9}
+
+    leave_linear(written, figures)
     done = report(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| few | ssl | 2 | 0.750 [0.700, 0.800] |" in done.stdout
     assert "| few | ssl - random | 1 | +0.200 [+0.200, +0.200] |" in done.stdout
+
+
+def test_in_classification_differences_are_paired_and_the_baselines_are_beside(written, tmp_path):
+    """Resamples that move all alike make wide intervals of each figure, and a narrow one of a difference."""
+    luck = np.linspace(-0.1, 0.1, 201)
+
+    def judged(value, own):
+        bounds = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        return {"top1": bounds, "draws": {"top1": (value + luck + own).tolist()}}
+
+    def figures(cell):
+        value = 0.5 + 0.2 * (cell.arm.name == "ssl")
+        beside = {"raw": judged(0.4, 0.0), "random": judged(0.3, 0.0)}
+        return judged(value, 0.01 * np.sin(99 * luck)) | {"baselines": beside}
+
+    leave_linear(written, figures)
+    done = report(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| few | raw pixels | 2 | 0.400 [0.305, 0.495] |" in done.stdout
+    assert "| few | ssl - random | 1 | +0.200 [+0.200, +0.200] |" in done.stdout
+    assert "| few | ssl - raw pixels | 2 | +0.300 [+0.29" in done.stdout
+    assert "| few | random, as ssl | 2 | 0.300 [" in done.stdout
+    assert (tmp_path / "out" / "report" / "figures.png").exists()
