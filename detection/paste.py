@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 
 from detection.sheets import SheetReader
-from schematics.windows import Color, Image, ink_mask, paper_color
+from schematics.windows import INK_TOLERANCE, Color, Image, ink_mask, paper_color, uneven_paper
 
-CONTEXT = 16  # px around a symbol that are looked at for the color of its paper
+CONTEXT = 64  # px around a symbol that are looked at for the color of its paper
 SMALLEST = 8  # px; a symbol with a shorter side is not pasted
 LARGEST = 0.5  # of the window's side; neither is one with a longer side than that
 GAP = 6  # px of blank paper around a symbol that is not put into a wire
@@ -34,11 +34,11 @@ STUB = 24  # px; a lead that meets no ink ends after as many at most
 
 @dataclass(frozen=True)
 class Symbol:
-    """A symbol, cut from its sheet by its box. paper: the color around it."""
+    """A symbol, cut from its sheet by its box. paper: what it was drawn on, an image of its shape."""
 
     image: Image
     ink: np.ndarray
-    paper: Color
+    paper: Image
     label: int
 
 
@@ -86,9 +86,9 @@ class Symbols:
         x0, y0 = np.floor(sheet.boxes[k, :2]).astype(int).tolist()
         width, height = (np.ceil(sheet.boxes[k, 2:]).astype(int) - (x0, y0)).tolist()
         around = self.reader.window(n, x0 - CONTEXT, y0 - CONTEXT, max(width, height) + 2 * CONTEXT)
-        paper = paper_color(around)
-        image = around[CONTEXT : CONTEXT + height, CONTEXT : CONTEXT + width]
-        return Symbol(image, ink_mask(image, paper), paper, int(sheet.labels[k]))
+        paper, ink = _paper_and_ink(around, paper_color(around), INK_TOLERANCE)
+        inside = np.s_[CONTEXT : CONTEXT + height, CONTEXT : CONTEXT + width]
+        return Symbol(around[inside], ink[inside], paper[inside], int(sheet.labels[k]))
 
 
 def paste(
@@ -108,26 +108,29 @@ def paste(
     for x0, y0, x1, y1 in np.asarray(occupied, float).reshape(-1, 4).tolist():
         taken[max(0, int(y0)) : int(np.ceil(y1)), max(0, int(x0)) : int(np.ceil(x1))] = True
     boxes, labels = [], []
+    ground, ink = _paper_and_ink(window, paper, FAINT)
+    dark = _is_dark(window, ground, ink)
     for symbol in symbols:
         if not symbol.ink.any():
             continue
-        ink = ink_mask(window, paper, FAINT)
         leads = find_leads(symbol.ink)
         inline, chance = _opposite(leads), rng.random()
         place = _in_wire(ink, taken, symbol.ink.shape, inline, rng) if inline and chance < 0.75 else None
         if place:
             x, y, wire = place
-            window[wire] = paper
+            window[wire], ink[wire] = ground[wire], False
         elif blank := _on_paper(ink, taken, symbol.ink.shape, rng):
             x, y = blank
         else:
             continue
         height, width = symbol.ink.shape
-        _lay(window[y : y + height, x : x + width], paper, symbol)
+        inside = np.s_[y : y + height, x : x + width]
+        _lay(window[inside], ground[inside], dark, symbol)
         if not place:
             for lead in leads:
-                _draw_lead(window, ink, taken, paper, symbol, (x, y), lead, rng)
-        taken[y : y + height, x : x + width] = True
+                _draw_lead(window, ground, dark, ink, taken, symbol, (x, y), lead, rng)
+        ink[inside] |= symbol.ink
+        taken[inside] = True
         boxes.append((x, y, x + width, y + height))
         labels.append(symbol.label)
     return window, np.array(boxes, float).reshape(-1, 4), np.array(labels, np.int64)
@@ -151,6 +154,26 @@ def find_leads(ink: np.ndarray) -> list[Lead]:
             if len(on) and stop - start <= WIRE and not apart:
                 leads.append(Lead(direction, int(on[0] + on[-1]) // 2, len(on)))
     return leads
+
+
+def _paper_and_ink(image: Image, paper: Color, tolerance: int) -> tuple[Image, np.ndarray]:
+    """The paper beneath an image, of its shape, and the ink on it bool [H, W].
+
+    On an even sheet ink is what differs from the color `paper` by more than `tolerance`. On a photograph the
+    paper is that nearby, and the lines of squared paper are no ink.
+    """
+    if uneven := uneven_paper(image, paper):
+        ground = uneven.paper(0, *image.shape[:2])
+        return ground, ink_mask(image, ground, uneven.tolerance)
+    ground = np.broadcast_to(np.array(paper, np.uint8), image.shape)
+    return ground, ink_mask(image, paper, tolerance)
+
+
+def _is_dark(image: Image, paper: Image, ink: np.ndarray) -> bool:
+    """Whether ink is darker than its paper; where there is none, whether it would be on this paper."""
+    if not ink.any():
+        return bool(paper.mean() >= 128)
+    return bool(image[ink].mean() < paper[ink].mean())
 
 
 def _touched(boxes: np.ndarray) -> np.ndarray:
@@ -235,25 +258,27 @@ def _in_wire(
     return x, y, wire
 
 
-def _lay(region: Image, paper: Color, symbol: Symbol) -> None:
-    """Lay a symbol's ink over the region of a window, which is of its size, and change the region so."""
+def _lay(region: Image, paper: Image, dark: bool, symbol: Symbol) -> None:
+    """Lay a symbol's ink over the region of a window, which is of its size, and change the region so.
+
+    paper: of the region. dark: whether the window has dark ink.
+    """
     # The pixels around ink are paler ink, of lines drawn smooth.
     ink = cv2.dilate(symbol.ink.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool)
-    here, there = np.array(paper, float), np.array(symbol.paper, float)
-    above = symbol.image - there
-    light = here.mean() >= 128
-    if light != (there.mean() >= 128):  # light ink for dark paper, dark ink for light
+    above = symbol.image - symbol.paper.astype(float)
+    if dark != _is_dark(symbol.image, symbol.paper, symbol.ink):
         above = -above
-    color = np.clip(here + above, 0, 255).astype(np.uint8)
-    laid = np.minimum(region, color) if light else np.maximum(region, color)
+    color = np.clip(paper + above, 0, 255).astype(np.uint8)
+    laid = np.minimum(region, color) if dark else np.maximum(region, color)
     region[ink] = laid[ink]
 
 
 def _draw_lead(
     window: Image,
+    ground: Image,
+    dark: bool,
     ink: np.ndarray,
     taken: np.ndarray,
-    paper: Color,
     symbol: Symbol,
     corner: tuple[int, int],
     lead: Lead,
@@ -266,10 +291,12 @@ def _draw_lead(
     length = met + 1 if met < min(free, REACH) else min(stub, max(0, free - GAP))
     if not length:
         return
-    region = _ahead(window, symbol, corner, lead)[:, :length]
-    stroke = np.empty_like(region)
+    region, paper = (_ahead(image, symbol, corner, lead)[:, :length] for image in (window, ground))
+    stroke, beneath = np.empty_like(region), np.empty_like(region)
     stroke[:] = np.median(symbol.image[symbol.ink], axis=0)
-    _lay(region, paper, Symbol(stroke, np.ones(stroke.shape[:2], bool), symbol.paper, symbol.label))
+    beneath[:] = np.median(symbol.paper[symbol.ink], axis=0)
+    _ahead(ink, symbol, corner, lead)[:, :length] = True
+    _lay(region, paper, dark, Symbol(stroke, np.ones(stroke.shape[:2], bool), beneath, symbol.label))
 
 
 def _ahead(array: np.ndarray, symbol: Symbol, corner: tuple[int, int], lead: Lead) -> np.ndarray:

@@ -24,11 +24,11 @@ def resistor(paper=WHITE, ink=BLACK):
     cv2.rectangle(image, (12, 1), (47, 18), ink, 2)
     for x0, x1 in ((0, 12), (47, 59)):
         cv2.line(image, (x0, 10), (x1, 10), ink, 2)
-    return Symbol(image, ink_mask(image, paper), paper, 3)
+    return Symbol(image, ink_mask(image, paper), np.full_like(image, paper), 3)
 
 
 def turned(symbol):
-    return Symbol(symbol.image.T.copy(), symbol.ink.T.copy(), symbol.paper, symbol.label)
+    return Symbol(*(array.T.copy() for array in (symbol.image, symbol.ink, symbol.paper)), symbol.label)
 
 
 def test_leads_are_the_strokes_that_run_straight_out_of_the_box():
@@ -97,8 +97,7 @@ def test_no_symbol_covers_another_or_any_ink(color):
         if color:
             sheet = cv2.cvtColor(sheet, cv2.COLOR_GRAY2RGB)
             symbols = [
-                Symbol(cv2.cvtColor(s.image, cv2.COLOR_GRAY2RGB), s.ink, (s.paper,) * 3, s.label)
-                for s in symbols
+                Symbol(np.dstack([s.image] * 3), s.ink, np.dstack([s.paper] * 3), s.label) for s in symbols
             ]
         paper = (WHITE,) * 3 if color else WHITE
         before = sheet.copy()
@@ -114,6 +113,26 @@ def test_no_symbol_covers_another_or_any_ink(color):
         for x0, y0, x1, y1 in taken.tolist():
             assert (window[y0:y1, x0:x1] == before[y0:y1, x0:x1]).all()
     assert pasted > 45
+
+
+def test_on_a_photograph_symbols_lie_between_the_lines_of_its_paper_and_in_its_shadow():
+    """Squared paper in a shadow from 230 to 70: its lines are no ink, and the pen is darker everywhere."""
+    shadow = np.linspace(230, 70, 256)[None].repeat(256, 0)
+    sheet = shadow.copy()
+    sheet[::16] -= 30
+    sheet[:, ::16] -= 30
+    sheet = sheet.astype(np.uint8)
+    cv2.putText(sheet, "check", (10, 40), cv2.FONT_HERSHEY_SIMPLEX, 1.5, 5, 3)
+    sides = set()
+    for seed in range(12):
+        window, boxes, _ = paste(sheet, 230, [], [resistor()], np.random.default_rng(seed))
+        for x0, y0, x1, y1 in boxes.astype(int).tolist():
+            ink = resistor().ink
+            below = sheet[y0:y1, x0:x1].astype(int) - window[y0:y1, x0:x1]
+            assert (window[y0:y1, x0:x1][ink] < 20).all(), "the pen is darker than this paper"
+            assert (below[~cv2.dilate(ink.astype(np.uint8), np.ones((3, 3))).astype(bool)] == 0).all()
+            sides.add(x0 > 128)
+    assert sides == {False, True}, "in the light and in the shadow"
 
 
 @pytest.fixture(scope="module")
