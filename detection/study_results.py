@@ -25,6 +25,7 @@ from schematics.coco import find_split, read_split, to_coco
 from schematics.resampling import Interval
 
 DETECTION = ("AP", "AP50", "Counts right")
+SAID = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean over classes"}  # in plots
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def plot_figures(path: Path, study: Study, groups: Sequence[Group]) -> None:
             spread = [[mean.value - mean.low for mean in means], [mean.high - mean.value for mean in means]]
             axis.errorbar(x, y, np.maximum(spread, 0), marker="o", capsize=3, label=arm, color=f"C{k}")
         axis.set_xticks(range(len(labels)), [_title(each) for each in labels])
-        axis.set(title=name, xlabel="labelled training sheets" if not study.classification else "labels")
+        axis.set(title=SAID.get(name, name), xlabel="labelled training sheets")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0][0].legend()
