@@ -3,12 +3,14 @@
     python benchmarks/bench.py [NAME ...]
 
 A race is a script here that measures by race.py. Peers come with `pip install -e '.[bench]'`. With names,
-such as `views losses`, only those races run and the others keep their part of the page. It takes about an
-hour on two cores.
+such as `views losses`, only those races run and the others keep their part of the page, which is the script's
+docstring, with what limits ours where a goal is missed, and what it printed. It takes about an hour on two
+cores.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -21,8 +23,9 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
 Each race runs ours and a named peer at its best flags in turn, in one process with one thread, and counts CPU
-seconds; a ratio above 1 means that ours is faster. The goal of a race stands beside its ratio. `make bench`
-writes this page, and `python benchmarks/bench.py NAME` renews one part of it.
+seconds; a ratio above 1 means that ours is faster. The goal of a race stands beside its ratio. What limits
+ours where a goal is missed is said above the figures. `make bench` writes this page, and
+`python benchmarks/bench.py NAME` renews one part of it.
 """
 
 
@@ -32,12 +35,17 @@ def races() -> list[str]:
     return [path.stem for path in scripts if re.search(r"^\s*from race import", path.read_text(), re.M)]
 
 
+def story(name: str) -> str:
+    """What a race says of itself, for the page."""
+    return ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or ""
+
+
 def main() -> None:
     wanted = sys.argv[1:] or races()
     if unknown := sorted({*wanted} - {*races()}):
         sys.exit(f"error: {', '.join(unknown)}: no such race; there are {', '.join(races())}")
     parts = (
-        dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S))
+        dict(re.findall(r"^## (\w+)\n.*?^(`python .*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S))
         if PAGE.exists()
         else {}
     )
@@ -59,8 +67,8 @@ def main() -> None:
             continue
         when = time.strftime("%Y-%m-%d")
         lines = "".join(f"    {line}\n" for line in done.stdout.splitlines())
-        parts[name] = f"\n`python benchmarks/{name}.py` at {commit}, {when}:\n\n{lines}\n"
-        ordered = [f"## {known}\n{parts[known].rstrip()}\n" for known in races() if known in parts]
+        parts[name] = f"`python benchmarks/{name}.py` at {commit}, {when}:\n\n{lines}"
+        ordered = [f"## {k}\n\n{story(k)}\n\n{parts[k].rstrip()}\n" for k in races() if k in parts]
         PAGE.write_text("\n".join([HEAD, *ordered]))
     if failed:
         sys.exit(f"error: {', '.join(failed)} failed; see above")
