@@ -35,6 +35,9 @@ class PretrainConfig(RunConfig):
     # timm, VICReg, solo-learn, lightly, MoCo, stable-pretraining or a SimCLR repository. A resumed run has
     # its own weights and doesn't read it again.
     init: Path | None = setting(None)
+    # Keep the mean and variance that --init's BatchNorm layers hold, in place of those of the pool's batches,
+    # which made ImageNet's EfficientNet worse (docs/pretraining.md).
+    keep_statistics: bool = setting(False)
     # Backbone by its name in timm; a ResNet's keys are torchvision's. By default the one that --init tells,
     # else resnet50.
     arch: str | None = setting(None)
@@ -103,6 +106,8 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.keep_statistics and self.init is None:
+            raise UserError("--keep-statistics: random weights have none to keep; give --init")
         if self.without:
             from schematics.recipes import other_parts  # only here, as it imports OpenCV
 

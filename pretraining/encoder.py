@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluster.backbone import Normalise
 
@@ -22,6 +23,21 @@ def build_projector(widths: list[int], last_norm: bool) -> nn.Sequential:
     if last_norm:
         layers.append(nn.BatchNorm1d(widths[-1]))
     return nn.Sequential(*layers)
+
+
+def keep_statistics(backbone: nn.Module) -> None:
+    """Have the BatchNorm layers use the mean and variance that they hold, in training too, and keep them.
+
+    Their weights and biases are trained. The mode is set before each forward pass, since `train()` of any
+    module around them would undo it.
+    """
+    for module in backbone.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(_evaluate)
+
+
+def _evaluate(module: nn.Module, _: object) -> None:
+    module.training = False
 
 
 class Encoder(nn.Module):

@@ -160,7 +160,9 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
 
         beginning = begin_from(config.init, config.arch, config.exp_dir / INIT, new, config.dry_run)
         config = replace(config, arch=beginning.arch)
-        encoder = build_encoder(beginning, config.projector, method, store, world, config.seed)
+        encoder = build_encoder(
+            beginning, config.projector, method, store, world, config.seed, config.keep_statistics
+        )
         precision, in_words = settle(config.precision, world, encoder)
         chosen, by = choose_optimizer(encoder.backbone, config.optimizer, config.weight_decay)
         config = replace(config, precision=precision, **chosen)

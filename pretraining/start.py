@@ -14,7 +14,7 @@ from cluster.backbone import SMALL, Normalise, build_backbone, read_backbone, wr
 from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
-from pretraining.encoder import Encoder, build_projector
+from pretraining.encoder import Encoder, build_projector, keep_statistics
 from pretraining.loop import Loss
 from pretraining.schedule import ADAMW_LR, ONWARD_RATE, ONWARD_WARMUP, WARMUP, Schedule, peak_lr
 from schematics.recipes import default_extent
@@ -173,8 +173,11 @@ def build_encoder(
     store: WindowStore,
     world: World,
     seed: int,
+    kept_statistics: bool,
 ) -> Encoder:
     """The network on this rank's device, equal on all ranks. Raises UserError if its arch does not exist.
+
+    kept_statistics: see `keep_statistics`.
 
     Weights that it begins from go on to see images by the mean and std that they were trained with, so their
     features are at the first step what they were; a network with random weights sees the pool's.
@@ -188,6 +191,8 @@ def build_encoder(
     encoder = Encoder(normalise, backbone, build_projector(widths, method.last_norm), method.joint)
     if world.size > 1 and world.device.type == "cuda":
         encoder = convert_sync_batchnorm(encoder)
+    if kept_statistics:
+        keep_statistics(encoder.backbone)
     encoder.to(memory_format=torch.channels_last)
     return encoder.to(world.device)
 

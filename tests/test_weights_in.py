@@ -275,7 +275,23 @@ def test_pretraining_goes_on_from_them_with_their_mean_and_std(config, capsys):
         pretrain(dataclasses.replace(config, steps=4, init=config.init.with_name("other.pth")), METHOD)
 
 
+def test_their_statistics_are_kept_while_their_weights_are_trained(config):
+    """Also by a resumed run, and by the probes that put the network into eval mode and back."""
+    held = {name: value for name, value in NET.named_buffers() if "running" in name}
+    for kept in (True, False):
+        exp_dir = config.exp_dir / str(kept)
+        run = dataclasses.replace(config, keep_statistics=kept, base_lr=0.1, exp_dir=exp_dir)
+        for steps in (2, 4):
+            pretrain(dataclasses.replace(run, steps=steps), METHOD)
+        tensors, _ = read_backbone(exp_dir / "backbone.safetensors")
+        changed = {name for name, value in held.items() if not torch.equal(tensors[name], value)}
+        assert changed == (set() if kept else {*held})
+        assert not torch.equal(tensors["bn1.bias"], NET.state_dict()["bn1.bias"])
+
+
 def test_what_init_can_not_be_is_one_line(config):
+    with pytest.raises(UserError, match="--keep-statistics: random weights have none to keep; give --init"):
+        dataclasses.replace(config, init=None, keep_statistics=True)
     with pytest.raises(UserError, match=f"--arch resnet18: .*holds a {ARCH}; give --arch {ARCH}"):
         pretrain(dataclasses.replace(config, arch="resnet18"), METHOD)
     with pytest.raises(UserError, match=r"--init .*absent.pth: no such file"):
