@@ -118,7 +118,7 @@ class TrainingWindows(Dataset):
         known = ~sheet.crowd
         window = self.reader.window(sheet_index, x, y, reach)
         boxes, labels = crop_boxes(sheet.boxes[known], sheet.labels[known], x, y, reach, KEEP)
-        if self.symbols:
+        if self.symbols:  # some can be pasted
             window, pasted, of = self._paste(window, sheet_index, (x, y), key)
             boxes, labels = np.concatenate([boxes, pasted]), np.concatenate([labels, of])
         window, boxes = resize(window, boxes, self.side)
@@ -133,8 +133,7 @@ class TrainingWindows(Dataset):
         """Lay symbols over the window that begins at `corner` (x, y) of a sheet; see `paste`."""
         assert self.symbols
         rng = draw(Use.PASTE, self.seed, *key)
-        count = int(rng.integers(self.augment.paste + 1)) if len(self.symbols) else 0
-        symbols = [self.symbols.draw(rng) for _ in range(count)]
+        symbols = [self.symbols.draw(rng) for _ in range(int(rng.integers(self.augment.paste + 1)))]
         sheet, (x, y), reach = self.reader.split.sheets[sheet_index], corner, window.shape[0]
         shown, _ = crop_boxes(sheet.boxes, sheet.labels, x, y, reach, 0.0)
         beside = [(sheet.width - x, 0, reach, reach), (0, sheet.height - y, reach, reach)]  # beyond the sheet

@@ -68,10 +68,9 @@ def main(config: WindowsConfig) -> None:
     sheets = [scale_sheet(sheet, config.scale) for sheet in split.sheets]
     side = config.window or fit_window(sheets)
     reader = SheetReader(split, fit_color_mode(sheets), scale=config.scale)
+    overlap = fit_overlap(sheets, side)
     plain, pasted = (
-        TrainingWindows(
-            reader, side, fit_overlap(sheets, side), config.seed, Augment(paste=paste, **config.augmenting)
-        )
+        TrainingWindows(reader, side, overlap, config.seed, Augment(paste=paste, **config.augmenting))
         for paste in (0, config.paste)
     )
     order = plain.order(0, config.count)[: config.count].tolist()

@@ -68,26 +68,21 @@ def random_weights(meta: dict, size: int, seed: int) -> Representation:
 class LabelledCrops:
     """The labelled crops of some splits, and the representations that are compared on them.
 
-    sheets: by split, of each crop in the order of `ClassFolder`, what is drawn again for intervals. shares:
-    by split, what share of its sheets is labelled, all of them if not named; seed: it is drawn by that.
+    folders: by split, the crops. sheets: by split, of each of them what is drawn again for intervals.
     """
 
-    data_dir: Path
     classes: list[str]
+    folders: dict[str, ClassFolder]
     sheets: dict[str, list[str]]
     representations: list[Representation]
     device: torch.device
     workers: int
-    shares: dict[str, float]
-    seed: int
 
     def features(self, representation: Representation) -> dict[str, tuple[Tensor, Tensor]]:
         """By split, the features [N, D] and the labels int64 [N] of its crops."""
         seen = {}
-        for split in self.sheets:
-            root, size, mode = self.data_dir / split, representation.size, representation.color_mode
-            folder = ClassFolder(root, self.classes, size, mode)
-            folder.take_share(self.shares.get(split, 1.0), self.seed)
+        for split, folder in self.folders.items():
+            folder = folder.seen_at(representation.size, representation.color_mode)
             seen[split] = class_features(representation.network, folder, self.device, self.workers)
         return seen
 
@@ -106,19 +101,14 @@ def open_crops(
 ) -> LabelledCrops:
     """Open the crops of all splits and the weights of the files, beside their baselines; says what was read.
 
-    resample: what intervals draw again, sheets or crops. shares: as in LabelledCrops. The others as for
-    `with_baselines` and `lone_device`. Raises UserError and DataError as these, `class_names` and
-    `ClassFolder` do.
+    resample: what intervals draw again, sheets or crops. shares: by split, what share of its sheets is
+    labelled, all of them if not named. The others as for `with_baselines` and `lone_device`. Raises UserError
+    and DataError as these, `class_names` and `ClassFolder` do.
     """
     classes = class_names(data_dir, list(dict.fromkeys(splits)))
-    sheets, shares = {}, dict(shares or {})
-    drawn = []
-    for split in dict.fromkeys(splits):
-        folder = ClassFolder(data_dir / split, classes, PIXELS, "gray")
-        drawn.append(folder.take_share(shares.get(split, 1.0), seed))
-        sheets[split] = folder.sheets if resample == "sheets" else [crop.name for crop, _ in folder.files]
+    folders = {split: ClassFolder(data_dir / split, classes, PIXELS, "gray") for split in splits}
+    drawn = [folders[split].take_share(share, seed) for split, share in (shares or {}).items()]
+    sheets = {split: folder.drawn_again(resample) for split, folder in folders.items()}
     representations, stories = with_baselines(files, arch, image_size, seed)
     print("\n".join([*stories, *filter(None, drawn)]), flush=True)
-    return LabelledCrops(
-        data_dir, classes, sheets, representations, lone_device(device), workers, shares, seed
-    )
+    return LabelledCrops(classes, folders, sheets, representations, lone_device(device), workers)

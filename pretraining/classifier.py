@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,6 @@ class Classifier(nn.Module):
 class Crops:
     """The labelled crops of the three splits, as the network sees them. names: of the splits."""
 
-    data_dir: Path
     names: tuple[str, str, str]
     classes: list[str]
     train: ClassFolder

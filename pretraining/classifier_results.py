@@ -49,7 +49,7 @@ def write_results(
     kept = {"classifier": progress.kept, "step": best.step, **progress.facts()}
     checkpoint.write_file(out / "classifier.pt", kept)
     scores, labels = class_features(classifier, crops.test, device, workers)
-    sheets = crops.test.sheets if resample == "sheets" else [crop.name for crop, _ in crops.test.files]
+    sheets = crops.test.drawn_again(resample)
     judged: dict[str, Judgement] = {
         kind: judge(each, labels, sheets, crops.classes, resamples)
         for kind, each in (("weights", scores), ("raw", raw_scores(crops, device, workers)))
@@ -73,8 +73,8 @@ def write_results(
 def raw_scores(crops: Crops, device: torch.device, workers: int) -> Tensor:
     """What a linear layer on raw pixels says of the test crops: float [M, K]."""
     raw, seen = raw_pixels(), []
-    for folder in map(copy.copy, (crops.train, crops.valid, crops.test)):
-        folder.size, folder.color_mode = raw.size, raw.color_mode
+    for folder in (crops.train, crops.valid, crops.test):
+        folder = folder.seen_at(raw.size, raw.color_mode)
         seen.append(class_features(raw.network, folder, device, workers))
     train, valid, (test, _) = seen
     return linear_probe(train, valid, test, len(crops.classes), DECAYS).scores

@@ -140,9 +140,8 @@ def train_classifier(config: ClassifierConfig) -> None:
 
         train_guarded(train_on, batches, progress.guard, run, journal, progress.restore, start, total)
         journal.close()
-        run.save(
-            total, progress.state
-        )  # the test may take a while, and a run that is ended in it tests again
+        # The test may take a while, and a run that is ended in it tests again.
+        run.save(total, progress.state)
         results = partial(
             write_results, config.exp_dir, progress, crops, per_epoch, world.device, workers, **config.judging
         )
@@ -201,7 +200,7 @@ def begin_classifier(
         sight = replace(sight, image_size=image_size or sight.image_size)
     folders = [ClassFolder(data_dir / name, classes, sight.image_size, sight.color_mode) for name in splits]
     story = "\n".join(filter(None, [story, folders[0].take_share(train_share, seed)]))
-    crops = Crops(data_dir, splits, classes, *folders)
+    crops = Crops(splits, classes, *folders)
     if not saved and checkpoint == "none":
         mean, std = distributed.on_main(lambda: colors(crops.train))
         sight = replace(sight, mean=tuple(mean), std=tuple(std))

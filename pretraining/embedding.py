@@ -55,7 +55,7 @@ def write_neighbours(
     their name for the heading. Raises DataError for a crop that can't be read, and UserError as
     `atomic.write_text` does.
     """
-    folders = [ClassFolder(crops.data_dir / split, crops.classes, THUMBNAIL, "rgb") for split in splits]
+    folders = [crops.folders[split].seen_at(THUMBNAIL, "rgb") for split in splits]
     similarity, places = (part.cpu().tolist() for part in near)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row, place in enumerate(shown.tolist()):

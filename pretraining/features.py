@@ -1,6 +1,7 @@
 """Compute features by a frozen pretrained backbone, for probes and pictures."""
 
 from collections import defaultdict
+from copy import copy
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -104,6 +105,10 @@ class ClassFolder(Dataset):
             names.append(sheet if sheet and number.isdecimal() else crop.path.as_posix())
         return names
 
+    def drawn_again(self, resample: str) -> list[str]:
+        """Of each crop what intervals draw again: its sheet, or where `resample` is "crops" itself."""
+        return self.sheets if resample == "sheets" else [crop.name for crop, _ in self.files]
+
     def take_share(self, share: float, seed: int) -> str:
         """Leave a share of the sheets, drawn by class as `schematics.splits.take_share` does; its line."""
         if share == 1:
@@ -115,6 +120,12 @@ class ClassFolder(Dataset):
         kept = {*names}
         self.files = [file for sheet, file in zip(sheets, self.files, strict=True) if sheet in kept]
         return told
+
+    def seen_at(self, size: int, color_mode: str) -> "ClassFolder":
+        """The same crops at another size and in another color mode."""
+        other = copy(self)
+        other.size, other.color_mode = size, color_mode
+        return other
 
     def __len__(self) -> int:
         return len(self.files)
