@@ -35,9 +35,10 @@ class PretrainConfig(RunConfig):
     # timm, VICReg, solo-learn, lightly, MoCo, stable-pretraining or a SimCLR repository. A resumed run has
     # its own weights and doesn't read it again.
     init: Path | None = setting(None)
-    # Keep the mean and variance that --init's BatchNorm layers hold, in place of those of the pool's batches,
-    # which made ImageNet's EfficientNet worse (docs/pretraining.md).
-    keep_statistics: bool = setting(False)
+    # Mean and variance that BatchNorm uses: init, those that the layers of --init hold, which then stay as
+    # they are, or batch, those of the pool's batches, which made ImageNet's EfficientNet worse
+    # (docs/pretraining.md). By default init with --init.
+    statistics: Literal["init", "batch"] | None = setting(None)
     # Backbone by its name in timm; a ResNet's keys are torchvision's. By default the one that --init tells,
     # else resnet50.
     arch: str | None = setting(None)
@@ -56,7 +57,7 @@ class PretrainConfig(RunConfig):
     micro_batch: int | None = setting(None, least=2)
 
     # Learning rate per 256 windows of the batch; by default the one that the method's authors published, or
-    # 1.5e-4 with adamw, and a third of it with --init.
+    # 1.5e-4 with adamw; with --init a third of it, or 6e-4 with adamw and --statistics init.
     base_lr: float | None = setting(None, least=0)
     # How the batch size B scales the learning rate: linear (base * B / 256) or sqrt (base * sqrt(B) / 4).
     lr_scaling: Literal["linear", "sqrt"] = setting("linear")
@@ -106,8 +107,8 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep_statistics and self.init is None:
-            raise UserError("--keep-statistics: random weights have none to keep; give --init")
+        if self.statistics == "init" and self.init is None:
+            raise UserError("--statistics init: random weights have none to keep; give --init")
         if self.without:
             from schematics.recipes import other_parts  # only here, as it imports OpenCV
 
@@ -135,7 +136,8 @@ class PretrainConfig(RunConfig):
     def rates(self) -> dict[str, Any]:
         """The arguments of `plan_rate` that flags set."""
         named = ("optimizer", "base_lr", "lr_scaling", "warmup_epochs", "min_lr_ratio")
-        return {"onward": self.init is not None, **{name: getattr(self, name) for name in named}}
+        onward = {"onward": self.init is not None, "kept": self.statistics == "init"}
+        return {**onward, **{name: getattr(self, name) for name in named}}
 
     @property
     def due(self) -> dict[str, int]:

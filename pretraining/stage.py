@@ -62,7 +62,7 @@ BACKBONE = "backbone.safetensors"
 INIT = "init.safetensors"  # what a run with --init began from
 PACKING = 24 * 3600.0  # seconds that packing a pool may take before the run counts as hung
 # Flags that a run without them decides when it begins, and keeps.
-DECIDED = ("micro_batch", "arch", "optimizer", "weight_decay", "warmup_epochs")
+DECIDED = ("micro_batch", "arch", "optimizer", "weight_decay", "warmup_epochs", "statistics")
 DRAWING = 1800.0  # seconds that a picture of the embedding may take
 
 
@@ -159,10 +159,11 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             return
 
         beginning = begin_from(config.init, config.arch, config.exp_dir / INIT, new, config.dry_run)
-        config = replace(config, arch=beginning.arch)
-        encoder = build_encoder(
-            beginning, config.projector, method, store, world, config.seed, config.keep_statistics
-        )
+        # A run that has none is of an earlier version, which knew the statistics of batches alone.
+        statistics = config.statistics or ("init" if config.init and new else "batch")
+        config = replace(config, arch=beginning.arch, statistics=statistics)
+        kept = statistics == "init"
+        encoder = build_encoder(beginning, config.projector, method, store, world, config.seed, kept)
         precision, in_words = settle(config.precision, world, encoder)
         chosen, by = choose_optimizer(encoder.backbone, config.optimizer, config.weight_decay)
         config = replace(config, precision=precision, **chosen)

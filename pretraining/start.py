@@ -16,7 +16,15 @@ from cluster.distributed import World
 from cluster.errors import UserError
 from pretraining.encoder import Encoder, build_projector, keep_statistics
 from pretraining.loop import Loss
-from pretraining.schedule import ADAMW_LR, ONWARD_RATE, ONWARD_WARMUP, WARMUP, Schedule, peak_lr
+from pretraining.schedule import (
+    ADAMW_KEPT_LR,
+    ADAMW_LR,
+    ONWARD_RATE,
+    ONWARD_WARMUP,
+    WARMUP,
+    Schedule,
+    peak_lr,
+)
 from schematics.recipes import default_extent
 from schematics.store import WindowStore, build_store
 
@@ -203,6 +211,7 @@ def plan_rate(
     per_epoch: int,
     total: int,
     onward: bool,
+    kept: bool,
     optimizer: str,
     base_lr: float | None,
     lr_scaling: str,
@@ -211,9 +220,12 @@ def plan_rate(
 ) -> Schedule:
     """The course of the learning rate over `total` steps.
 
-    onward: whether weights exist, which are to be changed less. base_lr, warmup_epochs: None for the default,
-    which is the method's, or AdamW's, and smaller for weights that exist.
+    onward: whether weights exist, which are to be changed less. kept: whether BatchNorm keeps the statistics
+    that they hold. base_lr, warmup_epochs: None for the default, which is the method's, or AdamW's, and
+    another for weights that exist.
     """
+    if base_lr is None and kept and optimizer == "adamw":
+        base_lr = ADAMW_KEPT_LR
     if base_lr is None:
         base_lr = ADAMW_LR if optimizer == "adamw" else method.base_lr(batch_size, total / per_epoch)
         base_lr *= ONWARD_RATE if onward else 1

@@ -107,8 +107,8 @@ def test_lars_is_for_resnets_and_any_other_network_gets_adamw(arch, suited):
 def test_weights_that_exist_get_a_third_of_the_rate_and_an_epoch_of_warm_up():
     method = Method(name="", loss=None, joint=True, last_norm=True, base_lr=simclr.base_lr)
 
-    def plan(onward, optimizer, base_lr=None, warmup=None):
-        schedule = plan_rate(method, 512, 20, 2000, onward, optimizer, base_lr, "linear", warmup, 0.0)
+    def plan(onward, optimizer, base_lr=None, warmup=None, kept=False):
+        schedule = plan_rate(method, 512, 20, 2000, onward, kept, optimizer, base_lr, "linear", warmup, 0.0)
         return schedule.peak, schedule.warmup
 
     assert plan(False, "lars") == (pytest.approx(0.6), 200)
@@ -116,6 +116,10 @@ def test_weights_that_exist_get_a_third_of_the_rate_and_an_epoch_of_warm_up():
     assert plan(False, "adamw") == (pytest.approx(3e-4), 200)
     assert plan(True, "adamw") == (pytest.approx(1e-4), 20)
     assert plan(True, "adamw", 0.01, 3) == (pytest.approx(0.02), 60)
+    # BatchNorm's statistics are kept: AdamW's best rate of a sweep, LARS's as it is.
+    assert plan(True, "adamw", kept=True) == (pytest.approx(1.2e-3), 20)
+    assert plan(True, "adamw", 0.01, kept=True) == (pytest.approx(0.02), 20)
+    assert plan(True, "lars", kept=True) == (pytest.approx(0.2), 20)
 
 
 def test_unknown_names_are_refused():

@@ -262,8 +262,8 @@ def test_pretraining_goes_on_from_them_with_their_mean_and_std(config, capsys):
     pretrain(config, METHOD)
     assert "90 of 90 tensors matched" in capsys.readouterr().out
     tensors, meta = read_backbone(config.exp_dir / "backbone.safetensors")
-    # At a rate of 0 the weights stay; BatchNorm's running statistics don't.
-    assert all(torch.equal(tensors[name], value) for name, value in NET.named_parameters())
+    # At a rate of 0 the weights stay, and by default BatchNorm's statistics too.
+    assert all(torch.equal(tensors[name], value) for name, value in NET.state_dict().items())
     assert meta["mean"] == [0.485, 0.456, 0.406] and meta["arch"] == ARCH
     assert meta["init"] == read_weights(str(config.init))[1]["init"]
     # A longer run goes on from its checkpoint: the file of --init may be gone, but not another one be given.
@@ -278,20 +278,26 @@ def test_pretraining_goes_on_from_them_with_their_mean_and_std(config, capsys):
 def test_their_statistics_are_kept_while_their_weights_are_trained(config):
     """Also by a resumed run, and by the probes that put the network into eval mode and back."""
     held = {name: value for name, value in NET.named_buffers() if "running" in name}
-    for kept in (True, False):
-        exp_dir = config.exp_dir / str(kept)
-        run = dataclasses.replace(config, keep_statistics=kept, base_lr=0.1, exp_dir=exp_dir)
+    for statistics in (None, "init", "batch"):
+        exp_dir = config.exp_dir / str(statistics)
+        run = dataclasses.replace(config, statistics=statistics, base_lr=0.1, exp_dir=exp_dir)
         for steps in (2, 4):
             pretrain(dataclasses.replace(run, steps=steps), METHOD)
+            if statistics == "batch":  # an earlier version had no such flag, and its runs go on as they began
+                saved = exp_dir / "config.json"
+                flags = json.loads(saved.read_text())
+                assert flags.pop("statistics") == "batch"
+                saved.write_text(json.dumps(flags))
+                run = dataclasses.replace(run, statistics=None)
         tensors, _ = read_backbone(exp_dir / "backbone.safetensors")
         changed = {name for name, value in held.items() if not torch.equal(tensors[name], value)}
-        assert changed == (set() if kept else {*held})
+        assert changed == ({*held} if statistics == "batch" else set())
         assert not torch.equal(tensors["bn1.bias"], NET.state_dict()["bn1.bias"])
 
 
 def test_what_init_can_not_be_is_one_line(config):
-    with pytest.raises(UserError, match="--keep-statistics: random weights have none to keep; give --init"):
-        dataclasses.replace(config, init=None, keep_statistics=True)
+    with pytest.raises(UserError, match="--statistics init: random weights have none to keep; give --init"):
+        dataclasses.replace(config, init=None, statistics="init")
     with pytest.raises(UserError, match=f"--arch resnet18: .*holds a {ARCH}; give --arch {ARCH}"):
         pretrain(dataclasses.replace(config, arch="resnet18"), METHOD)
     with pytest.raises(UserError, match=r"--init .*absent.pth: no such file"):
