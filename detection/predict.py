@@ -119,14 +119,9 @@ def main(config: PredictConfig) -> None:
     else:
         total = sum(len(detections) for detections in found.values())
         print(f"{total} symbols on {len(images)} sheets; written: {config.out}")
-        print(said)
-        for line in filter(
-            None,
-            (look_first(ranges, counted, [image["file_name"] for image in images]), without_range(ranges))
-            if ranges
-            else (),
-        ):
-            print(line)
+        places = [image["file_name"] for image in images]
+        more = [look_first(ranges, counted, places), without_range(ranges)] if ranges else []
+        print("\n".join(filter(None, [said, *more])))
         print(f"predictions.json names sheets as they lie in {home}; labels are read from beside them")
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
