@@ -48,7 +48,7 @@ class PredictConfig(Config):
     threshold: float | None = setting(None, least=0, most=1)
     # Ranges of the counts: ranges.json of evaluate.py on labelled sheets like these; by default those of
     # the detector, from validation.
-    ranges: Path | None = setting(None, exists=True)
+    ranges: Path | None = None
     # Replace the predictions of an earlier run in --out.
     overwrite: bool = False
     # Print predictions.json on stdout, and nothing else there.

@@ -53,7 +53,7 @@ class EvaluateConfig(Config):
     # Score from which a detection is drawn and counted; by default each class's own, the best on valid.
     threshold: float | None = setting(None, least=0, most=1)
     # Ranges of the counts to try: ranges.json of an earlier call; by default the detector's own.
-    ranges: Path | None = setting(None, exists=True)
+    ranges: Path | None = None
     # Measure a model.pt whose finetuning has not signed its end: its best so far.
     unfinished: bool = False
     # Program that computes the figures: linework, or to compare with it pycocotools or hotcoco
