@@ -127,16 +127,14 @@ def main(config: EvaluateConfig) -> None:
     by_id = dict(zip(ids, thresholds.tolist(), strict=True))
     analysis = analyse(matches, thresholds=by_id)
     scale = spec.scale if config.scale is None else config.scale
-    fitted = fit_ranges_of(
-        matches, by_id, {number: spec.categories[k][1] for number, k in zip(ids, first, strict=True)}, scale
-    )
+    called = {number: spec.categories[k][1] for number, k in zip(ids, first, strict=True)}
+    fitted = fit_ranges_of(matches, by_id, called, scale)
     known = read_ranges(config.ranges) if config.ranges else detector.ranges
     ranges, ranges_from = applying(known, fitted.names, analysis.thresholds, scale, config.checkpoint)
     if ranges and not config.ranges and split_name in SPLITS["valid"]:
         ranges_from = f"{ranges_from}; these are the very ones, so what they hold is flattered"
-    coverage = (
-        cover(ranges, tally_matches(matches, analysis.thresholds), matches.positives) if ranges else None
-    )
+    counts = tally_matches(matches, analysis.thresholds)
+    coverage = cover(ranges, counts, matches.positives) if ranges else None
     unlisted = dict[str, int]()
     for k in np.flatnonzero(matched.labels[1:] == 0).tolist():
         name = spec.categories[k][1]

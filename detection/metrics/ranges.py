@@ -123,11 +123,11 @@ class Ranges:
 
     def bounds(self, counted: Tally) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest count of each range, float64 [I, K + 1]; NaN where nothing is promised."""
-        there, not_there = ([*part, self.total] for part in (self.found, self.unfound))
-        reaches = [
-            [basis.reach if self.holds(basis) else np.nan for basis in part] for part in (there, not_there)
-        ]
-        half = counted.spread * np.where(counted.found > 0, *np.array(reaches))
+        there, not_there = (
+            np.array([basis.reach if self.holds(basis) else np.nan for basis in (*part, self.total)])
+            for part in (self.found, self.unfound)
+        )
+        half = counted.spread * np.where(counted.found > 0, there, not_there)
         low, high = np.ceil(counted.found - half - 1e-9), np.floor(counted.found + half + 1e-9)
         return np.maximum(low, 0), high
 
@@ -164,7 +164,7 @@ class Ranges:
             return "ranges are not one for each class"
         bases = (*self.found, *self.unfound, self.total)
         if any(basis.reach < 0 or basis.sheets < 0 for basis in bases) or not 0 < self.level < 1:
-            return "ranges has a number below 0, or a level that is no probability"
+            return "ranges have a number below 0, or a level that is no probability"
         return ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _bases(errors: np.ndarray, rows: np.ndarray, seen: np.ndarray, level: float)
     own = rows.sum(0) >= OWN
     pooled = _basis(errors, rows & seen & ~own, level, pooled=True)
     alone = [_basis(errors[:, [k]], rows[:, [k]], level) for k in range(len(own))]
-    return tuple((alone[k] if own[k] else pooled) if seen[k] else Basis(sheets=0) for k in range(len(own)))
+    return tuple((alone[k] if own[k] else pooled) if seen[k] else Basis() for k in range(len(own)))
 
 
 def _basis(errors: np.ndarray, rows: np.ndarray, level: float, pooled: bool = False) -> Basis:
