@@ -58,7 +58,8 @@ def validate(
         thresholds = fit_thresholds(matches)
         known = detector.spec.categories
         names = tuple(name for _, name in known)
-        ranges = fit_ranges_of(matches, thresholds, dict(zip(ids, names, strict=True)), detector.spec.scale)
+        called = dict(zip(ids, names, strict=True))
+        ranges = fit_ranges_of(matches, thresholds, called, detector.spec.scale, fitted_here=True)
         by_id = {category_id: thresholds[own] for (category_id, _), own in zip(known, ids, strict=True)}
         return figures, by_id, ranges.of(names)
 

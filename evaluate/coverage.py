@@ -28,7 +28,7 @@ from detection.measured import Measured, read_run, refuse_other_sheets
 from detection.metrics.coverage import FOUND, KINDS, Coverage, cover
 from detection.metrics.curves import best_thresholds
 from detection.metrics.matching import Matches, match
-from detection.metrics.ranges import LEVEL, fit_ranges, tally_matches, why_none, widest_first
+from detection.metrics.ranges import LEVEL, cross_tally, fit_ranges, tally_matches, why_none, widest_first
 from schematics.coco import find_split, losses, read_split, to_coco
 from schematics.draws import Use, draw
 
@@ -97,9 +97,9 @@ def split(matches: Matches, labelled: int, level: float, seed: int, number: int)
     order = draw(Use.COUNTED_SHEETS, seed, sample=number).permutation(len(matches.image_ids))
     known, new = order[:labelled], order[labelled:]
     thresholds = best_thresholds(matches, np.isin(np.arange(len(order)), known))
-    counted, truth = tally_matches(matches, thresholds), matches.positives
-    ranges = fit_ranges(matches.names, counted.on(known), truth[known], thresholds, level=level)
-    return cover(ranges, counted.on(new), truth[new])
+    truth = matches.positives
+    ranges = fit_ranges(matches.names, cross_tally(matches, known), truth[known], thresholds, level=level)
+    return cover(ranges, tally_matches(matches, thresholds).on(new), truth[new])
 
 
 def kinds_table(drawn: Sequence[Coverage]) -> list[str]:
@@ -137,7 +137,7 @@ def classes_table(drawn: Sequence[Coverage], names: Sequence[str]) -> list[str]:
     for k in np.argsort(-made, kind="stable").tolist():
         if made[k] + without[k]:
             holds, width = (part[k] / made[k] if made[k] else np.nan for part in (held, wide))
-            lines.append(f"{names[k]:<34}{holds:>7.3f}{width:>37.2f}{made[k]:>8.1f}{without[k]:>9.1f}")
+            lines.append(f"{names[k][:33]:<34}{holds:>7.3f}{width:>37.2f}{made[k]:>8.1f}{without[k]:>9.1f}")
     return lines
 
 

@@ -128,7 +128,8 @@ def main(config: EvaluateConfig) -> None:
     analysis = analyse(matches, thresholds=by_id)
     scale = spec.scale if config.scale is None else config.scale
     called = {number: spec.categories[k][1] for number, k in zip(ids, first, strict=True)}
-    fitted = fit_ranges_of(matches, by_id, called, scale)
+    fitted_here = config.threshold is None and split_name in SPLITS["valid"]
+    fitted = fit_ranges_of(matches, by_id, called, scale, fitted_here)
     known = read_ranges(config.ranges) if config.ranges else detector.ranges
     ranges, ranges_from = applying(known, fitted.names, analysis.thresholds, scale, config.checkpoint)
     if ranges and not config.ranges and split_name in SPLITS["valid"]:

@@ -29,9 +29,11 @@ from typing import Any
 
 import numpy as np
 
+from detection.metrics.curves import best_thresholds
 from detection.metrics.matching import Matches
 
 LEVEL = 0.9  # the probability that is promised
+FOLDS = 10  # parts of the labelled sheets for `cross_tally`
 OWN = 19  # sheets from which on 90 % can do without the sheet that is furthest off
 
 
@@ -69,6 +71,23 @@ def tally_matches(matches: Matches, thresholds: np.ndarray) -> Tally:
     found = matches.found
     sheet, label, score = (part[counted] for part in (found.sheet, found.label, found.score))
     return tally(sheet, label, score, thresholds, len(matches.image_ids))
+
+
+def cross_tally(matches: Matches, sheets: np.ndarray) -> Tally:
+    """The tally of the sheets int64 [J], each counted at thresholds that were fitted on other ones of them.
+
+    At thresholds that were fitted on the very sheets, their counts are better than those of new sheets will
+    be, and ranges would be too narrow. So each of FOLDS parts is counted at the best thresholds of the others
+    (cross-conformal prediction, Vovk, arXiv 1208.0806; CV+ of Barber et al., arXiv 1905.02928).
+    """
+    part = np.arange(len(sheets)) % FOLDS
+    found = np.zeros((len(sheets), len(matches.category_ids) + 1), np.int64)
+    spread = np.ones(found.shape)
+    for fold in np.unique(part).tolist():
+        others = np.isin(np.arange(len(matches.image_ids)), sheets[part != fold])
+        counted = tally_matches(matches, best_thresholds(matches, others)).on(sheets[part == fold])
+        found[part == fold], spread[part == fold] = counted.found, counted.spread
+    return Tally(found, spread)
 
 
 def fewest(level: float) -> int:
@@ -181,13 +200,22 @@ def widest_first(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def fit_ranges_of(
-    matches: Matches, thresholds: Mapping[int, float], names: Mapping[int, str], scale: float
+    matches: Matches,
+    thresholds: Mapping[int, float],
+    names: Mapping[int, str],
+    scale: float,
+    fitted_here: bool,
 ) -> Ranges:
-    """Fit ranges on the sheets of the matches. thresholds, names: by category id; scale: as in `Ranges`."""
+    """Fit ranges on the sheets of the matches. thresholds, names: by category id; scale: as in `Ranges`.
+
+    fitted_here: whether the thresholds were fitted on these very sheets, see `cross_tally`.
+    """
     ids = matches.category_ids.tolist()
     least = np.array([thresholds[number] for number in ids], np.float64)
     called = tuple(names[number] for number in ids)
-    return fit_ranges(called, tally_matches(matches, least), matches.positives, least, scale)
+    every = np.arange(len(matches.image_ids))
+    counted = cross_tally(matches, every) if fitted_here else tally_matches(matches, least)
+    return fit_ranges(called, counted, matches.positives, least, scale)
 
 
 def fit_ranges(
@@ -200,7 +228,7 @@ def fit_ranges(
 ) -> Ranges:
     """Fit ranges on labelled sheets, whose true counts are int64 [I, K]. No two are views of one drawing.
 
-    thresholds: float64 [K], of `counted`. scale: at which the sheets were seen.
+    thresholds: float64 [K], at which other sheets will be counted. scale: at which the sheets were seen.
     """
     sheets, classes = truth.shape
     errors = abs(counted.found - with_total(truth)) / counted.spread
