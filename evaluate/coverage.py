@@ -7,7 +7,7 @@ test split; their sheets are put together. In each of 100 splits half of them pl
 which thresholds and ranges are fitted as finetuning does it, and the others are counted. The command prints
 how many of the ranges hold the true count, how wide they are, and what looking at the widest first is worth.
 
-660 sheets with 31 classes take a minute on one core (docs/results.md).
+150 sheets with 31 classes take 20 s on one busy core. Figures are in docs/results.md.
 """
 
 from __future__ import annotations

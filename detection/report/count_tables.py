@@ -42,11 +42,11 @@ def range_tables(coverage: Coverage, sheets: Sequence[str], most: int) -> dict[s
 
 
 def _class_rows(coverage: Coverage) -> list[dict[str, Any]]:
-    """The classes that were found, those with most ranges first; label is that of the analysis."""
+    """The classes that were found, on most sheets first; label is that of the analysis."""
     found = (coverage.found[:, :-1] > 0).sum(0).tolist()
     each = zip(coverage.to_dict()["classes"], found, strict=True)
     rows = [row | {"label": k, "found": number} for k, (row, number) in enumerate(each) if number]
-    return sorted(rows, key=lambda row: -row["ranges"])
+    return sorted(rows, key=lambda row: -row["found"])
 
 
 def _range_rows(coverage: Coverage, sheets: Sequence[str], most: int) -> list[dict[str, Any]]:
