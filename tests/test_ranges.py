@@ -19,6 +19,7 @@ from detection.metrics.matching import match
 from detection.metrics.ranges import (
     OWN,
     Basis,
+    cross_tally,
     fewest,
     fit_ranges,
     reach,
@@ -215,3 +216,20 @@ def test_thresholds_of_some_sheets_are_those_of_a_match_of_them_alone():
     np.testing.assert_array_equal(best_thresholds(matches, chosen), best_thresholds(alone))
     found = tally_matches(matches, THRESHOLDS[:3]).on(np.flatnonzero(chosen)).found
     np.testing.assert_array_equal(found, tally_matches(alone, THRESHOLDS[:3]).found)
+
+
+def test_labelled_sheets_are_counted_at_the_thresholds_of_the_others():
+    """Each of six sheets, picked among twelve, is counted at what the five others of them give."""
+    matches = match(*jittered(3, sheets=12))
+    sheets = np.array([7, 2, 9, 4, 11, 5])
+    crossed = cross_tally(matches, sheets)
+    for row, sheet in enumerate(sheets):
+        others = np.isin(np.arange(12), sheets[sheets != sheet])
+        alone = tally_matches(matches, best_thresholds(matches, others)).on(sheets[row : row + 1])
+        assert (
+            np.array_equal(crossed.found[row], alone.found[0])
+            and crossed.spread[row, -1] == alone.spread[0, -1]
+        )
+    own = tally_matches(matches, best_thresholds(matches, np.isin(np.arange(12), sheets))).on(sheets)
+    off = [abs(one.found[:, :-1] - matches.positives[sheets]).sum() for one in (own, crossed)]
+    assert off[0] < off[1], "their own thresholds flatter them"
