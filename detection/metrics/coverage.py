@@ -76,7 +76,8 @@ class Coverage:
             for kind, row in self.figures().items()
             if row.ranges
         ]
-        return f"{100 * self.ranges.level:g} % ranges of the counts held the true one for {', '.join(said)}"
+        held = ", ".join(said) or "nothing, as no class here has one"
+        return f"{100 * self.ranges.level:g} % ranges of the counts held the true one for {held}"
 
     def to_dict(self) -> dict[str, Any]:
         """The figures by kind, and by class where it was found; None stands for NaN. Ready for JSON."""
