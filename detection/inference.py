@@ -56,6 +56,9 @@ def load_detector(
     for name in {"thresholds", "train_boxes"} & set(facts):
         if not set(ids) <= set(facts[name]):
             raise UserError(f"{path}: {name} lacks a class; {AGAIN}")
+    ranges = facts.get("ranges")
+    if ranges and (flaw := ranges.flaw()):
+        raise UserError(f"{path}: {flaw}; {AGAIN}")
     try:
         detector = Detector(spec)
     except UserError as error:
@@ -63,6 +66,7 @@ def load_detector(
     detector.thresholds = [facts["thresholds"][number] for number in ids]
     if "train_boxes" in facts:
         detector.train_boxes = [facts["train_boxes"][number] for number in ids]
+    detector.ranges = ranges
     try:
         detector.load_state_dict(state["model"])
     except (AttributeError, RuntimeError, TypeError) as error:

@@ -172,7 +172,7 @@ class Boundary:
                 )
             if judged is None:
                 self.run.after_step(step, progress.state)  # a signal ended the validation: save and stop
-        figures, thresholds = judged
+        figures, thresholds, ranges = judged
         better = figures.fitted["AP"] > progress.best["AP"]
         if better:
             progress.best = {"AP": figures.fitted["AP"], "step": step}
@@ -180,7 +180,8 @@ class Boundary:
         # A run that is made longer later repeats its last validation, which its last checkpoint doesn't know.
         progress.pending = not go_on
         for name in ["model.pt"] * better + ["last.pt"] * (not go_on):
-            write_model(self.run.exp_dir / name, progress.judged, step, figures, thresholds, self.train_boxes)
+            path = self.run.exp_dir / name
+            write_model(path, progress.judged, step, figures, thresholds, ranges, self.train_boxes)
         if better:
             with self.run.allow(VALIDATING):
                 distributed.on_main(lambda: self.draw(step, thresholds))  # the others wait here

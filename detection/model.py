@@ -28,6 +28,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from cluster.backbone import Normalise, build_backbone
 from cluster.errors import UserError
 from detection.anchors import STRIDES
+from detection.metrics.ranges import Ranges
 from detection.spec import Spec
 
 ROWS = 8  # true boxes whose IoU with all anchors is computed at a time
@@ -283,6 +284,7 @@ class Detector(FasterRCNN):
         self.thresholds = [0.5] * len(spec.categories)
         # And how many boxes of it training had; empty where that is not known.
         self.train_boxes: list[int] = []
+        self.ranges: Ranges | None = None  # of the counts at these thresholds; None where none are known
         self.bf16 = False  # whether `detect` computes in bf16
         self.transform = Windows(spec.mean, spec.std)
         self.rpn.box_similarity = iou_in_parts

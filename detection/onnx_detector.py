@@ -16,6 +16,7 @@ from cluster.backbone import refuse_not_finite
 from cluster.config import setting
 from cluster.errors import UserError
 from cluster.facts import check_facts
+from detection.metrics.ranges import Ranges
 from detection.spec import Spec
 
 PROPERTY = "linework"  # the property of the ONNX model that holds {"spec", "thresholds"} as JSON
@@ -30,6 +31,7 @@ class OnnxFacts:
 
     thresholds: tuple[float, ...] = setting(least=0, most=1)
     train_boxes: tuple[int, ...] = setting((), least=0, most=2**63 - 1)  # an earlier version kept none
+    ranges: Ranges = setting(None)  # likewise
 
 
 class OnnxDetector:
@@ -60,9 +62,12 @@ class OnnxDetector:
         facts = OnnxFacts(**check_facts(OnnxFacts, about, str(path), AGAIN))
         self.spec = Spec.from_dict(about.get("spec"), str(path), AGAIN)
         self.thresholds, self.train_boxes = list(facts.thresholds), list(facts.train_boxes)
+        self.ranges: Ranges | None = facts.ranges
         classes = len(self.spec.categories)
         if len(self.thresholds) != classes or len(self.train_boxes) not in (0, classes):
             raise UserError(f"{path}: thresholds or train_boxes are not one for each class; {AGAIN}")
+        if self.ranges and (flaw := self.ranges.flaw()):
+            raise UserError(f"{path}: {flaw}; {AGAIN}")
         # A spec may be right in itself, and not that of the network in the same file.
         inputs = [(one.name, one.shape) for one in self.session.get_inputs()]
         outputs = {one.name for one in self.session.get_outputs()}

@@ -64,6 +64,7 @@ def to_onnx(detector: Detector) -> bytes:
         "spec": detector.spec.to_dict(),
         "thresholds": detector.thresholds,
         "train_boxes": detector.train_boxes,
+        **({"ranges": detector.ranges.to_dict()} if detector.ranges else {}),
     }
     onnx.helper.set_model_props(model, {PROPERTY: json.dumps(about)})
     return model.SerializeToString()

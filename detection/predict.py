@@ -3,9 +3,10 @@
     python -m detection.predict --checkpoint OUT/model.pt --out FOUND SHEETS_OR_FOLDERS...
 
 FOUND gets predictions.json (a COCO document with scores, for labelling tools and as labels), counts.csv
-(a row for each sheet, a column for each class) and pictures/ (an annotated PNG of each sheet). A file that
-can't be read is skipped and named on stderr, and the exit status is then 1. `detection.inference` does the
-same for arrays, in Python.
+(a row for each sheet, a column for each class, ranges that hold the true numbers with 90 % probability, and
+the order in which to look at the sheets) and pictures/ (an annotated PNG of each sheet). A file that can't be
+read is skipped and named on stderr, and the exit status is then 1. `detection.inference` does the same for
+arrays, in Python.
 
 On two x86-64 cores with OMP_NUM_THREADS=1, the detector of `make demo` (ResNet-18, windows of 256 px) takes
 20 s for the demo's 16 test sheets of 512 x 512 px. It finds 253 symbols, where 244 are labelled.
@@ -13,8 +14,6 @@ On two x86-64 cores with OMP_NUM_THREADS=1, the detector of `make demo` (ResNet-
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import sys
@@ -30,6 +29,7 @@ from cluster import atomic
 from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import FAILED, UserError
+from detection.counting import applying, look_first, read_ranges, tally_sheets, to_counts, without_range
 from detection.detections import Detections, to_results
 from detection.draw import annotate, write_png
 from schematics.progress import progress
@@ -46,6 +46,9 @@ class PredictConfig(Config):
     sheets: Positional[tuple[Path, ...]] = ()
     # Score from which a detection counts; by default each class's own, the best on the validation split.
     threshold: float | None = setting(None, least=0, most=1)
+    # Ranges of the counts: ranges.json of evaluate.py on labelled sheets like these; by default those of
+    # the detector, from validation.
+    ranges: Path | None = None
     # Replace the predictions of an earlier run in --out.
     overwrite: bool = False
     # Print predictions.json on stdout, and nothing else there.
@@ -85,11 +88,14 @@ def main(config: PredictConfig) -> None:
     home = Path(os.path.commonpath([sheet.path.resolve().parent for sheet in sheets]))
     detector = load_detector(config.checkpoint, device, config.precision)
     names = [name for _, name in detector.spec.categories]
-    thresholds = np.array(detector.thresholds) if config.threshold is None else config.threshold
+    given = detector.thresholds if config.threshold is None else [config.threshold] * len(names)
+    thresholds, scale = np.array(given), detector.spec.scale if config.scale is None else config.scale
+    known = read_ranges(config.ranges) if config.ranges else detector.ranges
+    ranges, said = applying(known, names, thresholds, scale, config.checkpoint)
     atomic.make_folder(pictures)
     for picture in pictures.glob("[0-9][0-9][0-9][0-9]*.png"):
         picture.unlink()
-    images, read, found, skipped = [], list[str](), {}, []
+    images, read, made, found, skipped = [], list[str](), list[Detections](), {}, []
     for number, sheet in enumerate(progress(sheets, "prediction"), start=1):
         try:
             image = read_sheet(sheet, config.dpi)
@@ -100,17 +106,22 @@ def main(config: PredictConfig) -> None:
         place = replace(sheet, path=sheet.path.resolve().relative_to(home)).name
         images.append({"id": number, "file_name": place, "width": width, "height": height})
         read.append(sheet.name)
-        found[number] = detect(detector, image, config.batch_size, config.scale).above(thresholds)
+        made.append(detect(detector, image, config.batch_size, config.scale))
+        found[number] = made[-1].above(thresholds)
         if config.pictures:
             save_picture(pictures / picture_name(number, sheet), image, found[number], names)
     text = json.dumps(to_document(images, found, detector.spec.categories))
     atomic.write_text(config.out / "predictions.json", text)
-    atomic.write_text(config.out / "counts.csv", to_counts(read, list(found.values()), names))
+    counted = tally_sheets(made, thresholds)
+    atomic.write_text(config.out / "counts.csv", to_counts(read, counted, names, ranges))
     if config.json:
         print(text)
     else:
         total = sum(len(detections) for detections in found.values())
         print(f"{total} symbols on {len(images)} sheets; written: {config.out}")
+        places = [image["file_name"] for image in images]
+        more = [look_first(ranges, counted, places), without_range(ranges)] if ranges else []
+        print("\n".join(filter(None, [said, *more])))
         print(f"predictions.json names sheets as they lie in {home}; labels are read from beside them")
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
@@ -133,24 +144,6 @@ def to_document(
     ]
     classes = [{"id": category_id, "name": name} for category_id, name in categories]
     return {"info": {}, "images": images, "categories": classes, "annotations": annotations}
-
-
-def to_counts(sheets: Sequence[str], found: Sequence[Detections], names: Sequence[str]) -> str:
-    """CSV with a row for each sheet: its name, the number of symbols of each class, and their sum.
-
-    A name that a spreadsheet would run as a formula has an apostrophe before it (OWASP, CSV injection).
-    """
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["sheet", *map(_no_formula, names), "total"])
-    for sheet, detections in zip(sheets, found, strict=True):
-        numbers = np.bincount(detections.labels, minlength=len(names) + 1)[1:]
-        writer.writerow([_no_formula(sheet), *numbers, len(detections)])
-    return table.getvalue()
-
-
-def _no_formula(name: str) -> str:
-    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 def picture_name(number: int, sheet: Sheet) -> str:

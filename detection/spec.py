@@ -9,6 +9,7 @@ from cluster.config import setting
 from cluster.errors import UserError
 from cluster.facts import LEAST_STD, check_facts
 from detection.anchors import STRIDES, Anchors
+from detection.metrics.ranges import Ranges
 
 AGAIN = "copy the file again from where it was made, or finetune again"
 MOST_CHANNELS, MOST_PIXELS, MOST_BOXES = 4096, 32768, 1_000_000  # far above what any machine can train
@@ -67,5 +68,6 @@ class ModelFacts:
 
     thresholds: dict[int, float] = setting(least=0, most=1)
     train_boxes: dict[int, int] = setting(None, least=0, most=2**63 - 1)  # an earlier version kept none
+    ranges: Ranges = setting(None)  # of the counts at these thresholds; an earlier version kept none
     # Arithmetic in which it was validated, and in which the thresholds were fitted.
     precision: Literal["fp32", "bf16"] = "fp32"

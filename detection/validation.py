@@ -13,6 +13,7 @@ from detection.inference import detect
 from detection.metrics.analysis import fit_thresholds
 from detection.metrics.coco import Figures, measure
 from detection.metrics.engines import Engine
+from detection.metrics.ranges import Ranges, fit_ranges_of
 from detection.model import Detector
 from detection.sheets import SheetReader
 from schematics.progress import progress
@@ -27,8 +28,9 @@ def validate(
     world: World,
     engine: Engine = "linework",
     leave: Callable[[], bool] = lambda: False,
-) -> tuple[Figures, dict[int, float]] | None:
-    """COCO figures in sheet coordinates, and by category id the score threshold with the highest F1.
+) -> tuple[Figures, dict[int, float], Ranges] | None:
+    """COCO figures in sheet coordinates, by category id the score threshold with the highest F1, and ranges
+    of the counts at these thresholds.
 
     The split's classes are the detector's, but their ids may differ: the figures have those of the split, the
     thresholds those of the detector. Call it on every rank: each takes a share of the sheets, and all get the
@@ -51,11 +53,15 @@ def validate(
     ids = [category.id for category in reader.split.categories]
     results = to_results(found, ids)
 
-    def judge() -> tuple[Figures, dict[int, float]]:
+    def judge() -> tuple[Figures, dict[int, float], Ranges]:
         figures, matches = measure(truth, results, engine=engine)
         thresholds = fit_thresholds(matches)
-        known = zip(detector.spec.categories, ids, strict=True)
-        return figures, {category_id: thresholds[own] for (category_id, _), own in known}
+        known = detector.spec.categories
+        names = tuple(name for _, name in known)
+        called = dict(zip(ids, names, strict=True))
+        ranges = fit_ranges_of(matches, thresholds, called, detector.spec.scale, fitted_here=True)
+        by_id = {category_id: thresholds[own] for (category_id, _), own in zip(known, ids, strict=True)}
+        return figures, by_id, ranges.of(names)
 
     return distributed.on_main(judge)
 
@@ -74,12 +80,13 @@ def write_model(
     step: int,
     figures: Figures,
     thresholds: dict[int, float],
+    ranges: Ranges,
     train_boxes: dict[int, int],
 ) -> None:
     """Write model.pt or last.pt, which evaluate and predict read: the detector, its figures, its thresholds.
 
-    figures, thresholds: as `validate` gives them for `detector` after `step` steps. train_boxes: by category
-    id, how many boxes of it the training split has.
+    figures, thresholds, ranges: as `validate` gives them for `detector` after `step` steps. train_boxes: by
+    category id, how many boxes of it the training split has.
     """
     state = {
         "spec": detector.spec.to_dict(),
@@ -87,6 +94,7 @@ def write_model(
         "step": step,
         "valid": figures.to_dict(),
         "thresholds": thresholds,
+        "ranges": ranges.to_dict(),
         "train_boxes": train_boxes,
         "precision": "bf16" if detector.bf16 else "fp32",
     }

@@ -5,7 +5,8 @@
 By default DATA is what the detector was finetuned on. Classes are matched by name; what the detector does not
 know is counted beside the figures. REPORT gets report.html (see docs/report.md), validation_results.txt (the
 12 COCO figures and what they leave out), metrics.json, predictions.json (COCO results with the data set's own
-ids) and pictures/ (truth beside prediction). `evaluate/compare.py` compares two such folders.
+ids), ranges.json (ranges of counts that these sheets give, for predict) and pictures/ (truth beside
+prediction). `evaluate/compare.py` compares two such folders.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import UserError
 from detection.classes import match_classes
+from detection.counting import applying, read_ranges
 from detection.detections import Detections, to_results
 from detection.draw import annotate, side_by_side, write_png
 from detection.metrics.analysis import analyse
 from detection.metrics.coco import measure
+from detection.metrics.coverage import cover
 from detection.metrics.engines import Engine, check_engine
+from detection.metrics.ranges import fit_ranges_of, tally_matches
 from detection.report.page import CHOSEN_HERE, write_report
 from schematics.coco import SPLITS, LabelledSheet, Split, find_split, losses, read_split, to_coco
 from schematics.progress import progress
@@ -48,6 +52,8 @@ class EvaluateConfig(Config):
     pictures: int = 6
     # Score from which a detection is drawn and counted; by default each class's own, the best on valid.
     threshold: float | None = setting(None, least=0, most=1)
+    # Ranges of the counts to try: ranges.json of an earlier call; by default the detector's own.
+    ranges: Path | None = None
     # Measure a model.pt whose finetuning has not signed its end: its best so far.
     unfinished: bool = False
     # Program that computes the figures: linework, or to compare with it pycocotools or hotcoco
@@ -118,13 +124,24 @@ def main(config: EvaluateConfig) -> None:
             draw(out / "pictures" / f"{n + 1:02}.png", image, sheet, shown, names)
     truth, results = to_coco(split), to_results(found, ids)
     figures, matches = measure(truth, results, engine=config.coco_engine)
-    analysis = analyse(matches, thresholds=dict(zip(ids, thresholds.tolist(), strict=True)))
+    by_id = dict(zip(ids, thresholds.tolist(), strict=True))
+    analysis = analyse(matches, thresholds=by_id)
+    scale = spec.scale if config.scale is None else config.scale
+    called = {number: spec.categories[k][1] for number, k in zip(ids, first, strict=True)}
+    fitted_here = config.threshold is None and split_name in SPLITS["valid"]
+    fitted = fit_ranges_of(matches, by_id, called, scale, fitted_here)
+    known = read_ranges(config.ranges) if config.ranges else detector.ranges
+    ranges, ranges_from = applying(known, fitted.names, analysis.thresholds, scale, config.checkpoint)
+    if ranges and not config.ranges and split_name in SPLITS["valid"]:
+        ranges_from = f"{ranges_from}; these are the very ones, so what they hold is flattered"
+    counts = tally_matches(matches, analysis.thresholds)
+    coverage = cover(ranges, counts, matches.positives) if ranges else None
     unlisted = dict[str, int]()
     for k in np.flatnonzero(matched.labels[1:] == 0).tolist():
         name = spec.categories[k][1]
         unlisted[name] = unlisted.get(name, 0) + int(counted[k])
-    known = detector.train_boxes
-    in_train = dict(zip(ids, np.array(known)[first].tolist(), strict=True)) if known else {}
+    boxes = detector.train_boxes
+    in_train = dict(zip(ids, np.array(boxes)[first].tolist(), strict=True)) if boxes else {}
     notes = notes_on(whole, matched.unknown, unlisted)
     settings = {
         "checkpoint": str(config.checkpoint),
@@ -132,7 +149,7 @@ def main(config: EvaluateConfig) -> None:
         "split": split_name,
         "window": spec.window,
         "overlap": spec.overlap,
-        "scale": spec.scale if config.scale is None else config.scale,
+        "scale": scale,
         "score_threshold": spec.score_threshold,
         "detections_per_window": spec.detections,
         "max_detections": sorted({1, 10, 100, figures.max_detections}),
@@ -151,8 +168,11 @@ def main(config: EvaluateConfig) -> None:
         "sheets": {sheet.image_id: sheet.file_name for sheet in split.sheets},
         **figures.to_dict(),
         "analysis": analysis.to_dict(),
+        "ranges": {"from": ranges_from, **(coverage.to_dict() if coverage else {})},
     }
-    summary = "\n".join([figures.table(), "", *notes, analysis.summary(), figures.details(), ""])
+    held = [ranges_from, *([coverage.summary()] if coverage else [])]
+    summary = "\n".join([figures.table(), "", *notes, analysis.summary(), *held, figures.details(), ""])
+    atomic.write_text(out / "ranges.json", json.dumps(fitted.to_dict(), indent=2) + "\n")
     atomic.write_text(out / "predictions.json", json.dumps(results))
     atomic.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     atomic.write_text(out / "validation_results.txt", summary)
@@ -166,6 +186,8 @@ def main(config: EvaluateConfig) -> None:
         notes=notes,
         in_train=in_train,
         settings=settings,
+        coverage=coverage,
+        ranges_from=ranges_from,
     )
     print(f"{summary}\nreport: {report}\nbeside it: figures, predictions and pictures")
 

@@ -39,6 +39,7 @@ ELSEWHERE = {
     "python -m simclr.pretrain --data-dir SHEETS --compile": "test_compiling.py",
     "python -m pretraining.datasets": "test_small_images.py: needs the data set",
     "python -m simclr.pretrain --data-dir cifar/train": "the same",
+    "python evaluate/coverage.py": "test_coverage.py: needs more sheets than lie here",
     "sbatch": "test_slurm_scripts.py and test_slurm_chain.py, on a real Slurm",
     "pip": "needs a package index",
     ".venv/bin/pip": "needs a package index",

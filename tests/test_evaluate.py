@@ -170,6 +170,31 @@ def test_without_data_dir_and_split_it_is_what_the_detector_was_finetuned_on(mod
         evaluate.main(evaluate.EvaluateConfig(**flags))
 
 
+def test_ranges_of_counts_are_made_tried_and_refused_in_words(model, tmp_path, capsys):
+    first = measured(model, tmp_path / "first", OTHER_IDS)
+    assert first["ranges"].keys() == {"from"} and "written before there were any" in first["ranges"]["from"]
+    made = json.loads((tmp_path / "first/ranges.json").read_text())
+    assert (made["names"], made["sheets"], sum(made["boxes"])) == (["valve", "pump"], 2, 8)
+    few = measured(model, tmp_path / "few", OTHER_IDS, ranges=tmp_path / "first/ranges.json")
+    said = "no ranges of the counts: 2 labelled sheets can't promise 90 % for a count: that takes 9"
+    assert few["ranges"]["from"] == said and said in capsys.readouterr().out
+    for part in ("found", "unfound"):
+        made[part] = [{"reach": 3.0, "sheets": 30, "pooled": False}] * 2
+    made |= {"sheets": 30, "total": {"reach": 1.0, "sheets": 30, "pooled": False}}
+    (tmp_path / "ranges.json").write_text(json.dumps(made))
+    tried = measured(model, tmp_path / "tried", OTHER_IDS, ranges=tmp_path / "ranges.json", pictures=0)[
+        "ranges"
+    ]
+    assert tried["total"]["ranges"] == 2 and tried["found"]["ranges"] + tried["not found"]["ranges"] == 4
+    assert [row["name"] for row in tried["classes"]] == ["valve", "pump"]
+    assert (
+        "90 % ranges of the counts held the true one for"
+        in (tmp_path / "tried/validation_results.txt").read_text()
+    )
+    fewer = measured(model, tmp_path / "fewer", FEWER, ranges=tmp_path / "ranges.json", pictures=0)["ranges"]
+    assert fewer["total"]["ranges"] == 0, "that of two classes says nothing of the total of one"
+
+
 def test_two_runs_are_compared_on_the_same_sheets(model, tmp_path, capsys):
     one, other = tmp_path / "one", tmp_path / "other"
     measured(model, one, OTHER_IDS)

@@ -11,6 +11,7 @@ from cluster.errors import UserError
 from detection import export, onnx_export
 from detection.detections import Detections
 from detection.inference import detect, load_detector
+from detection.metrics.ranges import Basis, Ranges
 from detection.model import Detector
 from detection.onnx_detector import OnnxDetector
 from detection.predict import PredictConfig
@@ -37,7 +38,14 @@ def save(folder, norm, seed=0):
     image = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
     target = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1])}
     detector(image, [target, target], [1, 2])
-    state = {"spec": spec.to_dict(), "model": detector.state_dict(), "thresholds": {4: 0.1, 9: 0.2}}
+    bases = (Basis(1.5, 30), Basis(2.0, 12, pooled=True))
+    ranges = Ranges(("relay", "lamp"), (0.1, 0.2), 1.0, (50, 9), 30, bases, bases, Basis(2.5, 30))
+    state = {
+        "spec": spec.to_dict(),
+        "model": detector.state_dict(),
+        "thresholds": {4: 0.1, 9: 0.2},
+        "ranges": ranges.to_dict(),
+    }
     checkpoint.write_file(folder / "model.pt", state)
     return folder / "model.pt"
 
@@ -63,7 +71,7 @@ def agrees(out, file, image):
 def test_onnxruntime_finds_what_torch_finds(grouped, noise):
     one, other = load_detector(grouped.with_name("model.pt")), load_detector(grouped)
     assert isinstance(one, Detector) and isinstance(other, OnnxDetector)
-    assert (other.spec, other.thresholds) == (one.spec, one.thresholds)
+    assert (other.spec, other.thresholds, other.ranges) == (one.spec, one.thresholds, one.ranges)
     image = np.random.default_rng(7).integers(0, 256, (200, 300), dtype=np.uint8)
     assert agrees(grouped, grouped.with_name("model.pt"), image)
     assert agrees(grouped, grouped.with_name("model.pt"), image[:100, :90])
@@ -79,7 +87,7 @@ def test_predict_takes_the_file(grouped, noise, tmp_path):
     for file in (grouped, grouped.with_name("model.pt")):
         predict(PredictConfig(checkpoint=file, out=tmp_path / file.name, sheets=(noise,), device="cpu"))
     one, other = ((tmp_path / name / "counts.csv").read_text() for name in ("detector.onnx", "model.pt"))
-    assert one == other and "relay" in one
+    assert one == other and "relay low" in one
 
 
 def test_a_file_that_disagrees_is_not_written(grouped, noise, tmp_path, monkeypatch):

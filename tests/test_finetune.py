@@ -132,7 +132,7 @@ def test_deterministic_changes_nothing_on_a_cpu(data, four_steps, tmp_path, monk
 def validate_a_share(model, folder):
     world = distributed.start("cpu")
     split = read_split(folder)
-    figures, thresholds = validate(load_detector(model), SheetReader(split, "gray"), to_coco(split), world)
+    figures, thresholds, _ = validate(load_detector(model), SheetReader(split, "gray"), to_coco(split), world)
     print(json.dumps([figures.coco, sorted(thresholds.items())]))
     distributed.stop()
 
@@ -160,10 +160,11 @@ def test_a_validation_split_with_ids_of_its_own_is_judged_as_the_same_classes(da
     _, split = read_splits(tmp_path)
     assert split.categories[0].id == 89
     detector, world = load_detector(trained / "model.pt", torch.device("cpu")), distributed.start("cpu")
-    figures, thresholds = validate(detector, SheetReader(split, "gray"), to_coco(split), world)
+    figures, thresholds, ranges = validate(detector, SheetReader(split, "gray"), to_coco(split), world)
     known = checkpoint.read(trained / "model.pt")
     assert figures.coco == pytest.approx(list(known["valid"]["coco"].values()), abs=1e-3)
     assert thresholds == pytest.approx(known["thresholds"], abs=1e-3)
+    assert ranges.names == detector.ranges.names and ranges.boxes == detector.ranges.boxes
 
 
 def test_a_resumed_run_takes_the_new_rate_says_so_and_goes_back_to_steps(data, tmp_path, capfd):

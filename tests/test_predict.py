@@ -1,6 +1,7 @@
 """Detections of windows are merged to those of the sheet: cut ones are dropped, nested ones kept."""
 
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from cluster.errors import UserError
 from detection.detections import Detections, to_results
 from detection.draw import annotate, color_of, side_by_side
 from detection.inference import detect, load_detector, merge
+from detection.metrics.ranges import Basis, Ranges
 from detection.model import Detector
 from detection.predict import PredictConfig, main, picture_name
 from schematics.coco import read_split
@@ -239,6 +241,36 @@ def test_names_of_files_may_be_long_or_not_utf_8(found_on):
     assert len(found_on()) == 3
     assert len(list((found_on.drawings / "found" / "pictures").iterdir())) == 2
     assert b"gr\xf6\xdfe.png" in (found_on.drawings / "found" / "counts.csv").read_bytes()
+
+
+def test_counts_come_with_ranges_and_without_any_it_is_said_how_to_get_them(
+    found_on, detector, tmp_path, capsys
+):
+    assert found_on()[0] == ["sheet", "relay", "lamp", "total"]
+    said = capsys.readouterr().out
+    assert "model.pt was written before there were any; `python evaluate/evaluate.py --checkpoint" in said
+    bases = (Basis(1.0, 30), Basis(2.0, 30))
+    ranges = Ranges(("relay", "lamp"), (0.0, 0.0), 1.0, (50, 9), 30, bases, bases, bases[1])
+    (tmp_path / "ranges.json").write_text(json.dumps(ranges.to_dict()))
+    head, row = found_on(overwrite=True, ranges=tmp_path / "ranges.json")
+    assert head[:5] == ["sheet", "relay", "lamp", "total", "look at"]
+    assert head[5:7] == ["total low", "total high"]
+    assert head[7:] == ["relay low", "relay high", "lamp low", "lamp high"]
+    relay, lamp, total, place, *ends = map(int, row[1:])
+    assert place == 1 and total == relay + lamp
+    for count, low, high in zip((total, relay, lamp), ends[::2], ends[1::2], strict=True):
+        assert low <= count <= high and low < high
+    said, doubt = capsys.readouterr().out, sum(ends[3::2]) - sum(ends[2::2])
+    assert "with 90 % probability, on sheets like the 30 labelled ones behind them" in said
+    assert f"the widest ranges (symbols in doubt): a.png ({doubt})" in said
+    state = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "thresholds": {4: 0.0, 9: 0.0}}
+    checkpoint.write_file(tmp_path / "model.pt", state | {"ranges": ranges.to_dict()})
+    assert found_on(overwrite=True) == [head, row], "those of the detector itself"
+    assert found_on(overwrite=True, threshold=0.3)[0] == head[:4]
+    assert "they hold at other thresholds" in capsys.readouterr().out
+    checkpoint.write_file(tmp_path / "model.pt", state | {"ranges": ranges.to_dict() | {"boxes": (1,)}})
+    with pytest.raises(UserError, match=r"model.pt: ranges are not one for each class"):
+        found_on(overwrite=True)
 
 
 @pytest.mark.parametrize("threshold", [50.0, -0.1, float("nan")])

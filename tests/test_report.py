@@ -16,6 +16,8 @@ from browser import Browser, find_chromium
 
 from detection.metrics.analysis import analyse
 from detection.metrics.coco import measure
+from detection.metrics.coverage import cover
+from detection.metrics.ranges import Basis, Ranges, tally_matches
 from detection.metrics.tide import KINDS
 from detection.report.gallery import LONGEST, choose_sheets, picture_uri
 from detection.report.page import write_report
@@ -76,8 +78,20 @@ def made(tmp_path_factory):
     figures, matches = measure(to_coco(split), detections)
     analysis = analyse(matches, thresholds=dict.fromkeys(range(1, 5), 0.5), resamples=50)
     settings = {"checkpoint": "runs/a&b/model.pt"}
+    own, shared, none = Basis(0.5, 30), Basis(1.5, 12, pooled=True), Basis()
+    bases = (own, shared, own, none, none)
+    ranges = Ranges(NAMES, (0.5,) * 5, 1.0, (60, 9, 70, 0, 0), 40, bases, bases, Basis(2.0, 40))
+    coverage = cover(ranges, tally_matches(matches, analysis.thresholds), matches.positives)
     page = write_report(
-        folder / "report.html", split, figures, analysis, title=EVIL, settings=settings, thresholds_from=GIVEN
+        folder / "report.html",
+        split,
+        figures,
+        analysis,
+        title=EVIL,
+        settings=settings,
+        thresholds_from=GIVEN,
+        coverage=coverage,
+        ranges_from="ranges of the counts, for sheets like the 40 labelled ones",
     )
     return page, figures, analysis, split
 
@@ -151,6 +165,26 @@ def test_what_was_left_out_and_what_to_label_more_of(made, tmp_path):
     advice = text.partition("Label more of these")[2].partition("\n")[0]
     assert f"{NAMES[weak]} (5 boxes in train, AP50 {analysis.class_ap50[weak].value:.2f})" in advice
     assert "capacitor" not in advice
+
+
+def test_the_page_says_what_ranges_of_counts_hold_and_which_sheets_to_look_at(made, tmp_path):
+    text = " ".join(Reader(made[0]).text.split())
+    assert "Ranges of the counts, for sheets like the 40 labelled ones." in text
+    assert (
+        "By class, on the sheets where it was found. A class on fewer than 19 labelled sheets shares" in text
+    )
+    section = text[
+        text.index("By class, on the sheets where it was found") : text.index("The worst and the best")
+    ]
+    assert "30 sheets" in section and "12 sheets, shared" in section and "no labelled symbol" in section
+    assert section.index("sheet_0.png") < section.index("sheet_4.png"), (
+        "the one with doubtful finds comes first"
+    )
+    page, figures, analysis, split = made
+    said = "no ranges of the counts: 8 labelled sheets can't promise 90 % for a count: that takes 9"
+    page = write_report(tmp_path / "none.html", split, figures, analysis, title="", ranges_from=said)
+    text = Reader(page).text
+    assert "8 labelled sheets can't promise 90 %" in text and "widest first" not in text
 
 
 def test_names_are_text(made):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from detection.metrics.bootstrap import average_precision
-from detection.metrics.counts import Counts, count, count_figures, share
+from detection.metrics.counts import Counts, count, count_figures, plain, share
 from detection.metrics.curves import Curves, Operating, best_thresholds, curves, operating
 from detection.metrics.matching import Matches
 from detection.metrics.tide import Kinds, confusion_matrix, delta_ap50, kinds_of
@@ -72,7 +72,7 @@ class Analysis:
             }
             for k, number in enumerate(ids)
         ]
-        return _plain(
+        return plain(
             {
                 "max_detections": self.matches.limit,
                 "thresholds_given": self.thresholds_given,
@@ -151,14 +151,3 @@ def _sheet_totals(matches: Matches, kept: np.ndarray) -> tuple[np.ndarray, np.nd
         np.bincount(sheet[matches.counted(kept)], minlength=sheets),
         matches.positives.sum(1),
     )
-
-
-def _plain(value: Any) -> Any:
-    """The same with numpy's numbers as Python's and NaN as None, all the way down."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and np.isnan(value) else value

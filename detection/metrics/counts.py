@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -70,3 +71,14 @@ def share(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -
     once = np.ones((1, len(numerator)), np.int64)
     draws = ratio(numerator.astype(float), denominator.astype(float), weights)
     return interval(draws, float(ratio(numerator, denominator, once)[0]))
+
+
+def plain(value: Any) -> Any:
+    """The same with numpy's numbers as Python's and NaN as None, all the way down."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and np.isnan(value) else value

@@ -56,15 +56,17 @@ def curves(matches: Matches) -> Curves:
     return Curves(matches.recalls, np.where(precision < 0, np.nan, precision), thresholds, f1)
 
 
-def best_thresholds(matches: Matches) -> np.ndarray:
+def best_thresholds(matches: Matches, sheets: np.ndarray | None = None) -> np.ndarray:
     """float64 [K]: for each class the score from which its F1 at IoU 0.5 is highest.
+
+    sheets: bool [I], those to judge by; None for all.
 
     The threshold lies half way to the next lower score, and of equal F1 the highest threshold is taken. A
     class of which nothing was found, or that has no boxes, gets the threshold that is best for all classes
     pooled.
     """
-    boxes = matches.positives.sum(0)
-    everything = [_falling(matches, label) for label in range(len(boxes))]
+    boxes = matches.positives[slice(None) if sheets is None else sheets].sum(0)
+    everything = [_falling(matches, label, sheets) for label in range(len(boxes))]
     score = np.concatenate([score for score, _ in everything])
     falling = np.argsort(-score, kind="stable")
     pooled = _best(score[falling], np.concatenate([right for _, right in everything])[falling], boxes.sum())
@@ -83,10 +85,12 @@ def operating(matches: Matches, kept: np.ndarray) -> Operating:
     )
 
 
-def _falling(matches: Matches, label: int) -> tuple[np.ndarray, np.ndarray]:
+def _falling(matches: Matches, label: int, sheets: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the detections of one class, falling, and whether each is right at IoU 0.5."""
     rows = matches.of_class(label)
     counted = ~matches.ignored[0, rows]
+    if sheets is not None:
+        counted &= sheets[matches.found.sheet[rows]]
     return matches.found.score[rows][counted], matches.match[0, rows][counted] >= 0
 
 

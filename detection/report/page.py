@@ -19,15 +19,17 @@ from markupsafe import Markup
 from cluster.atomic import write_text
 from detection.metrics.analysis import Analysis
 from detection.metrics.coco import Figures
+from detection.metrics.coverage import Coverage
 from detection.metrics.tide import KINDS, confusions
-from detection.report.gallery import choose_sheets, make_card, miscounts
+from detection.report.count_tables import range_tables, sheet_rows
+from detection.report.gallery import choose_sheets, make_card
 from schematics.coco import Split
 
 TEMPLATE, STYLE, SCRIPT = (
     Path(__file__).with_name(name) for name in ("template.html.j2", "style.css", "script.js")
 )
 FEW = 20  # boxes in training, below which a weak class is named as one to label more of
-LISTED = 200  # the table of counts has at most so many sheets, those with the largest errors
+LISTED = 200  # the tables of counts and of their ranges have at most so many sheets, the worst
 
 CHOSEN_HERE = (
     "of the highest F1 on these very sheets, so F1 and counts are flattered; judge them on another split"
@@ -55,6 +57,8 @@ def write_report(
     notes: Sequence[str] = (),
     in_train: Mapping[int, int] = {},
     settings: Mapping[str, object] = {},
+    coverage: Coverage | None = None,
+    ranges_from: str = "",
     most_sheets: int = 12,
 ) -> Path:
     """Write the page to `path`, whole or not at all, and return `path`.
@@ -64,6 +68,8 @@ def write_report(
     notes: what is not in the figures, a line each. in_train: by category id, how many boxes of it training
     had; {} where that is not known.
     settings: what a reader needs to get the same figures again, shown as given and in this order.
+    coverage: of ranges of the counts on these sheets; None where no range is known. ranges_from: what they
+    rest on, or why there are none, in words.
     most_sheets: how many sheets the gallery has, half of them the worst by F1 and half the best.
     Raises DataError for a sheet that can't be read and UserError where the file can't be written.
     """
@@ -78,6 +84,8 @@ def write_report(
     }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     rows = _class_rows(figures, analysis)
+    names = {sheet.image_id: sheet.file_name for sheet in split.sheets}
+    sheets = [names[number] for number in analysis.matches.image_ids.tolist()]
     page = template.render(
         title=title,
         style=Markup(STYLE.read_text(encoding="utf-8")),
@@ -98,7 +106,9 @@ def write_report(
         absent=[row for row in figures.classes if not row.boxes],
         charts=_curve_charts(analysis),
         confusion=_confusion_table(analysis),
-        counted=_sheet_count_rows(analysis, split),
+        counted=sheet_rows(analysis, sheets, LISTED),
+        ranges_from=ranges_from,
+        ranges=range_tables(coverage, sheets, LISTED) if coverage else None,
         cards=[make_card(split, analysis, *chosen) for chosen in choose_sheets(analysis, most_sheets)],
     )
     write_text(Path(path), page)
@@ -265,24 +275,6 @@ def _confusion_table(analysis: Analysis) -> dict[str, Any]:
             for a, b, n in confusions(matrix, 8)
         ],
     }
-
-
-def _sheet_count_rows(analysis: Analysis, split: Split) -> list[dict[str, Any]]:
-    """The LISTED sheets whose counts are furthest off, from the worst on."""
-    names = {sheet.image_id: sheet.file_name for sheet in split.sheets}
-    counts, f1 = analysis.counts, analysis.sheet_f1
-    order = np.argsort(-counts.error.sum(1), kind="stable")[:LISTED].tolist()
-    return [
-        {
-            "name": names[int(analysis.matches.image_ids[sheet])],
-            "boxes": int(counts.truth[sheet].sum()),
-            "counted": int(counts.found[sheet].sum()),
-            "off": int(counts.error[sheet].sum()),
-            "f1": f1[sheet],
-            "wrong": miscounts(analysis, sheet),
-        }
-        for sheet in order
-    ]
 
 
 def _with_decimals(places: int) -> Callable[[float | None], str]:
