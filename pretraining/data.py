@@ -81,7 +81,7 @@ class Pairs(Dataset):
             without=self.without,
         )
         views = [torch.from_numpy(np.atleast_3d(view)).permute(2, 0, 1) for view in (first, second)]
-        places = [torch.from_numpy(across(place1, place2)).float()] if self.across else []
+        places = [torch.from_numpy(across(place1, place2))] if self.across else []
         return (*views, *places)
 
     def source(self, key: Key) -> str:
