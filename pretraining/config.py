@@ -48,6 +48,12 @@ class PretrainConfig(RunConfig):
     # Widths of the projector's layers.
     projector: tuple[int, ...] = setting(least=1)
 
+    # Weight of the dense term, by which local features of two views that show the same place agree
+    # (docs/pretraining.md); 0 leaves it out.
+    dense_weight: float = setting(0.0, least=0)
+    # The dense term reads the deepest feature map whose cells are at most so many pixels of a view apart.
+    dense_stride: int = setting(16, least=1)
+
     # Passes over the pool's windows, in all.
     epochs: int = 100
     # Windows in a batch over all ranks together; the number of ranks must divide it.
@@ -125,7 +131,13 @@ class PretrainConfig(RunConfig):
     def views(self) -> dict[str, Any]:
         """The arguments of `Pairs` that flags set."""
         named = ("recipe", "seed", "strength", "orientation", "without")
-        return {"size": self.image_size, **{name: getattr(self, name) for name in named}}
+        own = {"size": self.image_size, "across": self.dense_weight > 0}
+        return {**own, **{name: getattr(self, name) for name in named}}
+
+    @property
+    def dense(self) -> tuple[int, int] | None:
+        """Stride of the dense term's map and side of a view, in px of a view; None without the term."""
+        return (self.dense_stride, self.image_size) if self.dense_weight > 0 else None
 
     @property
     def optimizing(self) -> dict[str, Any]:

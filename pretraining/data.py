@@ -9,7 +9,8 @@ from torch.utils.data import Dataset, default_collate
 
 from cluster.batches import Key
 from schematics.draws import Use, draw
-from schematics.recipes import SHARE, two_views
+from schematics.places import across
+from schematics.recipes import SHARE, placed_views
 from schematics.store import WindowStore
 
 
@@ -40,7 +41,8 @@ class Pairs(Dataset):
 
     C is 1 in a gray store, whose views become three equal channels where they are normalised: on the device,
     after a third of the copying. Else it is 3. Each window occurs once an epoch, so its views are a function
-    of (seed, epoch, sample) alone. extent, without: see `two_views`.
+    of (seed, epoch, sample) alone. extent, without: see `placed_views`. across: whether an item ends with
+    what carries a place of the first view into the second, float32 [2, 3] (see `schematics.places`).
     """
 
     def __init__(
@@ -53,16 +55,17 @@ class Pairs(Dataset):
         strength: float,
         orientation: bool,
         without: Collection[str] = (),
+        across: bool = False,
     ) -> None:
         self.store, self.recipe, self.size, self.extent, self.seed = store, recipe, size, extent, seed
-        self.strength, self.orientation, self.without = strength, orientation, without
+        self.strength, self.orientation, self.without, self.across = strength, orientation, without, across
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, ...]:
         epoch, _, sample = key
-        views = two_views(
+        (first, place1), (second, place2) = placed_views(
             self.store.window(sample),
             self.recipe,
             self.size,
@@ -77,19 +80,20 @@ class Pairs(Dataset):
             color_mode=self.store.color_mode,
             without=self.without,
         )
-        view1, view2 = (torch.from_numpy(np.atleast_3d(view)).permute(2, 0, 1) for view in views)
-        return view1, view2
+        views = [torch.from_numpy(np.atleast_3d(view)).permute(2, 0, 1) for view in (first, second)]
+        places = [torch.from_numpy(across(place1, place2))] if self.across else []
+        return (*views, *places)
 
     def source(self, key: Key) -> str:
         """File and position of the window, for error messages: "file.png @x,y"."""
         return self.store.source(key[2])
 
 
-def collate(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The pairs of a batch as two tensors, uint8 [n, C, S, S] each.
+def collate(items: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The items of a batch, a tensor each: views uint8 [n, C, S, S], and `across` [n, 2, 3] if they have it.
 
-    They lie in memory as channels_last, as the views did, so that pixels are copied in one piece and once.
+    Views lie in memory as channels_last, as they did, so that pixels are copied in one piece and once.
     """
-    upright = [tuple(view.permute(1, 2, 0) for view in pair) for pair in pairs]
-    view1, view2 = (views.permute(0, 3, 1, 2) for views in default_collate(upright))
-    return view1, view2
+    upright = [(*(view.permute(1, 2, 0) for view in item[:2]), *item[2:]) for item in items]
+    view1, view2, *rest = default_collate(upright)
+    return (view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2), *rest)

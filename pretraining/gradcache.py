@@ -23,7 +23,8 @@ class GradCache:
     running statistics move once a step, by the mean over the micro-batches. Random numbers, as of dropout,
     are the same in both passes.
 
-    encoder: two views uint8 [n, 3, S, S] -> z1, z2 [n, D], itself or wrapped by DDP.
+    encoder: two views uint8 [n, 3, S, S] -> z1, z2 [n, D], itself or wrapped by DDP; with a dense term as
+    `Encoder` says.
     size: windows of a micro-batch, a divisor of n. autocast: gives the precision of the forward pass.
     """
 
@@ -32,16 +33,16 @@ class GradCache:
         self.plain = encoder.module if isinstance(encoder, DistributedDataParallel) else encoder
         self._buffers = list(encoder.buffers())
 
-    def embed(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """z1, z2 [n, D] of two views, uint8 [n, 3, S, S]. They end the graph of a loss; then call `carry`."""
-        self._views = list(zip(view1.split(self.size), view2.split(self.size), strict=True))
+    def embed(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """What the encoder makes of a batch. It ends the graph of a loss; then call `carry`."""
+        self._views = list(zip(*(part.split(self.size) for part in batch), strict=True))
         self._draws = []
         before = [buffer.clone() for buffer in self._buffers]
         moved = [torch.zeros_like(buffer) for buffer in before]
         parts = []
         for views in self._views:
             self._set_buffers(before)
-            self._draws.append(_random_state(view1.device))
+            self._draws.append(_random_state(batch[0].device))
             # The weights that autocast rounds without a graph must not be reused with one.
             with torch.no_grad(), self.autocast():
                 parts.append(self.plain(*views))
@@ -51,7 +52,7 @@ class GradCache:
         for buffer, old, total in zip(self._buffers, before, moved, strict=True):
             buffer.copy_(old + total / len(parts))
         self._z = [torch.cat(z).requires_grad_() for z in zip(*parts, strict=True)]
-        return self._z[0], self._z[1]
+        return tuple(self._z)
 
     def carry(self) -> None:
         """Add the gradient of the weights to theirs, from the gradient that the embeddings now have.

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from cluster.distributed import all_gather
 from cluster.journal import Journal
 from cluster.training import GuardedStep
+from pretraining.dense import Loss
 from pretraining.gradcache import GradCache
 from pretraining.probe import embedding_std, pair_accuracy, rank_me
-
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def train(
     encoder: nn.Module,
     guarded: GuardedStep,
-    batches: Iterable[tuple[int, tuple[Tensor, Tensor]]],
+    batches: Iterable[tuple[int, tuple[Tensor, ...]]],
     journal: Journal,
     boundary: Callable[[int], object],
     loss: Loss,
@@ -28,15 +27,16 @@ def train(
 ) -> None:
     """Take one optimizer step for each (step, (view1, view2)) of `batches`; views are uint8 [n, C, S, S].
 
+    With a dense term a batch holds `across` [n, 2, 3] too (see `Encoder`), and the loss takes what it needs.
     boundary: called after each step with the number of steps done, to save, stop and draw the embedding.
     micro_batch: windows that go through the encoder at a time, a divisor of n; None for all n at once.
     """
     cache = None if micro_batch is None else GradCache(encoder, micro_batch, guarded.autocast)
-    for step, (view1, view2) in batches:
+    for step, (view1, view2, *across) in batches:
         with guarded.forward():
-            z1, z2 = cache.embed(view1, view2) if cache else encoder(view1, view2)
-        g1, g2 = all_gather(z1.float()), all_gather(z2.float())  # [N, D]
-        value, terms = loss(g1, g2)
+            z = (cache.embed if cache else encoder)(view1, view2, *across)
+        g1, g2, *local = (all_gather(part.float()) for part in (*z, *across))  # [N, D]
+        value, terms = loss(g1, g2, *local)
         norm = guarded.take(step, value, cache.carry if cache else None)
         if journal.main and journal.due(step):
             figures = {"accuracy": pair_accuracy(g1, g2)}

@@ -82,12 +82,14 @@ def measure_footprint(
 ) -> Footprint:
     """The footprint of a step, from what autograd keeps of two windows."""
     views = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device)
+    across = [torch.eye(2, 3, device=world.device).expand(2, 2, 3)] if encoder.dense else []
     with rehearsal(encoder, world.device, precision) as copied:
         embeddings: list[torch.Tensor] = []
-        kept = saved_bytes(lambda: embeddings.extend(copied(views, views)), copied)
+        kept = saved_bytes(lambda: embeddings.extend(copied(views, views, *across)), copied)
     weights = sum(p.nbytes for p in encoder.parameters())
     pixels = views.nbytes * batch_size // world.size  # two windows here are two views there
-    return Footprint(2 * weights + pixels + COPIES * 4 * 2 * embeddings[0][0].numel() * batch_size, kept / 2)
+    values = sum(part[0].numel() for part in embeddings)
+    return Footprint(2 * weights + pixels + COPIES * 4 * values * batch_size, kept / 2)
 
 
 def refuse_indivisible(micro_batch: int | None, share: int) -> None:

@@ -37,6 +37,7 @@ from cluster.training import (
 from pretraining.benefit import Benefit
 from pretraining.config import PretrainConfig
 from pretraining.data import Pairs, collate, describe_views, epoch_order, spread
+from pretraining.dense import describe_dense
 from pretraining.encoder import Encoder
 from pretraining.features import embed, square
 from pretraining.loop import train
@@ -144,6 +145,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
     world = distributed.start(**config.joining)
     torch.backends.cudnn.benchmark = not config.deterministic  # views have one size
     refuse_small_batch(config.batch_size, method.joint, world)
+    loss = method.whole_loss(config.dense_weight)
     new = not (config.exp_dir / "config.json").exists()
     config = configuration.recorded(config, config.exp_dir, world.device.type, *DECIDED)
     config = replace(config, arch=with_stem(config.arch, config.stem, config.init))
@@ -163,7 +165,9 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         statistics = config.statistics or ("init" if config.init and new else "batch")
         config = replace(config, arch=beginning.arch, statistics=statistics)
         kept = statistics == "init"
-        encoder = build_encoder(beginning, config.projector, method, store, world, config.seed, kept)
+        encoder = build_encoder(
+            beginning, config.projector, method, store, world, config.seed, kept, config.dense
+        )
         precision, in_words = settle(config.precision, world, encoder)
         chosen, by = choose_optimizer(encoder.backbone, config.optimizer, config.weight_decay)
         config = replace(config, precision=precision, **chosen)
@@ -180,7 +184,7 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
             encoder, config.image_size, config.batch_size, config.micro_batch, new, config.precision, world
         )
         config = replace(config, micro_batch=fit.micro_batch)
-        loop = partial(train, loss=method.loss, micro_batch=fit.at_once)
+        loop = partial(train, loss=loss, micro_batch=fit.at_once)
         if config.seconds or (config.dry_run and fit.fits):
             with run.allow(TIMING) if run else contextlib.nullcontext():
                 seconds = seconds_per_step(loop, encoder, build, batches, world, config.precision, compiled)
@@ -195,6 +199,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         if world.main:
             print(describe(beginning.arch, config.batch_size, encoder, store, schedule, world))
             print(describe_views(config.recipe, config.image_size, extent, config.without))
+            if encoder.dense:
+                print(describe_dense(encoder.dense, config.dense_weight))
             print(f"{by}\n{in_words}", flush=True)
         if not run:
             return
@@ -230,6 +236,8 @@ def pretrain(config: PretrainConfig, method: Method) -> None:
         if world.main:
             about = {"arch": beginning.arch, "method": method.name, "image_size": config.image_size}
             about |= {"step": total, **beginning.origin, "judged": asdict(judged)}
+            if config.dense:
+                about |= {"dense_weight": config.dense_weight, "dense_stride": config.dense_stride}
             export(config.exp_dir / BACKBONE, encoder, store, about, *beginning.colors(store))
         run.finish(total, training.state, [BACKBONE], judged.told)
         if world.main:
@@ -272,6 +280,6 @@ def gallery(store: WindowStore, size: int, chosen: list[int]) -> Tensor:
 
 def views(pairs: Pairs, count: int = 8) -> np.ndarray:
     """A picture of the views of some windows in the first epoch, a column each: uint8 [2 S, count * S, 3]."""
-    columns = [torch.cat(pairs[0, 0, i], 1) for i in spread(len(pairs), count)]
+    columns = [torch.cat(pairs[0, 0, i][:2], 1) for i in spread(len(pairs), count)]
     picture = torch.cat(columns, 2)
     return picture.expand(3, *picture.shape[1:]).permute(1, 2, 0).numpy()

@@ -14,8 +14,8 @@ from cluster.backbone import SMALL, Normalise, build_backbone, read_backbone, wr
 from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
+from pretraining.dense import WIDTHS, DenseHead, DenseLoss, Loss, choose_map, with_dense
 from pretraining.encoder import Encoder, build_projector, keep_statistics
-from pretraining.loop import Loss
 from pretraining.schedule import (
     ADAMW_KEPT_LR,
     ADAMW_LR,
@@ -35,7 +35,8 @@ class Method:
 
     base_lr: the published learning rate per 256 windows, as a function of global batch size and length in
     epochs. joint: whether both views go through the network as one batch (see Encoder). last_norm: whether a
-    BatchNorm follows the projector's last layer.
+    BatchNorm follows the projector's last layer. dense: the loss of local vectors (see `with_dense`), None if
+    the method has none.
     """
 
     name: str
@@ -43,6 +44,15 @@ class Method:
     joint: bool
     last_norm: bool
     base_lr: Callable[[int, float], float]
+    dense: DenseLoss | None = None
+
+    def whole_loss(self, dense_weight: float) -> Loss:
+        """The loss, with the dense term if it has a weight. Raises UserError if the method has none."""
+        if dense_weight == 0:
+            return self.loss
+        if self.dense is None:
+            raise UserError(f"--dense-weight {dense_weight:g}: {self.name} has no dense term; leave it out")
+        return with_dense(self.loss, self.dense, dense_weight)
 
 
 @dataclass(frozen=True)
@@ -182,10 +192,12 @@ def build_encoder(
     world: World,
     seed: int,
     kept_statistics: bool,
+    dense: tuple[int, int] | None,
 ) -> Encoder:
     """The network on this rank's device, equal on all ranks. Raises UserError if its arch does not exist.
 
-    kept_statistics: see `keep_statistics`.
+    kept_statistics: see `keep_statistics`. dense: stride and side of a view in px for the dense term, or
+    None; the other weights are the same with and without it.
 
     Weights that it begins from go on to see images by the mean and std that they were trained with, so their
     features are at the first step what they were; a network with random weights sees the pool's.
@@ -197,6 +209,10 @@ def build_encoder(
     widths = [int(backbone.num_features), *projector]
     normalise = Normalise(*beginning.colors(store), torch.channels_last)
     encoder = Encoder(normalise, backbone, build_projector(widths, method.last_norm), method.joint)
+    if dense:
+        stride, size = dense
+        stage, channels, cells = choose_map(backbone, beginning.arch, size, stride)
+        encoder.dense = DenseHead(stage, cells, build_projector([channels, *WIDTHS], method.last_norm))
     if world.size > 1 and world.device.type == "cuda":
         encoder = convert_sync_batchnorm(encoder)
     if kept_statistics:

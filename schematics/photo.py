@@ -22,6 +22,7 @@ from schematics.pixels import (
     resize,
     solarize,
 )
+from schematics.places import Place
 from schematics.sheets import to_color
 from schematics.windows import Image
 
@@ -57,11 +58,17 @@ def photo_view(
     strength: float,
     photo: Photo,
     without: Collection[str],
-) -> Image:
-    """A view of the image, gray [size, size] or RGB [size, size, 3]. The others: see `recipes.two_views`."""
+) -> tuple[Image, Place]:
+    """A view of the image, gray [size, size] or RGB [size, size, 3], and where it lies there.
+
+    The others: see `recipes.placed_views`.
+    """
     x, y, w, h = random_resized_crop(image.shape[1], image.shape[0], rng)
-    image = resize(image if "crop" in without else image[y : y + h, x : x + w], size)
-    if rng.random() < 0.5 and "mirror" not in without:
+    if "crop" in without:
+        x, y, w, h = 0, 0, image.shape[1], image.shape[0]
+    image = resize(image[y : y + h, x : x + w], size)
+    mirrored = rng.random() < 0.5 and "mirror" not in without
+    if mirrored:
         image = cv2.flip(image, 1)
     if rng.random() < 0.8:
         jittered = _color_jitter(image, rng, strength, photo)
@@ -73,7 +80,7 @@ def photo_view(
         image = image if "blur" in without else blur(image, sigma)
     if rng.random() < photo.solarize and "solarize" not in without:
         image = solarize(image)
-    return image
+    return image, Place(x, y, w, h, mirrored=mirrored)
 
 
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Iterable
 from functools import cache
 from statistics import NormalDist
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from schematics.draws import Use, draw
 from schematics.photo import PHOTO, photo_view
 from schematics.pixels import invert, jpeg, resize, smooth, turned
+from schematics.places import Place
 from schematics.sheets import to_color
 from schematics.windows import INK_TOLERANCE, Color, Image, ink_mask, nearby_paper, paper_color
 
@@ -38,7 +40,13 @@ def other_parts(recipe: str, without: Iterable[str]) -> str:
     return f"--without {wrong[0]}: the recipe {recipe} has {', '.join(PARTS[recipe])}" if wrong else ""
 
 
-def two_views(
+def two_views(*window_and_numbers: Any, **flags: Any) -> tuple[Image, Image]:
+    """The images alone of `placed_views`, which takes the same arguments."""
+    (first, _), (second, _) = placed_views(*window_and_numbers, **flags)
+    return first, second
+
+
+def placed_views(
     window: Image,
     recipe: str,
     size: int,
@@ -52,8 +60,8 @@ def two_views(
     paper: Color | None = None,
     color_mode: str = "rgb",
     without: Collection[str] = (),
-) -> tuple[Image, Image]:
-    """Two views, uint8 RGB [size, size, 3] each, of a window uint8 [H, W] or [H, W, 3].
+) -> tuple[tuple[Image, Place], tuple[Image, Place]]:
+    """Two views, uint8 RGB [size, size, 3] each, of a window uint8 [H, W] or [H, W, 3], and where they lie.
 
     recipe: one of RECIPES. size: side of a view, px. strength: multiplies the ranges of the color jitter.
     orientation: whether `drawing` mirrors and makes quarter turns too, which erases classes that are told
@@ -69,17 +77,18 @@ def two_views(
         raise ValueError(wrong)
     if recipe == "drawing":
         extent = extent or default_extent(size, None)
-        first, second = _drawing_pair(
+        placed = _drawing_pair(
             window, size, seed, epoch, sample, strength, orientation, extent, tolerance, paper, without
         )
     elif recipe in PHOTO:
-        first, second = (
+        placed = [
             photo_view(window, size, draw(Use.VIEWS, seed, epoch, sample, view), strength, photo, without)
             for view, photo in enumerate(PHOTO[recipe])
-        )
+        ]
     else:
         raise ValueError(f"recipe {recipe!r} is none of {', '.join(RECIPES)}")
-    return to_color(first, color_mode), to_color(second, color_mode)
+    (first, place1), (second, place2) = placed
+    return (to_color(first, color_mode), place1), (to_color(second, color_mode), place2)
 
 
 # The region that both views show has this many times a view's side where lines are 2 px wide: they stay more
@@ -114,7 +123,7 @@ def _drawing_pair(
     tolerance: int | None,
     paper: Color | None,
     without: Collection[str],
-) -> list[Image]:
+) -> list[tuple[Image, Place]]:
     """Both views show the same region around ink, whose sides are at most `extent` px."""
     if paper is None or tolerance is not None:  # a window of an uneven sheet has a color of its own
         paper = paper_color(window)
@@ -124,7 +133,7 @@ def _drawing_pair(
     rng = draw(Use.VIEWS, seed, epoch, sample, PAIR)
     x, y = _around_ink(window, paper if nearby is None else nearby, tolerance, width, height, rng)
     here = np.s_[y : y + height, x : x + width]
-    return [
+    placed = [
         _drawing_view(
             window[here],
             paper,
@@ -138,6 +147,7 @@ def _drawing_pair(
         )
         for view in (0, 1)
     ]
+    return [(view, place.moved(x, y)) for view, place in placed]
 
 
 def _around_ink(
@@ -178,11 +188,13 @@ def _drawing_view(
     strength: float,
     orientation: bool,
     without: Collection[str],
-) -> Image:
-    image = resize(_crop(region, paper, nearby, tolerance, rng, without), size)
+) -> tuple[Image, Place]:
+    crop, place = _crop(region, paper, nearby, tolerance, rng, without)
+    image = resize(crop, size)
     if orientation:
-        image = np.rot90(image, int(rng.integers(4)))
-        image = np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image)
+        place = place._replace(quarters=int(rng.integers(4)), mirrored=rng.random() < 0.5)
+        image = np.rot90(image, place.quarters)
+        image = np.ascontiguousarray(image[:, ::-1] if place.mirrored else image)
     image = _wear(image, paper, rng, without)
     image = _tone(image, paper, rng, strength, without)
     if rng.random() < 0.3:
@@ -191,7 +203,7 @@ def _drawing_view(
     if rng.random() < 0.2:
         quality = int(rng.integers(30, 91))
         image = image if "jpeg" in without else jpeg(image, quality)
-    return image
+    return image, place
 
 
 def _crop(
@@ -201,7 +213,7 @@ def _crop(
     tolerance: int,
     rng: np.random.Generator,
     without: Collection[str],
-) -> Image:
+) -> tuple[Image, Place]:
     """Cut a crop around ink out of the region, four times in ten turned and sheared by a few degrees."""
     height, width = region.shape[:2]
     share, ratio = rng.uniform(*SHARE), math.exp(rng.uniform(-RATIO, RATIO))
@@ -210,16 +222,17 @@ def _crop(
     x, y = _around_ink(region, nearby, tolerance, w, h, rng)
     if "crop" in without:
         x, y, w, h = 0, 0, width, height
+    crop, place = region[y : y + h, x : x + w], Place(x, y, w, h)
     if rng.random() < 0.6:
-        return region[y : y + h, x : x + w]
+        return crop, place
     # The crop is turned before it is shrunk, since interpolation costs a thin line less at this resolution.
     angle, shear = math.radians(rng.uniform(-4, 4)), rng.uniform(-0.06, 0.06)
     if "turn" in without:
-        return region[y : y + h, x : x + w]
+        return crop, place
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, -sin], [sin, cos]]) @ [[1, shear], [0, 1]]
     shift = np.array([x, y]) + (np.eye(2) - turn) @ [w / 2, h / 2]
-    return turned(region, np.column_stack([turn, shift]), w, h, paper)
+    return turned(region, np.column_stack([turn, shift]), w, h, paper), place._replace(turn=turn)
 
 
 SQUARE = np.ones((2, 2), np.uint8)

@@ -2,10 +2,13 @@
 
     python -m schematics.views SHEETS OUT.png [--recipe drawing] [--image-size 224] [--view PX] [--window 512]
     python -m schematics.views --exp-dir RUN OUT.png
+    python -m schematics.views SHEETS OUT.png --matches 12
 
 Each row shows a window beside pairs of its views. Of SHEETS, a folder of drawings or a packed store, there is
 a row for each recipe: `drawing`, `simclr` and `vicreg`, which docs/views.md explains. With --exp-dir it is
-the run's own windows with the very views that its first epochs show it; other flags are then the run's.
+the run's own windows with the very views that its first epochs show it; other flags are then the run's. With
+--matches both views of a pair have rings of one color where they show the same ink: what --dense-weight goes
+by.
 
 On two x86-64 cores the default of 3 sheets and 4 pairs takes 0.5 s.
 """
@@ -22,12 +25,14 @@ import numpy as np
 
 from schematics.command import Parser, run
 from schematics.pixels import resize
-from schematics.recipes import RECIPES, default_extent, other_parts, two_views
+from schematics.places import Place, across
+from schematics.recipes import RECIPES, default_extent, other_parts, placed_views
 from schematics.sheets import DataError, find_sheets, read_sheet, to_color, write_png
 from schematics.store import WindowStore
-from schematics.windows import Color, Image, cut, ink_windows, paper_color, uneven_paper
+from schematics.windows import Color, Image, cut, ink_mask, ink_windows, paper_color, uneven_paper
 
 MIN_INK = 0.002  # share of a window's pixels, as in a store
+RING = 4  # px, radius
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,18 @@ class Sample:
 
 
 def contact_sheet(
-    samples: Sequence[Sample], recipes: Sequence[str], pairs: int, flags: dict[str, Any]
+    samples: Sequence[Sample], recipes: Sequence[str], pairs: int, matches: int, flags: dict[str, Any]
 ) -> Image:
     """An RGB picture with a row a window and recipe: the window itself, then `pairs` pairs of views.
 
-    flags: the arguments of `two_views` that all views share.
+    matches: rings at most that are drawn in a view. flags: the arguments of `placed_views` that all share.
     """
     rows = []
     for sample in samples:
         for recipe in recipes:
             cells = [to_color(resize(sample.window, flags["size"]), "rgb")]
             for epoch in range(pairs):
-                cells += two_views(
+                (first, place1), (second, place2) = placed_views(
                     sample.window,
                     recipe,
                     epoch=epoch,
@@ -64,10 +69,35 @@ def contact_sheet(
                     tolerance=sample.tolerance,
                     **flags,
                 )
+                if matches:
+                    ring_matches(first, second, place1, place2, matches)
+                cells += [first, second]
             rows.append(
                 cv2.copyMakeBorder(np.hstack(cells), 0, 2, 0, 0, cv2.BORDER_CONSTANT, value=(255, 80, 0))
             )
     return np.vstack(rows)
+
+
+def ring_matches(first: Image, second: Image, place1: Place, place2: Place, most: int) -> None:
+    """Draw rings of one color in both views, uint8 RGB [S, S, 3], where they show the same ink.
+
+    The ink is that of the first view, as far as the second shows it: `most` pixels, far from one another.
+    """
+    side, matrix = len(first), across(place1, place2)
+    y, x = np.nonzero(ink_mask(first))
+    points = np.column_stack([x + 0.5, y + 0.5]) * 2 / side - 1  # [N, 2], (u, v)
+    there = points @ matrix[:, :2].T + matrix[:, 2]
+    both = (np.abs(there) < 1).all(axis=1)
+    points, there = points[both], there[both]
+    apart = np.full(len(points), np.inf)
+    for k in range(min(most, len(points))):
+        chosen = int(apart.argmax())  # the pixel that is furthest from all that have a ring
+        apart = np.minimum(apart, np.linalg.norm(points - points[chosen], axis=1))
+        hue = np.array([[[180 * k // most, 255, 230]]], np.uint8)
+        color = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
+        for view, at in ((first, points[chosen]), (second, there[chosen])):
+            middle = ((at + 1) * side / 2 - 0.5).round().astype(int).tolist()
+            cv2.circle(view, middle, RING, color, 1, cv2.LINE_AA)
 
 
 def of_store(store: WindowStore, most: int) -> list[Sample]:
@@ -109,8 +139,10 @@ def of_run(exp_dir: Path) -> tuple[WindowStore, dict[str, Any]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    if min(args.most, args.pairs, args.window, args.image_size, args.view or 1) < 1:
-        raise DataError("--most, --pairs, --window, --image-size and --view must each be at least 1")
+    if min(args.most, args.pairs, args.window, args.image_size, args.view or 1, args.matches + 1) < 1:
+        raise DataError(
+            "--most, --pairs, --window, --image-size and --view must each be at least 1, --matches 0"
+        )
     flags, recipes, line = vars(args), [args.recipe] if args.recipe else RECIPES, None
     if args.exp_dir:
         store, flags = of_run(args.exp_dir)
@@ -129,7 +161,8 @@ def main(args: argparse.Namespace) -> None:
     for wrong in (other_parts(recipe, shared["without"]) for recipe in recipes):
         if wrong:
             raise DataError(wrong)
-    picture = contact_sheet(samples, recipes, args.pairs, {"size": size, "extent": extent, **shared})
+    sized = {"size": size, "extent": extent, **shared}
+    picture = contact_sheet(samples, recipes, args.pairs, args.matches, sized)
     write_png(args.out, picture)
     print(
         f"{args.out}: the window on the left, then pairs of views; from top to bottom of each group"
@@ -154,6 +187,12 @@ if __name__ == "__main__":
         type=int,
         default=4,
         help="Number of pairs of views to show a recipe (default %(default)s).",
+    )
+    parser.add_argument(
+        "--matches",
+        type=int,
+        default=0,
+        help="Number of places to ring in both views of a pair (default %(default)s).",
     )
     parser.add_argument("--recipe", choices=RECIPES, help="The only recipe to show (default: all of them).")
     parser.add_argument(

@@ -42,6 +42,37 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> tuple[Tensor, d
         return _CrossEntropy.apply(z, temperature), {}
 
 
+def dense_nt_xent(a: Tensor, b: Tensor, seen: Tensor, temperature: float = 0.1) -> Tensor:
+    """The loss of local vectors, equation (2) of DenseCL (arXiv 2011.09157), mean over views and places.
+
+    Row k of window i of `a` and of `b` is the same place in its two views. As in DenseCL the negatives of a
+    place are the other windows, each by the mean of its vectors in the other view. Other places of the same
+    window are none: symbols repeat on a drawing, and blank paper is blank everywhere. The loss needs the
+    global batch: gather the rows of all ranks first. Memory grows with N^2 K.
+
+    Args:
+        a, b: local projections, each [N, K, D], any float type.
+        seen: bool [N, K], the places that both views show; the others count for nothing.
+        temperature: tau, in units of cosine similarity.
+
+    Returns:
+        The scalar loss in float32; 0 if no place is seen. If all vectors are equal and each window has a
+        place that is seen, it is log(N).
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = F.normalize(a.float(), dim=2), F.normalize(b.float(), dim=2)
+        positive = (a * b).sum(dim=2) / temperature  # [N, K]
+        itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
+        no_negative = (itself | ~seen.any(dim=1))[:, None]  # [N, 1, N]
+        lse = []
+        for anchors, others in ((a, b), (b, a)):
+            windows = F.normalize((others * seen[..., None]).sum(dim=1), dim=1)  # [N, D]
+            negatives = (anchors @ windows.T / temperature).masked_fill(no_negative, float("-inf"))
+            lse.append(torch.cat([positive[..., None], negatives], dim=2).logsumexp(dim=2))  # [N, K]
+        loss = (lse[0] + lse[1]) / 2 - positive
+        return (loss * seen).sum() / seen.sum().clamp(min=1)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """The mean over anchors i of logsumexp_j(s_ij) - s_ip, for rows of length 1: z [2N, D] -> [].
 

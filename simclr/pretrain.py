@@ -43,10 +43,13 @@ def base_lr(batch_size: int, epochs: float) -> float:
 def main(config: SimCLRConfig) -> None:
     # Imported here, so that --help and wrong flags are answered before torch is loaded.
     from pretraining.stage import Method, pretrain
-    from simclr.loss import nt_xent
+    from simclr.loss import dense_nt_xent, nt_xent
 
     loss = partial(nt_xent, temperature=config.temperature)
-    pretrain(config, Method(name="simclr", loss=loss, joint=True, last_norm=True, base_lr=base_lr))
+    dense = partial(dense_nt_xent, temperature=config.temperature)
+    pretrain(
+        config, Method(name="simclr", loss=loss, joint=True, last_norm=True, base_lr=base_lr, dense=dense)
+    )
 
 
 if __name__ == "__main__":

@@ -85,9 +85,9 @@ def one_view(recipe, sample, without):
     """A view, and the next number of its generator."""
     rng, region, paper = draw(Use.VIEWS, 0, 0, sample, 1), COLORED, (255, 255, 255)
     if recipe == "drawing":
-        view = recipes._drawing_view(region, paper, paper, 40, 48, rng, 1.0, False, without)
+        view, _ = recipes._drawing_view(region, paper, paper, 40, 48, rng, 1.0, False, without)
     else:
-        view = photo.photo_view(region, 48, rng, 1.0, photo.PHOTO[recipe][1], without)
+        view, _ = photo.photo_view(region, 48, rng, 1.0, photo.PHOTO[recipe][1], without)
     return to_color(view, "rgb"), rng.integers(2**63)
 
 

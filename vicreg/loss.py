@@ -60,6 +60,34 @@ def vicreg_loss(
     return loss, {"invariance": invariance.detach(), "variance": std.detach(), "covariance": cov.detach()}
 
 
+def dense_vicreg(
+    a: Tensor,
+    b: Tensor,
+    seen: Tensor,
+    sim_coeff: float = 25.0,
+    std_coeff: float = 25.0,
+    cov_coeff: float = 1.0,
+) -> Tensor:
+    """VICReg of matched local vectors, the location-based loss of VICRegL (arXiv 2210.01571, section 3.2).
+
+    VICRegL takes variance and covariance over the batch, for each place of a map by itself. Here they are
+    over all places that are seen, whose number varies from window to window. The loss needs the global batch:
+    gather the rows of all ranks first.
+
+    Args:
+        a, b: local embeddings, each [N, K, D], any float type; row k of window i is the same place in both.
+        seen: bool [N, K], the places that both views show; the others count for nothing.
+        sim_coeff, std_coeff, cov_coeff: as in `vicreg_loss`.
+
+    Returns:
+        The scalar loss in float32; 0 if fewer than two places are seen, which leaves no variance.
+    """
+    a, b = a[seen].float(), b[seen].float()  # [M, D]
+    if len(a) < 2:
+        return 0 * (a.sum() + b.sum())
+    return vicreg_loss(a, b, sim_coeff, std_coeff, cov_coeff)[0]
+
+
 class _Moments(torch.autograd.Function):
     """`moments`, block by block of the longer side of z, so that no second copy of z is made.
 

@@ -53,12 +53,13 @@ def base_lr(batch_size: int, epochs: float) -> float:
 def main(config: VICRegConfig) -> None:
     # Imported here, so that --help and wrong flags are answered before torch is loaded.
     from pretraining.stage import Method, pretrain
-    from vicreg.loss import vicreg_loss
+    from vicreg.loss import dense_vicreg, vicreg_loss
 
-    loss = partial(
-        vicreg_loss, sim_coeff=config.sim_coeff, std_coeff=config.std_coeff, cov_coeff=config.cov_coeff
+    coefficients = {name: getattr(config, name) for name in ("sim_coeff", "std_coeff", "cov_coeff")}
+    loss, dense = partial(vicreg_loss, **coefficients), partial(dense_vicreg, **coefficients)
+    pretrain(
+        config, Method(name="vicreg", loss=loss, joint=False, last_norm=False, base_lr=base_lr, dense=dense)
     )
-    pretrain(config, Method(name="vicreg", loss=loss, joint=False, last_norm=False, base_lr=base_lr))
 
 
 if __name__ == "__main__":
