@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,8 +153,12 @@ def _meet_in(folder: Path, me: Place, timeout: float) -> Store:
         atomic.make_folder(folder)
         door = _listen(me)
         host, port = door.getsockname()[:2]
-        limit = timedelta(seconds=timeout)
-        store = TCPStore(host, port, me.size, True, limit, False, master_listen_fd=door.detach())
+        serve = partial(TCPStore, host, port, me.size, True, timedelta(seconds=timeout), False)
+        listening = door.detach()
+        try:
+            store = serve(master_listen_fd=listening)
+        except NotImplementedError:  # torch 2.6 takes an open socket in its older store alone
+            store = serve(master_listen_fd=listening, use_libuv=False)
         token = uuid.uuid4().hex
         store.set("token", token)
         atomic.write_text(note, json.dumps({"hosts": [host], "port": port, "token": token}))
