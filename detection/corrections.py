@@ -166,7 +166,7 @@ def _labelled(folder: Path) -> list[tuple[str, Marked]]:
         names = [category.name for category in split.categories]
         for sheet in split.sheets:
             labels = [names[label - 1] for label in sheet.labels]
-            sheets.append((sheet.file_name, Marked((sheet.width, sheet.height), sheet.boxes, labels)))
+            sheets.append((sheet.file.name, Marked((sheet.width, sheet.height), sheet.boxes, labels)))
     return sheets
 
 

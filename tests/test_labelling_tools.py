@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import unicodedata
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from label_studio_converter import Converter
 from label_studio_converter.imports.coco import convert_coco_to_ls
 from label_studio_converter.imports.yolo import convert_yolo_to_ls
-from labelled_sources import boxes_of
+from labelled_sources import boxes_of, sheet
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -21,6 +22,7 @@ from schematics.formats.source import read_xml
 from schematics.labelling import TOOLS, Box, Labelled, lay_out, tool_names
 from schematics.sheets import DataError, Sheet, read_sheet, sheet_size
 
+GIVEN = Path(__file__).parent / "cases/datumaro/given.json"
 NAMES = ("valve, gate", "pump/left", "Öl – 3 µm", 'a "b" & <c>', "NO")
 SIZES = {"a b#1.png": (1234, 777), "sub/a_b_1.jpg": (640, 481), "bare.png": (50, 40)}
 WANT = ("a_b_1.png", "a_b_1-2.jpg", "bare.png", "plan_page_2.png")  # their names in the tools
@@ -36,15 +38,15 @@ def laid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pages = [Image.new("L", (300, 200), tone) for tone in (255, 200)]
     pages[0].save(folder / "plan.pdf", save_all=True, append_images=pages[1:], resolution=100)
     sheets = []
-    for sheet in (*(Sheet(folder / name) for name in SIZES), Sheet(folder / "plan.pdf", 2)):
-        width, height = sheet_size(sheet)
+    for drawing in (*(Sheet(folder / name) for name in SIZES), Sheet(folder / "plan.pdf", 2)):
+        width, height = sheet_size(drawing)
         drawn = [(*(rng.random(2) * [width, height] * 0.8), *(rng.random(2) * 30 + 3)) for _ in range(10)]
         boxes = [Box(NAMES[k % 5], *sides, {"score": 0.05 + k / 20}) for k, sides in enumerate(drawn)]
-        if sheet.path.name == "bare.png":
+        if drawing.path.name == "bare.png":
             boxes = []
-        elif sheet.page:
+        elif drawing.page:
             boxes += [Box("NO", -5, -6, 20, 20), Box("NO", width - 7, 9, 90.5, 20), Box("NO", -50, 9, 20, 20)]
-        sheets.append(Labelled(sheet, "train", (width, height), boxes))
+        sheets.append(Labelled(drawing, "train", (width, height), boxes))
     lay_out(folder, list(TOOLS), sheets, dict(enumerate(NAMES, start=1)), "detector/model.pt")
     return folder
 
@@ -65,9 +67,9 @@ def want(laid: Path) -> dict[str, list[tuple]]:
 
 
 def agrees(folder: Path, want: dict[str, list[tuple]]) -> None:
-    """Whether a folder with one split has the same sheets, classes and, within 0.01 px, boxes."""
-    [split] = boxes_of(folder).values()
-    found = {Path(name).name: boxes for name, boxes in split.items()}
+    """Whether the splits in a folder hold the same sheets, classes and, within 0.01 px, boxes."""
+    splits = boxes_of(folder).values()
+    found = {Path(name).name: boxes for split in splits for name, boxes in split.items()}
     assert set(found) == set(want)
     for name, boxes in want.items():
         assert [box[0] for box in sorted(found[name])] == [box[0] for box in sorted(boxes)]
@@ -153,6 +155,18 @@ def test_pycocotools_takes_our_coco_and_we_take_our_own_yolo_and_cvat(laid, want
     assert listed == list(NAMES)
 
 
+@pytest.mark.parametrize("form", ["cvat", "yolo", "coco_instances"])
+def test_what_datumaro_made_of_our_xml_for_cvat_comes_back(tmp_path, form):
+    """CVAT imports and exports by Datumaro: 0.5.0's files, frozen by `python tests/tools/round_trip.py`."""
+    want = {name: [tuple(box) for box in boxes] for name, boxes in json.loads(GIVEN.read_text()).items()}
+    shutil.copytree(GIVEN.parent / form, tmp_path / "tool/export")
+    place = {"cvat": "images", "yolo": "obj_annotations_data", "coco_instances": "images/annotations"}[form]
+    for name, size in zip(want, ((1234, 777), (640, 481), (50, 40)), strict=True):
+        sheet(tmp_path / "tool/export" / place / name, size)
+    convert(tmp_path / "tool/export", tmp_path / "out", test=0.4 if form == "coco_instances" else 0)
+    agrees(tmp_path / "out", want)
+
+
 def test_sheets_are_what_we_see_under_names_that_no_tool_changes(laid):
     page = read_sheet(laid / "cvat/images/plan_page_2.png")
     assert page.shape == (400, 600) and page[9, 9] == 200, "page 2, at 200 dpi"
@@ -167,8 +181,8 @@ def test_a_turned_photograph_is_turned_before_a_tool_sees_it(laid, tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "photo.jpg", exif=exif)
-    sheet = Labelled(Sheet(tmp_path / "photo.jpg"), "train", (20, 40), [Box("a", 1, 30, 9, 9)])
-    lay_out(tmp_path, ["coco"], [sheet], {1: "a"})
+    photo = Labelled(Sheet(tmp_path / "photo.jpg"), "train", (20, 40), [Box("a", 1, 30, 9, 9)])
+    lay_out(tmp_path, ["coco"], [photo], {1: "a"})
     assert Image.open(tmp_path / "coco/photo.png").size == (20, 40)
 
 

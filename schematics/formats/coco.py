@@ -102,5 +102,7 @@ def write(folder: Path, sheets: Sequence[Labelled], names: Mapping[int, str], mo
         for box in sheet.boxes:
             bbox = [box.x, box.y, box.width, box.height]
             category = next(number for number, name in names.items() if name == box.name)
-            annotations.append({**box.columns, "image_id": number, "category_id": category, "bbox": bbox})
+            row = {"image_id": number, "category_id": category, "bbox": bbox}
+            # Datumaro, by which CVAT imports COCO, refuses rows without a segmentation.
+            annotations.append({**box.columns, "segmentation": [], **row})
     write_split(folder, images, [Category(number, name) for number, name in names.items()], annotations)
