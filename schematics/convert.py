@@ -3,10 +3,10 @@
     python -m schematics.convert SRC OUT                          SRC's own splits are kept
     python -m schematics.convert SRC OUT --valid 0.2 --test 0.1   what SRC lacks is drawn from its train split
 
-SRC is Pascal VOC, YOLO, labelme, CVAT's xml, a csv table or, for splits to be drawn, COCO. The result is
-OUT/train, OUT/valid and OUT/test, each with copies of its sheets and _annotations.coco.json. SRC is only
-read, and OUT appears whole or not at all. What is left out or changed is counted on stdout. The next command
-is schematics.check on OUT.
+SRC is Pascal VOC, YOLO, labelme, CVAT's xml, Label Studio's json, a csv table or, for splits to be drawn,
+COCO. The result is OUT/train, OUT/valid and OUT/test, each with copies of its sheets and
+_annotations.coco.json. SRC is only read, and OUT appears whole or not at all. What is left out or changed is
+counted on stdout. The next command is schematics.check on OUT.
 """
 
 import argparse
@@ -20,13 +20,21 @@ from pathlib import Path
 from schematics.coco import Category, write_split
 from schematics.command import Parser, run
 from schematics.folders import refuse_existing, whole_folder
-from schematics.formats import coco, cvat, labelme, table, voc, yolo
+from schematics.formats import coco, cvat, label_studio, labelme, table, voc, yolo
 from schematics.formats.source import Labelled, Tree
 from schematics.rows import Tally
 from schematics.sheets import DataError
 from schematics.splits import draw
 
-FORMATS = {"voc": voc, "yolo": yolo, "labelme": labelme, "cvat": cvat, "csv": table, "coco": coco}
+FORMATS = {
+    "voc": voc,
+    "yolo": yolo,
+    "labelme": labelme,
+    "cvat": cvat,
+    "label-studio": label_studio,
+    "csv": table,
+    "coco": coco,
+}
 
 
 def convert(
@@ -73,8 +81,8 @@ def _tool(tree: Tree, wanted: str | None) -> str:
     if not found:
         raise DataError(
             f"{tree.root}: neither VOC or CVAT (xml files), YOLO (data.yaml or classes.txt with class names),"
-            " labelme (json files), a csv table (with columns filename, class, xmin, ymin, xmax, ymax) nor"
-            " COCO; give the folder that holds sheets and labels"
+            " labelme and Label Studio (json files), a csv table (with columns filename, class, xmin, ymin,"
+            " xmax, ymax) nor COCO; give the folder that holds sheets and labels"
         )
     return found[0]
 

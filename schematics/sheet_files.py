@@ -23,6 +23,7 @@ import numpy as np
 from schematics.containers import looks_truncated
 from schematics.rows import Tally, drawn_box, finite, printable, whole_number
 from schematics.sheets import SUFFIXES, DataError, Sheet, read_sheet, sheet_header, walk
+from schematics.uploads import before_upload, served_path
 from schematics.windows import ink_mask
 
 # Standard errors by which boxes must hold more ink where a repair puts them than elsewhere. On 148 sheets of
@@ -100,7 +101,8 @@ def find_files(names: Sequence[str], folders: Sequence[Path], tally: Tally) -> d
     """Name -> its file; what isn't found, or not without doubt, is tallied and left out.
 
     A name that is not there as it stands is looked for in another normal form, in another case, with
-    percent-encoding and without its first folders, and taken where just one file fits that no other name has.
+    percent-encoding, without its first folders and without what Label Studio adds to it, and taken where just
+    one file fits that no other name has.
     """
     found: dict[str, Sheet] = {}
     for name in names:
@@ -115,9 +117,8 @@ def find_files(names: Sequence[str], folders: Sequence[Path], tally: Tally) -> d
         fits = _by_form(folders, {sheet.path for sheet in found.values()})
         for name in missing:
             path, page = _page(name)
-            parts = [part for part in _form(path).split("/") if part not in ("", "..")]
-            ends = ("/".join(parts[start:]) for start in range(len(parts)))
-            files = next((fits[end] for end in ends if end in fits), set())
+            paths = (path, served_path(path), before_upload(served_path(path)))
+            files = next((fits[end] for one in paths for end in _ends(_form(one)) if end in fits), set())
             if len(files) == 1:
                 found[name] = Sheet(files.copy().pop(), page)
             else:
@@ -135,6 +136,12 @@ def find_files(names: Sequence[str], folders: Sequence[Path], tally: Tally) -> d
             kind = "image found in another Unicode form of its name" if same else f"image found as {place}"
             tally[printable(kind), printable(name), "repaired"] += 1
     return found
+
+
+def _ends(path: str) -> list[str]:
+    """A path, and what is left of it without its first folders."""
+    parts = [part for part in path.split("/") if part not in ("", "..")]
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _by_form(folders: Sequence[Path], taken: Set[Path]) -> dict[str, set[Path]]:

@@ -19,6 +19,8 @@ import torch
 from processes import Ranks, python
 
 from cluster.backbone import build_backbone
+from schematics.labelling import Box, Labelled, lay_out
+from schematics.sheets import find_sheets, sheet_size
 
 ROOT = Path(__file__).parent.parent
 RECORDS = {"results.md", "log.md"}  # what was run, at the commits that they name
@@ -32,6 +34,7 @@ ELSEWHERE = {
     "make test": "this is part of it",
     "python slurm/sweep.py": "test_sweep.py",
     "python slurm/pipeline.py status": "test_pipeline.py, after the chain that is only printed here",
+    "python tests/tools/round_trip.py": "an environment of its own, of a gigabyte",
     "python benchmarks/": "minutes on the data that they name",
     "python -m detection.export": "test_export.py, with a detector that has learnt: else scores tie",
     "python -m detection.predict --checkpoint detector.onnx": "the same",
@@ -138,7 +141,22 @@ def desk(sheets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder / "results", folder / name)
     shutil.copytree(folder / "checkpoints/vicreg", folder / "PRETRAIN")
     (folder / "STUDY.toml").write_text(STUDY)
+    submit(folder / "LABELLED/train", folder / "EXPORTS/1", folder / "EXPORTS/1/export.json")
+    submit(folder / "POOL", folder / "corrected", folder / "CORRECTED.json")
     return folder
+
+
+def submit(sheets: Path, place: Path, export: Path) -> None:
+    """Lay sheets out for Label Studio, a box on each, and export them as if it was submitted there."""
+    drawn = [
+        Labelled(sheet, "train", sheet_size(sheet), [Box("lamp", 9, 9, 30, 30)])
+        for sheet in find_sheets(sheets)
+    ]
+    lay_out(place, ["label-studio"], drawn, {1: "lamp"})
+    (place / "label-studio/images").rename(place / "images")
+    tasks = json.loads((place / "label-studio/tasks.json").read_text())
+    shutil.rmtree(place / "label-studio")
+    export.write_text(json.dumps([{**task, "annotations": task["predictions"]} for task in tasks]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

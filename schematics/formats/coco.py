@@ -1,15 +1,18 @@
-"""COCO splits, from which others are to be drawn: read and repaired as every command reads them."""
+"""COCO: splits from which others are to be drawn, read and repaired as every command reads them."""
 
 import json
 import mmap
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from schematics.coco import annotation_file, find_splits, inspect_split, to_coco
+from schematics.coco import Category, annotation_file, find_splits, inspect_split, to_coco, write_split
 from schematics.formats.source import Box, Labelled, Tree, extent, split_named
 from schematics.rows import Tally
 from schematics.sheets import DataError, Sheet
+
+IMAGES = "."  # where the sheets lie in what `write` makes: beside the json, as Roboflow wants them
 
 
 def is_there(tree: Tree) -> bool:
@@ -88,3 +91,18 @@ def _box(row: dict) -> list[float] | None:
         return [float(side) for side in (x0, y0, x1 - x0, y1 - y0)]
     except (TypeError, ValueError, KeyError, OverflowError):
         return None
+
+
+def write(folder: Path, sheets: Sequence[Labelled], names: Mapping[int, str], model: str) -> None:
+    """Write `folder`/_annotations.coco.json, with all columns of the boxes. The sheets lie beside it."""
+    images, annotations = [], []
+    for number, sheet in enumerate(sheets, start=1):
+        width, height = sheet.size
+        images.append({"id": number, "file_name": sheet.sheet.path.name, "width": width, "height": height})
+        for box in sheet.boxes:
+            bbox = [box.x, box.y, box.width, box.height]
+            category = next(number for number, name in names.items() if name == box.name)
+            row = {"image_id": number, "category_id": category, "bbox": bbox}
+            # Datumaro, by which CVAT imports COCO, refuses rows without a segmentation.
+            annotations.append({**box.columns, "segmentation": [], **row})
+    write_split(folder, images, [Category(number, name) for number, name in names.items()], annotations)

@@ -1,12 +1,16 @@
 """CVAT's own xml ("CVAT for images 1.1"): a file for a task, job or project, with the shapes of each image.
 
+CVAT's other exports, such as COCO, Pascal VOC and YOLO, are read as these are.
+
 https://docs.cvat.ai/docs/other/xml_format
 """
 
+import json
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, ElementTree, SubElement
 
 from schematics.formats.source import (
     Box,
@@ -24,6 +28,8 @@ from schematics.formats.source import (
 )
 from schematics.rows import Tally, printable
 from schematics.sheets import DataError, Sheet
+
+IMAGES = "images"  # the folder of the sheets in what `write` makes
 
 
 def is_there(tree: Tree) -> bool:
@@ -135,3 +141,29 @@ def _corners(shape: Element) -> tuple[float, float, float, float]:
 def _turn(shape: Element) -> float:
     """The angle, in radians and clockwise, by which a shape is turned about its centre."""
     return math.radians(number(shape.get("rotation") or "0"))
+
+
+def write(folder: Path, sheets: Sequence[Labelled], names: Mapping[int, str], model: str) -> None:
+    """Write `folder`/annotations.xml, and labels.json for the field "Raw" of a new task.
+
+    The sheets lie in `folder`/images. CVAT's xml has no place for scores and for the name of the model.
+    """
+    root = Element("annotations")
+    SubElement(root, "version").text = "1.1"
+    labels = SubElement(SubElement(SubElement(root, "meta"), "task"), "labels")
+    for name in names.values():
+        label = SubElement(labels, "label")
+        SubElement(label, "name").text = name
+        SubElement(label, "attributes")
+    for place, sheet in enumerate(sheets):
+        width, height = map(str, sheet.size)
+        name = sheet.sheet.path.name
+        image = SubElement(root, "image", id=str(place), name=name, width=width, height=height)
+        for box in sheet.boxes:
+            corners = (box.x, box.y, box.x + box.width, box.y + box.height)
+            row = {"label": box.name, "source": "auto", "occluded": "0", "z_order": "0"}
+            row |= zip(("xtl", "ytl", "xbr", "ybr"), (f"{side:.4f}" for side in corners), strict=True)
+            SubElement(image, "box", row)
+    ElementTree(root).write(folder / "annotations.xml", encoding="utf-8", xml_declaration=True)
+    rows = [{"name": name, "attributes": []} for name in names.values()]
+    (folder / "labels.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")

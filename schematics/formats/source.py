@@ -13,8 +13,9 @@ from urllib.parse import unquote
 
 from schematics.coco import SPLITS
 from schematics.containers import looks_truncated
-from schematics.rows import Tally
+from schematics.rows import Tally, printable
 from schematics.sheets import SUFFIXES, DataError, Sheet, find_sheets, sheet_size
+from schematics.uploads import before_upload, upload_form
 
 IMAGE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".pdf")
 # A label file holds up to this many bytes, those of the picture that labelme may put into it included.
@@ -200,6 +201,19 @@ class Tree:
         fits = exact or fits
         return fits[0] if len(fits) == 1 else None
 
+    def find_upload(self, name: str, tally: Tally) -> Path | None:
+        """Like `find`, and also by the name that the file had before it was uploaded, which is tallied."""
+        if image := self.find(name):
+            return image
+        bare = before_upload(name)
+        last = upload_form(bare.rpartition("/")[2])
+        alike = [path for path in self.images if last in (upload_form(path.name), upload_form(path.stem))]
+        image = self.find(bare) or (alike[0] if len(alike) == 1 else None)
+        if image:
+            kind = "image found by its name before the upload"
+            tally[kind, f"{self.name(image)} for {printable(name)[:200]}", "repaired"] += 1
+        return image
+
     def _agrees(self, path: Path, parts: list[str]) -> bool:
         own = plain_parts(self.name(path))[:-1]
         shared = min(len(own), len(parts) - 1)
@@ -220,7 +234,7 @@ class Tree:
                     tally[kind, self.name(label), "repaired"] += 1
                 continue
             found = (self.find(candidate) for candidate in (name, label.stem) if candidate)
-            image = next((image for image in found if image), None)
+            image = next((image for image in found if image), None) or self.find_upload(label.stem, tally)
             if image in taken or image is None or self.split_of(image) != self.split_of(label):
                 tally["label file without its image", self.name(label), "dropped"] += 1
             else:

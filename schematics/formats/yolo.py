@@ -6,7 +6,7 @@ Studio (classes.txt).
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from schematics.formats.source import (
 from schematics.rows import Tally
 from schematics.sheets import DataError, Sheet
 
+IMAGES = "images"  # the folder of the sheets in what `write` makes
 NAME_FILES = ("classes.txt", "obj.names")
 LARGEST_YAML = 2**18  # bytes: PyYAML reads some ten kB a second and takes a kB of memory for each three
 LARGEST_INDEX = 10**6  # of a class
@@ -308,3 +309,29 @@ def _named(tree: Tree, value: str, above: str, tally: Tally) -> dict[Path, int]:
         if found:
             return found
     return {}
+
+
+def write(folder: Path, sheets: Sequence[Labelled], names: Mapping[int, str], model: str) -> None:
+    """Write `folder`/labels, and class names as data.yaml (Ultralytics) and classes.txt (Label Studio).
+
+    The sheets lie in `folder`/images. A line has no score: the tools would take a sixth number for another
+    form.
+    """
+    (folder / "labels").mkdir()
+    numbers = {name: number for number, name in enumerate(names.values())}
+    for sheet in sheets:
+        width, height = sheet.size
+        lines = []
+        for box in sheet.boxes:
+            shares = (
+                (box.x + box.width / 2) / width,
+                (box.y + box.height / 2) / height,
+                box.width / width,
+                box.height / height,
+            )
+            lines.append(" ".join([str(numbers[box.name]), *(f"{share:.9f}" for share in shares)]) + "\n")
+        (folder / "labels" / f"{sheet.sheet.path.stem}.txt").write_text("".join(lines), encoding="utf-8")
+    description = {"path": ".", "train": IMAGES, "names": dict(enumerate(names.values()))}
+    text = yaml.safe_dump(description, allow_unicode=True, sort_keys=False, width=10**6)
+    (folder / "data.yaml").write_text(text, encoding="utf-8")
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in numbers), encoding="utf-8")
