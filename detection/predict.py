@@ -13,27 +13,28 @@ On two x86-64 cores with OMP_NUM_THREADS=1, the detector of `make demo` (ResNet-
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from tyro.conf import Positional
 
-from cluster import atomic
 from cluster.config import Config, setting
 from cluster.entry import run
-from cluster.errors import FAILED, UserError
-from detection.detections import Detections, to_results
-from detection.draw import annotate, write_png
+from cluster.errors import FAILED
+from detection.output import (
+    clear_pictures,
+    drawings,
+    image_entry,
+    picture_name,
+    save_picture,
+    told,
+    write_found,
+)
 from schematics.progress import progress
-from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
+from schematics.sheets import DataError, read_sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +71,12 @@ def main(config: PredictConfig) -> None:
     from cluster import distributed
     from detection.inference import detect, load_detector
 
-    if not config.sheets:
-        raise UserError("name the sheets: image files, PDFs or folders, after the flags")
-    pictures = config.out / "pictures"
-    if (config.out / "predictions.json").exists() and not config.overwrite:
-        raise UserError(f"--out {config.out}: holds predictions; name another folder, or give --overwrite")
+    sheets, home = drawings(config.sheets, config.out, config.overwrite)
     device = distributed.lone_device(config.device)
-    sheets = [sheet for path in config.sheets for sheet in find_sheets(path)]
-    # If --out lies among the sheets, the pictures of an earlier run are not drawings to look at.
-    own = pictures.resolve()
-    sheets = [sheet for sheet in sheets if sheet.path.resolve().parent != own]
-    if not sheets:
-        raise UserError(f"{pictures}: holds the pictures of an earlier run; name the drawings")
-    home = Path(os.path.commonpath([sheet.path.resolve().parent for sheet in sheets]))
     detector = load_detector(config.checkpoint, device, config.precision)
     names = [name for _, name in detector.spec.categories]
     thresholds = np.array(detector.thresholds) if config.threshold is None else config.threshold
-    atomic.make_folder(pictures)
-    for picture in pictures.glob("[0-9][0-9][0-9][0-9]*.png"):
-        picture.unlink()
+    pictures = clear_pictures(config.out)
     images, read, found, skipped = [], list[str](), {}, []
     for number, sheet in enumerate(progress(sheets, "prediction"), start=1):
         try:
@@ -96,74 +84,17 @@ def main(config: PredictConfig) -> None:
         except DataError as error:
             skipped.append(str(error))
             continue
-        height, width = image.shape[:2]
-        place = replace(sheet, path=sheet.path.resolve().relative_to(home)).name
-        images.append({"id": number, "file_name": place, "width": width, "height": height})
+        images.append(image_entry(number, sheet, image, home))
         read.append(sheet.name)
         found[number] = detect(detector, image, config.batch_size, config.scale).above(thresholds)
         if config.pictures:
             save_picture(pictures / picture_name(number, sheet), image, found[number], names)
-    text = json.dumps(to_document(images, found, detector.spec.categories))
-    atomic.write_text(config.out / "predictions.json", text)
-    atomic.write_text(config.out / "counts.csv", to_counts(read, list(found.values()), names))
-    if config.json:
-        print(text)
-    else:
-        total = sum(len(detections) for detections in found.values())
-        print(f"{total} symbols on {len(images)} sheets; written: {config.out}")
-        print(f"predictions.json names sheets as they lie in {home}; labels are read from beside them")
+    text = write_found(config.out, images, read, found, detector.spec.categories)
+    print(text if config.json else told(config.out, found, home))
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
     if skipped:
         raise SystemExit(FAILED)
-
-
-def to_document(
-    images: list[dict], found: Mapping[int, Detections], categories: Sequence[tuple[int, str]]
-) -> dict[str, Any]:
-    """A COCO document of the detections: annotations with a score, which can be corrected and used as labels.
-
-    images: COCO's entries; file_name is relative to the folder of all sheets, where labelling tools look for
-    them. found: detections by image id. categories: (id, name) of the labels 1..K.
-    """
-    rows = to_results(found, [category_id for category_id, _ in categories])
-    annotations = [
-        {"id": n, **row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-        for n, row in enumerate(rows, 1)
-    ]
-    classes = [{"id": category_id, "name": name} for category_id, name in categories]
-    return {"info": {}, "images": images, "categories": classes, "annotations": annotations}
-
-
-def to_counts(sheets: Sequence[str], found: Sequence[Detections], names: Sequence[str]) -> str:
-    """CSV with a row for each sheet: its name, the number of symbols of each class, and their sum.
-
-    A name that a spreadsheet would run as a formula has an apostrophe before it (OWASP, CSV injection).
-    """
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["sheet", *map(_no_formula, names), "total"])
-    for sheet, detections in zip(sheets, found, strict=True):
-        numbers = np.bincount(detections.labels, minlength=len(names) + 1)[1:]
-        writer.writerow([_no_formula(sheet), *numbers, len(detections)])
-    return table.getvalue()
-
-
-def _no_formula(name: str) -> str:
-    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
-
-
-def picture_name(number: int, sheet: Sheet) -> str:
-    """The file name of a sheet's picture, such as 0007-plan-page2.png. `number` keeps equal names apart."""
-    page = "" if sheet.page is None else f"-page{sheet.page}"
-    # File systems allow names of 255 bytes, of which some letters take three or four.
-    stem = os.fsencode(sheet.path.stem)[:150].decode(errors="ignore")
-    return f"{number:04}-{stem}{page}.png"
-
-
-def save_picture(path: Path, image: np.ndarray, found: Detections, names: Sequence[str]) -> None:
-    picture = annotate(image, found.boxes, found.labels, names, found.scores, path.stem)
-    write_png(path, picture)
 
 
 if __name__ == "__main__":
