@@ -234,9 +234,8 @@ def summary(trials: Sequence[dict[str, Any]], resamples: int, seed: int) -> dict
     table = np.array([one["AP50_resampled"] for one in trials])  # [trials, B]
     again = resample(len(trials), resamples, seed + 1).T  # [trials, B]
     draws = (table * again).sum(0) / len(trials)
-    mean = {
-        name: float(np.mean([one[name] for one in trials])) for name in ("AP50", "recall", "exact", "false")
-    }
+    means = ("AP50", "recall", "exact", "too_many")
+    mean = {name: float(np.mean([one[name] for one in trials])) for name in means}
     bounds = interval(draws, mean["AP50"])
     classes: dict[str, list[float]] = {}
     for one in trials:

@@ -59,18 +59,16 @@ class Template:
 
     cells: Tensor
     box: tuple[float, ...]
-    pose: Pose
 
 
 def template(eye: Eye, pose: Pose, zoom: float, white: Whitening) -> Template:
     """The cells that a pose covers; its box is in px of the sheet."""
-    features = white(eye.look(pose.image, zoom))
-    cell = STRIDE / zoom
+    features, cell = white(eye.look(pose.image, zoom)), STRIDE / zoom
     x0, y0, x1, y1 = (edge / cell for edge in pose.box)
     left, top = round(x0), round(y0)
     right, bottom = max(left + 1, round(x1)), max(top + 1, round(y1))
     box = tuple(cell * edge for edge in (x0 - left, y0 - top, x1 - left, y1 - top))
-    return Template(features[:, top:bottom, left:right], box, pose)
+    return Template(features[:, top:bottom, left:right], box)
 
 
 @dataclass(frozen=True)

@@ -95,13 +95,13 @@ def templates_of(
     return [template(eye, pose, zoom, white) for one in examples for pose in poses(one, scales, turns)]
 
 
-def search_sheet(seen: Seen, templates: Sequence[Template], zoom: float, white: Whitening) -> Places:
+def search_sheet(seen: Seen, wanted: Sequence[Template], zoom: float, white: Whitening) -> Places:
     """All places of a sheet that look a little like one of the templates."""
-    return correlate(white(seen.features), templates, zoom, seen.boxes)
+    return correlate(white(seen.features), wanted, zoom, seen.boxes)
 
 
 def to_detections(places: Sequence[Places], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
-    """Of the places on all sheets those that are left by NMS, as detections of label 1 with calibrated scores.
+    """Of the places on all sheets those that are left by NMS, as detections of label 1, scores calibrated.
 
     sizes: width and height of each sheet.
     """
