@@ -99,7 +99,7 @@ def find(drawings, tmp_path):
     def run(out="found", **changes):
         example = (drawings / "a.png", 23.0, 23.0, 34.0, 34.0)
         flags = {"weights": Path("none"), "arch": "test_resnet", "example": (example,), "scales": (1.0,)}
-        flags |= {"false_positives": 20.0, **changes}
+        flags |= {"false_positives": 5.0, **changes}
         main(FindConfig(out=tmp_path / out, sheets=(drawings,), **flags))
         document = json.loads((tmp_path / out / "predictions.json").read_text())
         found = {}
@@ -261,12 +261,12 @@ def test_a_file_that_is_no_drawing_is_refused_as_example_and_skipped_as_sheet(fi
 def test_scores_say_how_many_places_a_sheet_would_have_by_chance():
     rng = np.random.default_rng(0)
     sheets = [0.2 + rng.exponential(0.05, 400) for _ in range(50)]
-    chance = fit_chance(sheets)
+    chance = fit_chance(sheets, 400)
     for wanted in (10.0, 1.0, 0.1):
         least = 1 / (1 + wanted)
         came = np.mean([(chance.calibrated(scores) >= least).sum() for scores in sheets])
         assert 0.5 * wanted <= came <= 2 * wanted + 0.05
-    assert fit_chance([]).maxima == 0
+    assert fit_chance([], 0.0).places == 0
 
 
 def test_a_network_without_mean_and_std_is_refused():

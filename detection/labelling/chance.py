@@ -38,21 +38,23 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
 class Chance:
     """The tail of the scores of all local maxima, which falls as an exponential from its median on."""
 
-    maxima: float  # a sheet
+    places: float  # that NMS leaves on a sheet
     median: float
     fall: float  # by which a score must rise for a maximum to be e times as rare
 
     def expected(self, scores: np.ndarray) -> np.ndarray:
         """float64 [N]: false places that a sheet has with this score [N] or a higher one."""
-        return LOW * self.maxima * np.exp(-np.maximum(scores - self.median, 0) / self.fall)
+        return LOW * self.places * np.exp(-np.maximum(scores - self.median, 0) / self.fall)
 
     def calibrated(self, scores: np.ndarray) -> np.ndarray:
         """float64 [N], 0 to 1: 1 / (1 + expected false places). It is 0.5 where a sheet has one by chance."""
         return 1 / (1 + self.expected(scores))
 
 
-def fit_chance(scores: Sequence[np.ndarray]) -> Chance:
+def fit_chance(scores: Sequence[np.ndarray], places: float) -> Chance:
     """Of the scores of all local maxima on each sheet, nearly all of which are not what is looked for.
+
+    places: that NMS leaves on a sheet, in the mean, as several templates have a maximum at one place.
 
     Those of the symbols that are looked for are among them. As long as they are fewer than a tenth, they
     hardly move the quantiles; where they are more, the tail looks longer than it is and fewer places pass.
@@ -62,4 +64,4 @@ def fit_chance(scores: Sequence[np.ndarray]) -> Chance:
         return Chance(0.0, 0.0, 1.0)
     low, high = np.quantile(every, [LOW, HIGH])
     fall = max(high - low, LEAST_SPREAD) / np.log((1 - LOW) / (1 - HIGH))
-    return Chance(every.size / len(scores), float(low), float(fall))
+    return Chance(places, float(low), float(fall))

@@ -42,9 +42,10 @@ class Network(nn.Module):
     The map of stride 8 is stretched to that of stride 4 and stands behind it.
     """
 
-    def __init__(self, body: nn.Module, normalise: nn.Module, color_mode: str) -> None:
+    def __init__(self, body: nn.Module, normalise: Normalise, color_mode: str) -> None:
         super().__init__()
-        self.body, self.normalise, self.color_mode = body, normalise, color_mode
+        self.body, self.color_mode = body, color_mode
+        self.normalise: Normalise = normalise
         self.levels = [_level(body, stride) for stride in (STRIDE, 2 * STRIDE)]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ def look_at(eye: Eye, image: Image, zoom: float, folder: Path) -> Seen:
     from safetensors.torch import load_file, save
 
     digest = hashlib.sha256(f"{eye.digest} {image.shape} {zoom}".encode())
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image).data)
     path = folder / f"{digest.hexdigest()[:32]}.safetensors"
     if path.exists():
         try:

@@ -105,10 +105,11 @@ def to_detections(places: Sequence[Places], sizes: Sequence[tuple[int, int]]) ->
 
     sizes: width and height of each sheet.
     """
-    chance = fit_chance([found.scores for found in places])
-    detections = []
-    for found, (width, height) in zip(places, sizes, strict=True):
-        left = found.strongest(KEPT).first(MOST_PLACES)
+    apart = [found.strongest(KEPT) for found in places]
+    number = sum(map(len, apart)) / max(1, len(apart))
+    chance, detections = fit_chance([found.scores for found in places], number), []
+    for found, (width, height) in zip(apart, sizes, strict=True):
+        left = found.first(MOST_PLACES)
         boxes = left.boxes.clip(0, (width, height, width, height))
         detections.append(Detections(boxes, chance.calibrated(left.scores), np.ones(len(left), np.int64)))
     return detections
