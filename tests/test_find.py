@@ -1,7 +1,9 @@
 """One example is enough to find a symbol on other sheets, turned, mirrored and scaled."""
 
 import csv
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -24,6 +26,7 @@ from detection.predict import main as predict
 from schematics.sheets import DataError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parent.parent
 SIDE, PITCH = 34, 80  # px of the symbol, and from one place on a sheet to the next
 
 
@@ -272,3 +275,20 @@ def test_scores_say_how_many_places_a_sheet_would_have_by_chance():
 def test_a_network_without_mean_and_std_is_refused():
     with pytest.raises(UserError, match="net: lacks mean and std"):
         network_of(open_network(Path("none"), "test_resnet").body, {}, "net")
+
+
+def test_the_trial_judges_pixels_and_networks_on_classes_drawn_as_novel(sheets, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("oneshot", ROOT / "evaluate" / "oneshot.py")
+    oneshot = importlib.util.module_from_spec(spec)
+    sys.modules["oneshot"] = oneshot
+    spec.loader.exec_module(oneshot)
+    flags = {"sheets": 2, "splits": 1, "draws": 2, "shots": (1,), "scales": (1.0,), "resamples": 20}
+    arm = (("random", Path("none")),)
+    oneshot.main(oneshot.OneshotConfig(data_dir=sheets, arm=arm, out=tmp_path, novel=0.2, **flags))
+    said, results = capsys.readouterr().out, json.loads((tmp_path / "oneshot.json").read_text())
+    assert list(results) == ["ncc, 1", "ncc, standardised, 1", "random, 1"]
+    for figures in results.values():
+        assert 0 <= figures["low"] <= figures["AP50"] <= figures["high"] <= 1
+        assert figures["AP50"] <= figures["recall"] + 0.01 and set(figures["AP50_class"]) <= set(
+            said.splitlines()[0].partition("novel: ")[2].split(", ")
+        )
