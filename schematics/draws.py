@@ -37,6 +37,8 @@ class Use(Enum):
     CROP_CHANGES = 7  # how a crop is moved and scaled: sample is its place in the epoch, view the crop
     PASTE = 8  # which symbols are laid on a tile in finetuning, and where: sample, view as in 3
     COUNTED_SHEETS = 16  # which sheets are counted, and which are labelled, in a split that tries ranges
+    NOVEL_CLASSES = 20  # which classes are novel in a trial of detection.find; sample is the split
+    EXAMPLES = 21  # which labelled boxes are examples of a class there; sample is the draw, view the class
 
 
 class _Key(ISeedSequence):

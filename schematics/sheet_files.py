@@ -154,6 +154,12 @@ def _by_form(folders: Sequence[Path], taken: Set[Path]) -> dict[str, set[Path]]:
     return fits
 
 
+def sheet_named(name: str | Path) -> Sheet:
+    """The sheet that `Sheet.name` calls so: a path, with "#page=N" where the file has pages."""
+    path, page = _page(str(name))
+    return Sheet(Path(path), page)
+
+
 def _page(name: str) -> tuple[str, int | None]:
     """Path and page of a name such as "plan.pdf#page=2", which is how `Sheet.name` writes one."""
     found = re.fullmatch(r"(.+\.(?:pdf|tiff?))#page=([1-9]\d{0,5})", name, re.IGNORECASE)

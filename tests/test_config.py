@@ -272,7 +272,7 @@ ENTRIES = [
     *("detection.finetune", "detection.predict", "detection.export"),
     *("evaluate/evaluate.py", "evaluate/compare.py", "evaluate/knn.py", "evaluate/linear.py"),
     *("evaluate/shots.py", "evaluate/embedding.py", "evaluate/study.py", "slurm/sweep.py"),
-    *("evaluate/classify.py", "evaluate/coverage.py"),
+    *("evaluate/classify.py", "evaluate/coverage.py", "evaluate/oneshot.py", "detection.find"),
 ]
 
 

@@ -1,0 +1,1 @@
+"""Labels made with little work: a symbol found from an example."""
