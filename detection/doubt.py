@@ -9,8 +9,8 @@ times if there are several), or let --folds train as many as it takes: each on a
 judges then. Interrupted, the same command goes on.
 
 DOUBTS gets doubts.html, a gallery with a crop of each doubt, and doubts.json, the same as a list with the
-annotation's id, what the detector suggests, and a score. Nothing is changed in DATA. What a score is stands in
-detection/labelling/doubts.py, and docs/labelling.md says what it is worth.
+annotation's id, what the detector suggests, and a score. Nothing is changed in DATA. Where the score comes
+from stands in detection/labelling/doubts.py, what it is worth in docs/labelling.md.
 """
 
 from __future__ import annotations

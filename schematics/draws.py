@@ -36,6 +36,9 @@ class Use(Enum):
     CROP_ORDER = 6  # the order of an epoch's crops in training a classifier
     CROP_CHANGES = 7  # how a crop is moved and scaled: sample is its place in the epoch, view the crop
     PASTE = 8  # which symbols are laid on a tile in finetuning, and where: sample, view as in 3
+    PLANTED_FAULTS = (
+        20  # which labels are made wrong, and how, to see whether that is found; sample is the fault
+    )
 
 
 class _Key(ISeedSequence):

@@ -11,17 +11,19 @@ is a detection's score; a detection of its class that no other label fits better
 
 Evidence of different kinds, classes and detectors can't be compared, so a score is made of it. If two good
 labels in a hundred (RATE) had a fault of this kind, E of them would have evidence this strong or stronger:
-that is counted on these very sheets, by giving each label the fault. O cases here do have it. Then E / O, at
-most 1, is the share of such cases that RATE accounts for, an estimate of the probability that the case is a
-fault (1 - E / O is the false discovery rate of Efron's two groups, Statistical Science 2008, by tails). For
-the class k of the label, or of the detection where a label is missing,
+that is counted on these very sheets, by giving each label the fault. O cases here do have it. Then E / O is
+the share of such cases that faults account for, an estimate of the probability that the case is one (1 - E /
+O is the false discovery rate of Efron's two groups, Statistical Science 2008, by tails). There can't be many
+more faults than cases, so E is lowered for all evidence alike until E <= O + 1 wherever a tenth of such
+faults or more would be. Then
 
-    score = min(1, (E_k + m S) / (O_k + m)),  S = min(1, E / O) over all classes,  m = HELD
+    S = E / (max(E, O) + 1)  over all classes
+    score = (E_k + m S) / (max(E_k, O_k) + m)  for the class k of the label, or of what is missing; m = HELD
 
-which never falls as evidence rises. The cases are those of ObjectLab (arXiv 2309.00832: overlooked, swapped,
-badly located); that the judge is held out, and each class measured by itself, comes from confident learning
-(arXiv 1911.00068). A score is a probability only as far as RATE suits the data; the order within a kind does
-not depend on it.
+which never falls as evidence rises. Of doubled labels the evidence is the score: there is hardly a symbol on
+another one, and a detector can't see two. The cases are those of ObjectLab (arXiv 2309.00832: overlooked,
+swapped, badly located); that the judge is held out, and each class measured by itself, comes from confident
+learning (arXiv 1911.00068). A score is a probability only as far as RATE suits the data.
 
 Letters in shapes: N labels of a sheet, D detections, C cases, K classes.
 """
@@ -44,7 +46,6 @@ RIGHT = 0.5  # IoU from which a detection fits a label
 NEAR = 0.1  # IoU from which it may be one that is badly placed
 ON = 0.3  # IoU from which a detection lies on a label of another class
 DOUBLE = 0.6  # IoU from which two labels may be of one symbol
-PAIRS = 9  # IoUs from DOUBLE to 1 with which a label is doubled to see what that looks like
 MOVE = 0.4  # of its sides, by which a label is moved to see what that looks like
 
 
@@ -113,7 +114,7 @@ def find_doubts(sheets: Sequence[Judged], rate: float = RATE) -> list[Doubt]:
         seen = np.array([doubt.score for doubt in doubts], np.float64)
         of = np.array([doubt.given or doubt.suggested for doubt in doubts], np.int64)
         weight = rate * labels / max(1, len(evidence))
-        scores = shares(seen, of, evidence, classes, weight)
+        scores = seen if kind == DOUBLED else shares(seen, of, evidence, classes, weight)
         for doubt, score in zip(doubts, scores.tolist(), strict=True):
             scored.append((replace(doubt, score=score), doubt.score))
     scored.sort(key=lambda pair: (-pair[0].score, -pair[1], pair[0].sheet, pair[0].label))
@@ -132,17 +133,23 @@ def shares(
     given the fault, each of which counts `weight`. See the head of this module for the formula.
     """
 
+    like_sorted, seen_sorted = np.sort(like), np.sort(seen)
+    common = like_sorted[: int(0.9 * len(like)) + 1]
+    many = weight * (len(like) - np.searchsorted(like_sorted, common, "left"))
+    cases = len(seen) - np.searchsorted(seen_sorted, common, "left")
+    weight *= min(1.0, ((cases + 1) / np.maximum(many, 1e-9)).min(initial=1.0))
+
     def tails(seen: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         expected = weight * (len(like) - np.searchsorted(np.sort(like), seen, "left"))
         return expected, len(seen) - np.searchsorted(np.sort(seen), seen, "left")
 
     expected, number = tails(seen, like)
-    pooled = np.minimum(1, expected / np.maximum(number, 1))
+    pooled = expected / (np.maximum(expected, number) + 1)
     scores = np.empty(len(seen))
     for k in np.unique(of).tolist():
         rows = np.flatnonzero(of == k)
         expected, number = tails(seen[rows], like[like_of == k])
-        share = np.minimum(1, (expected + HELD * pooled[rows]) / (number + HELD))
+        share = (expected + HELD * pooled[rows]) / (np.maximum(expected, number) + HELD)
         order = np.argsort(seen[rows], kind="stable")
         scores[rows[order]] = np.maximum.accumulate(share[order])
     return scores
@@ -168,11 +175,10 @@ def look(number: int, sheet: Judged) -> Cases:
     )
     known = labels > 0
     top = np.maximum(own, _best(other))
-    spread = np.linspace(DOUBLE, 1, PAIRS)  # IoU of labels that are doubled by hand: any of these
     like = [
         (top[known], labels[known]),
         (own[known], labels[known]),
-        (np.repeat(spread, known.sum()), np.tile(labels[known], PAIRS)),
+        (np.empty(0), np.empty(0, np.int64)),
         _like_moved(boxes, labels, found, np.where(owner[None] == rows, iou, 0.0)),
         _like_spurious(sheet.elsewhere, found),
     ]

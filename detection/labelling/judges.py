@@ -99,18 +99,32 @@ def judge(
         key = (number, split.folder, split.name)
         if key not in maps:
             maps[key] = class_map(categories[number], split)
-        to_split, known = maps[key]
+        known = maps[key][1]
         image = read_sheet(sheet.file)
-        found = detect(number, image)
-        labels = to_split[found.labels]
-        found = Detections(found.boxes[labels > 0], found.scores[labels > 0], labels[labels > 0])
-        given = _labels(sheet.boxes, sheet.labels, sheet.crowd, known, image)
         assert before is not None
-        judged.append(Judged(given, found, _elsewhere(before, known, image)))
+        judged.append(see(sheet, before, image, detect(number, image), maps[key]))
         before = sheet
         for label in sheet.labels[~known[sheet.labels] & ~sheet.crowd].tolist():
             unknown[desk.names[label - 1]] = unknown.get(desk.names[label - 1], 0) + 1
     return judged, unknown
+
+
+def see(
+    sheet: LabelledSheet,
+    other: LabelledSheet,
+    image: np.ndarray,
+    found: Detections,
+    classes: tuple[np.ndarray, np.ndarray],
+) -> Judged:
+    """A sheet with its detections, as the detector labels them, for `find_doubts`.
+
+    other: any other sheet. classes: see `class_map`.
+    """
+    to_split, known = classes
+    labels = to_split[found.labels]
+    found = Detections(found.boxes[labels > 0], found.scores[labels > 0], labels[labels > 0])
+    given = _labels(sheet.boxes, sheet.labels, sheet.crowd, known, image)
+    return Judged(given, found, _elsewhere(other, known, image))
 
 
 def class_map(categories: Sequence[tuple[int, str]], split: Split) -> tuple[np.ndarray, np.ndarray]:

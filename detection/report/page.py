@@ -56,6 +56,7 @@ def write_report(
     in_train: Mapping[int, int] = {},
     settings: Mapping[str, object] = {},
     most_sheets: int = 12,
+    doubtful: str = "",
 ) -> Path:
     """Write the page to `path`, whole or not at all, and return `path`.
 
@@ -65,6 +66,7 @@ def write_report(
     had; {} where that is not known.
     settings: what a reader needs to get the same figures again, shown as given and in this order.
     most_sheets: how many sheets the gallery has, half of them the worst by F1 and half the best.
+    doubtful: HTML of a section on doubtful labels, "" for none.
     Raises DataError for a sheet that can't be read and UserError where the file can't be written.
     """
     script = SCRIPT.read_text(encoding="utf-8")
@@ -99,6 +101,7 @@ def write_report(
         charts=_curve_charts(analysis),
         confusion=_confusion_table(analysis),
         counted=_sheet_count_rows(analysis, split),
+        doubtful=Markup(doubtful),
         cards=[make_card(split, analysis, *chosen) for chosen in choose_sheets(analysis, most_sheets)],
     )
     write_text(Path(path), page)
