@@ -16,7 +16,6 @@ from stands in detection/labelling/doubts.py, what it is worth in docs/labelling
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +97,7 @@ def main(config: DoubtConfig) -> None:
     places = np.flatnonzero(judges >= 0).tolist()
     labels = sum(int((sheet.given.labels > 0).sum()) for sheet in judged)
     write(config.out, doubts[: config.top], desk, places, seen[places].tolist(), labels, notes, config.data)
-    print("\n".join(tell(doubts, doubts[: config.top])))
+    print("\n".join(tell(doubts[: config.top])))
     print(f"{labels} labels on {len(places)} sheets judged; look at {config.out / 'doubts.html'}")
 
 
@@ -220,12 +219,11 @@ def as_row(doubt: Doubt, sheet: LabelledSheet, names: Sequence[str]) -> dict[str
     }
 
 
-def tell(doubts: Sequence[Doubt], written: Sequence[Doubt]) -> list[str]:
+def tell(written: Sequence[Doubt]) -> list[str]:
     """A line a kind."""
-    shown = Counter(doubt.kind for doubt in written)
-    likely = Counter(doubt.kind for doubt in doubts if doubt.score >= 0.5)
+    scores = {kind: [doubt.score for doubt in written if doubt.kind == kind] for kind in range(len(KINDS))}
     return [
-        f"{name}: {likely[kind]} of score 0.5 or more, {shown[kind]} of the {len(written)} that are written"
+        f"{name}: {len(scores[kind])}" + (f", scores up to {max(scores[kind]):.2f}" if scores[kind] else "")
         for kind, name in enumerate(KIND_NAMES)
     ]
 

@@ -117,7 +117,8 @@ def main(config: EvaluateConfig) -> None:
     for n, sheet in enumerate(progress(split.sheets, "evaluation")):
         image = read_sheet(sheet.file)
         detections = detect(detector, image, config.batch_size, config.scale)
-        judged.append(see(whole.sheets[n], whole.sheets[n - 1], image, detections, classes))
+        other = whole.sheets[n - len(whole.sheets) // 2]
+        judged.append(see(whole.sheets[n], other, image, detections, classes))
         counted += np.bincount(detections.above(np.array(given)).labels - 1, minlength=len(counted))
         found[sheet.image_id] = matched.relabel(detections)
         if n < config.pictures:

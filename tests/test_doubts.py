@@ -98,7 +98,7 @@ def test_most_planted_faults_come_first_and_are_called_what_they_are():
     """25 faults among 480 labels, beside the detector's own mistakes, some of which look the same."""
     made, faults = plant(clean_set())
     doubts = find_doubts(made)
-    for first, least in ((25, 15), (50, 22)):
+    for first, least in ((25, 15), (50, 20)):
         called = {(doubt.sheet, doubt.kind) for doubt in doubts[:first]} & set(faults)
         assert len(called) >= least, sorted(called)
     clean = find_doubts(clean_set())

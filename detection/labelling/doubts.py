@@ -9,8 +9,8 @@ is a detection's score; a detection of its class that no other label fits better
     placed    s (1 - IoU) of the own detection that overlaps the label best by s IoU
     spurious  1 - s of the best detection on the label, and 1 more where its box holds no ink
 
-Evidence of different kinds, classes and detectors can't be compared, so a score is made of it. If two good
-labels in a hundred (RATE) had a fault of this kind, E of them would have evidence this strong or stronger:
+Evidence of different kinds, classes and detectors can't be compared, so a score is made of it. If five good
+labels in a thousand (RATE) had a fault of this kind, E of them would have evidence this strong or stronger:
 that is counted on these very sheets, by giving each label the fault. O cases here do have it. Then E / O is
 the share of such cases that faults account for, an estimate of the probability that the case is one (1 - E /
 O is the false discovery rate of Efron's two groups, Statistical Science 2008, by tails). There can't be many
@@ -40,7 +40,7 @@ from detection.detections import Detections
 KINDS = ("missing", "class", "doubled", "placed", "spurious")
 MISSING, CLASS, DOUBLED, PLACED, SPURIOUS = range(5)
 
-RATE = 0.02  # faults of a kind that are expected, for each label
+RATE = 0.005  # faults of a kind that are expected, for each label
 HELD = 5.0  # cases by which the share in a class is held to that in all
 RIGHT = 0.5  # IoU from which a detection fits a label
 NEAR = 0.1  # IoU from which it may be one that is badly placed

@@ -92,8 +92,7 @@ def judge(
     chosen = np.flatnonzero(judges >= 0).tolist()
     maps = {}  # of a detector and a split
     judged, unknown = list[Judged](), dict[str, int]()
-    before = desk.sheets[chosen[-1]][1] if chosen else None
-    for place in progress(chosen, "judging"):
+    for n, place in enumerate(progress(chosen, "judging")):
         split, sheet = desk.sheets[place]
         number = int(judges[place])
         key = (number, split.folder, split.name)
@@ -101,9 +100,8 @@ def judge(
             maps[key] = class_map(categories[number], split)
         known = maps[key][1]
         image = read_sheet(sheet.file)
-        assert before is not None
-        judged.append(see(sheet, before, image, detect(number, image), maps[key]))
-        before = sheet
+        other = desk.sheets[chosen[n - len(chosen) // 2]][1]  # far away, as neighbours may be alike
+        judged.append(see(sheet, other, image, detect(number, image), maps[key]))
         for label in sheet.labels[~known[sheet.labels] & ~sheet.crowd].tolist():
             unknown[desk.names[label - 1]] = unknown.get(desk.names[label - 1], 0) + 1
     return judged, unknown
@@ -118,13 +116,16 @@ def see(
 ) -> Judged:
     """A sheet with its detections, as the detector labels them, for `find_doubts`.
 
-    other: any other sheet. classes: see `class_map`.
+    other: another sheet, which shows something else. classes: see `class_map`.
     """
     to_split, known = classes
     labels = to_split[found.labels]
     found = Detections(found.boxes[labels > 0], found.scores[labels > 0], labels[labels > 0])
     given = _labels(sheet.boxes, sheet.labels, sheet.crowd, known, image)
-    return Judged(given, found, _elsewhere(other, known, image))
+    height, width = image.shape[:2]
+    fits = (other.boxes <= [width, height, width, height]).all(1) & (other is not sheet)
+    elsewhere = _labels(other.boxes[fits], other.labels[fits], other.crowd[fits], known, image)
+    return Judged(given, found, elsewhere)
 
 
 def class_map(categories: Sequence[tuple[int, str]], split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -143,10 +144,3 @@ def _labels(
     boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, known: np.ndarray, image: np.ndarray
 ) -> Labels:
     return Labels(boxes, np.where(known[labels] & ~crowd, labels, 0), ink_and_bare(image, boxes)[1])
-
-
-def _elsewhere(other: LabelledSheet, known: np.ndarray, image: np.ndarray) -> Labels:
-    """The labels of another sheet whose boxes lie on this one as a whole."""
-    height, width = image.shape[:2]
-    fits = (other.boxes <= [width, height, width, height]).all(1)
-    return _labels(other.boxes[fits], other.labels[fits], other.crowd[fits], known, image)
