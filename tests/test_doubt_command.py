@@ -30,7 +30,7 @@ def model(sheets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     categories = tuple((c.id, c.name) for c in read_split(sheets / "train").categories)
-    detector = Detector(small_spec(categories=categories, proposals=64))
+    detector = Detector(small_spec(categories=categories, proposals=64, window=256, overlap=64))
     thresholds = {number: 0.5 for number, _ in categories}
     state = {"spec": detector.spec.to_dict(), "model": detector.state_dict(), "thresholds": thresholds}
     checkpoint.write_file(folder / "model.pt", state)
