@@ -2,10 +2,11 @@
 
     python benchmarks/planted_faults.py --data-dir ci2n_circuits --checkpoint RUN/model.pt --out OUT
 
-Makes OUT/data/SPLIT, the split with --faults labels dropped, renamed, moved or doubled, as many of each,
-drawn by --seed; lets the detector, which must not be trained on that split, doubt its labels; and prints how
-many of the first 50, 100 and 300 doubts point to a planted fault (precision), and to how many of the faults
-(recall). The labels of the split count as right but for these, so what was wrong before is held against it.
+Makes OUT/data/SPLIT, the split with --faults labels dropped, renamed, moved or doubled (--kinds), as many of
+each, drawn by --seed; lets the detector, which must not be trained on that split, doubt its labels; and
+prints how many of the first 50, 100 and 300 doubts point to a planted fault (precision), and to how many of
+the faults (recall). The labels of the split count as right but for these, so what was wrong before is held
+against it.
 
 A renamed label gets the class of another one, drawn from all, so frequent classes more often. A moved one
 goes by 0.3 to 0.6 of its longer side in any direction, and a doubled one gets a copy whose place and sides
@@ -45,7 +46,9 @@ class Fault:
     box: tuple[float, ...]  # the right one: x y width height, px
 
 
-def plant(split: Split, count: int, seed: int) -> tuple[list[dict], list[Fault]]:
+def plant(
+    split: Split, count: int, seed: int, kinds: Sequence[str] = KINDS
+) -> tuple[list[dict], list[Fault]]:
     """The annotations of the split with `count` faults, and the faults.
 
     The kinds come in turn. Raises ValueError for more faults than labels.
@@ -60,7 +63,7 @@ def plant(split: Split, count: int, seed: int) -> tuple[list[dict], list[Fault]]
     classes = [rows[number]["category_id"] for number in usable]
     faults, free = [], max(rows) + 1
     for place, number in enumerate(chosen):
-        kind, row = KINDS[place % len(KINDS)], rows[number]
+        kind, row = kinds[place % len(kinds)], rows[number]
         rng = draw(Use.PLANTED_FAULTS, seed, sample=place + 1)
         sheet = sheets[row["image_id"]]
         x, y, width, height = row["bbox"]
@@ -130,17 +133,18 @@ def table(doubts: Sequence[dict], faults: Sequence[Fault]) -> str:
     """Precision and recall of the first doubts, and the faults of each kind that they point to."""
     found = pointed_at(doubts, faults)
     planted = Counter(fault.kind for fault in faults)
+    kinds = [kind for kind in KINDS if planted[kind]]
     lines = [
-        f"{'first':>6} {'precision':>10} {'recall':>7}  " + "  ".join(f"{k} of {planted[k]}" for k in KINDS)
+        f"{'first':>6} {'precision':>10} {'recall':>7}  " + "  ".join(f"{k} of {planted[k]}" for k in kinds)
     ]
     for first in FIRST:
         hits = found[:first]
         distinct = set(hits) - {-1}
-        kinds = Counter(faults[i].kind for i in distinct)
+        hit = Counter(faults[i].kind for i in distinct)
         right, recall = sum(i >= 0 for i in hits) / first, len(distinct) / len(faults)
         lines.append(
             f"{first:6} {right:10.2f} {recall:7.3f}  "
-            + "  ".join(f"{kinds[k]:{len(f'{k} of {planted[k]}')}}" for k in KINDS)
+            + "  ".join(f"{hit[k]:{len(f'{k} of {planted[k]}')}}" for k in kinds)
         )
     right, all_of = Counter(), Counter()
     for doubt, fault in zip(doubts[:100], found[:100], strict=True):
@@ -159,11 +163,12 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--faults", type=int, default=300)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     clean = read_split(find_split(args.data_dir, args.split))
-    planted, faults = plant(clean, args.faults, args.seed)
+    planted, faults = plant(clean, args.faults, args.seed, args.kinds)
     place = args.out / "data" / clean.name
     write_data(clean, planted, place)
     (args.out / "faults.json").write_text(json.dumps([fault.__dict__ for fault in faults], indent=1))

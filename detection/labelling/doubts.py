@@ -41,7 +41,7 @@ KINDS = ("missing", "class", "doubled", "placed", "spurious")
 MISSING, CLASS, DOUBLED, PLACED, SPURIOUS = range(5)
 
 RATE = 0.005  # faults of a kind that are expected, for each label
-HELD = 5.0  # cases by which the share in a class is held to that in all
+HELD = 20.0  # cases by which the share in a class is held to that in all
 RIGHT = 0.5  # IoU from which a detection fits a label
 NEAR = 0.1  # IoU from which it may be one that is badly placed
 ON = 0.3  # IoU from which a detection lies on a label of another class
