@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from detection.detections import Detections
+from detection.labelling.boxes import box_iou, paired_iou, share_within
 
 KINDS = ("missing", "class", "doubled", "placed", "spurious")
 MISSING, CLASS, DOUBLED, PLACED, SPURIOUS = range(5)
@@ -132,7 +133,7 @@ def shares(
     seen: float64 [C], evidence; of: int64 [C], the class of each. like, like_of: the same of labels that were
     given the fault, each of which counts `weight`. See the head of this module for the formula.
     """
-
+    # No more faults than cases, but for one, at any evidence that a tenth of the faults have.
     like_sorted, seen_sorted = np.sort(like), np.sort(seen)
     common = like_sorted[: int(0.9 * len(like)) + 1]
     many = weight * (len(like) - np.searchsorted(like_sorted, common, "left"))
@@ -188,7 +189,7 @@ def look(number: int, sheet: Judged) -> Cases:
 def _missing(number: int, sheet: Judged, iou: np.ndarray, same: np.ndarray, owner: np.ndarray) -> list[Doubt]:
     """Of detections on each other the best stands for all."""
     found = sheet.found
-    inside = _held(sheet.given.boxes, found.boxes) >= 0.7  # a part of a symbol that is labelled
+    inside = share_within(sheet.given.boxes, found.boxes) >= 0.7  # a part of a symbol that is labelled
     near = (iou >= ON) | (same & ((iou >= NEAR) | inside))
     # A label that can't be judged may be of any class.
     near |= (sheet.given.labels == 0)[:, None] & ((iou >= NEAR) | inside)
@@ -248,7 +249,7 @@ def _like_moved(
     evidence = []
     for dx, dy in ((x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y):
         moved = boxes[known] + np.tile(MOVE * sides * [dx, dy], 2)
-        left = _pairwise(moved, found.boxes[best]) if len(found) else np.zeros(len(known))
+        left = paired_iou(moved, found.boxes[best]) if len(found) else np.zeros(len(known))
         scores = found.scores[best] if len(found) else np.zeros(len(known))
         evidence.append(np.where((score > 0) & (left >= NEAR), scores * (1 - left), 0.0))
     return np.concatenate(evidence), np.tile(labels[known], 8)
@@ -285,27 +286,3 @@ def _owners(iou: np.ndarray) -> np.ndarray:
 def _best(scores: np.ndarray) -> np.ndarray:
     """The largest of each row, 0 where it is empty."""
     return scores.max(1, initial=0.0)
-
-
-def box_iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """IoU of each box with each, [N, 4] and [M, 4] xyxy -> float64 [N, M]."""
-    return _pairwise(one[:, None], other[None])
-
-
-def _shared(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    low, high = np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])
-    return (high - low).clip(0).prod(-1)
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[..., 2:] - boxes[..., :2]).clip(0).prod(-1)
-
-
-def _pairwise(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    shared = _shared(one, other)
-    return shared / np.maximum(_area(one) + _area(other) - shared, 1e-9)
-
-
-def _held(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """[N, M]: the share of each of the others that lies in each of the boxes."""
-    return _shared(boxes[:, None], others[None]) / np.maximum(_area(others)[None], 1e-9)
