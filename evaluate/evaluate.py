@@ -27,6 +27,9 @@ from detection.classes import match_classes
 from detection.counting import applying, read_ranges
 from detection.detections import Detections, to_results
 from detection.draw import annotate, side_by_side, write_png
+from detection.labelling.doubt_page import as_part, make_cards
+from detection.labelling.doubts import Judged, find_doubts
+from detection.labelling.judges import class_map, see
 from detection.metrics.analysis import analyse
 from detection.metrics.coco import measure
 from detection.metrics.coverage import cover
@@ -50,6 +53,8 @@ class EvaluateConfig(Config):
     out: Path | None = None
     # Number of sheets to draw, from the first.
     pictures: int = 6
+    # Doubtful labels that the report shows at most; of the training split it shows none.
+    doubts: int = setting(12, least=0)
     # Score from which a detection is drawn and counted; by default each class's own, the best on valid.
     threshold: float | None = setting(None, least=0, most=1)
     # Ranges of the counts to try: ranges.json of an earlier call; by default the detector's own.
@@ -113,10 +118,13 @@ def main(config: EvaluateConfig) -> None:
 
     ids, names = zip(*((category.id, category.name) for category in split.categories), strict=True)
     found: dict[int, Detections] = {}
+    judged, classes = list[Judged](), class_map(spec.categories, whole)
     counted = np.zeros(len(spec.categories), np.int64)  # above its threshold, by label of the detector
     for n, sheet in enumerate(progress(split.sheets, "evaluation")):
         image = read_sheet(sheet.file)
         detections = detect(detector, image, config.batch_size, config.scale)
+        other = whole.sheets[n - len(whole.sheets) // 2]
+        judged.append(see(whole.sheets[n], other, image, detections, classes))
         counted += np.bincount(detections.above(np.array(given)).labels - 1, minlength=len(counted))
         found[sheet.image_id] = matched.relabel(detections)
         if n < config.pictures:
@@ -176,6 +184,8 @@ def main(config: EvaluateConfig) -> None:
     atomic.write_text(out / "predictions.json", json.dumps(results))
     atomic.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     atomic.write_text(out / "validation_results.txt", summary)
+    shown_doubts = find_doubts(judged)[: 0 if split_name in SPLITS["train"] else config.doubts]
+    cards = make_cards(shown_doubts, whole.sheets, [c.name for c in whole.categories], [False] * len(judged))
     report = write_report(
         out / "report.html",
         split,
@@ -188,6 +198,7 @@ def main(config: EvaluateConfig) -> None:
         settings=settings,
         coverage=coverage,
         ranges_from=ranges_from,
+        doubtful=as_part(cards) if cards else "",
     )
     print(f"{summary}\nreport: {report}\nbeside it: figures, predictions and pictures")
 

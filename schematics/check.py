@@ -33,7 +33,7 @@ from schematics.command import Parser, run
 from schematics.folders import refuse_existing
 from schematics.pictures import Card, write_page
 from schematics.sheets import DataError, Sheet, find_sheets, read_sheet
-from schematics.windows import ink_mask, paper_color, uneven_paper
+from schematics.windows import ink_and_bare
 
 ACTIONS = ("fatal", "dropped", "repaired", "kept")
 BLANK = (
@@ -209,7 +209,7 @@ def _decode_all(sheets: Sequence[Sheet], boxes: Iterable[np.ndarray | None] = re
             image = read_sheet(sheet)
             if boxes is None:
                 return Decoded(digest, image.shape)
-            return Decoded(digest, image.shape, "", *_ink(image, boxes))
+            return Decoded(digest, image.shape, "", *ink_and_bare(image, boxes))
         except OSError as error:
             return Decoded(sheet.name, error=str(error))
         except DataError as error:
@@ -220,19 +220,6 @@ def _decode_all(sheets: Sequence[Sheet], boxes: Iterable[np.ndarray | None] = re
     # A large sheet takes a gigabyte while it is decoded, so there are few threads even on a large machine.
     with ThreadPoolExecutor(1 if has_pdf else min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(decode, sheets, boxes))
-
-
-def _ink(image: np.ndarray, boxes: np.ndarray) -> tuple[float, np.ndarray]:
-    """The share of a sheet's pixels that are ink, and bool [N]: which boxes hold none.
-
-    Whatever differs from the paper nearby is ink here, be it the lines of squared paper or a faded symbol:
-    the finding is to name labels that are wrong, and no others.
-    """
-    paper = paper_color(image)
-    uneven = uneven_paper(image, paper)
-    ink = ink_mask(image, uneven.paper(0, *image.shape[:2]) if uneven else paper)
-    corners = np.hstack([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])]).astype(int).tolist()
-    return float(ink.mean()), np.array([not ink[y0:y1, x0:x1].any() for x0, y0, x1, y1 in corners], bool)
 
 
 def _drawings_in(folder: Path) -> list[Path]:

@@ -39,6 +39,7 @@ class Use(Enum):
     COUNTED_SHEETS = 16  # which sheets are counted, and which are labelled, in a split that tries ranges
     NOVEL_CLASSES = 20  # which classes are novel in a trial of detection.find; sample is the split
     EXAMPLES = 21  # which labelled boxes are examples of a class there; sample is the draw, view the class
+    PLANTED_FAULTS = 22  # which labels are made wrong, and how, to see if that is found; sample is the fault
 
 
 class _Key(ISeedSequence):

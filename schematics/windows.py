@@ -109,6 +109,19 @@ def uneven_paper(image: Image, paper: Color | None = None) -> Uneven | None:
     return Uneven(blocks, tolerance) if (apart > tolerance).mean() < EVEN * share else None
 
 
+def ink_and_bare(image: Image, boxes: np.ndarray) -> tuple[float, NDArray[np.bool_]]:
+    """The share of a sheet's pixels that are ink, and bool [N]: which boxes [N, 4] xyxy hold none.
+
+    Whatever differs from the paper nearby is ink here, be it the lines of squared paper or a faded symbol:
+    it is to tell labels that are wrong, and no others.
+    """
+    paper = paper_color(image)
+    uneven = uneven_paper(image, paper)
+    ink = ink_mask(image, uneven.paper(0, *image.shape[:2]) if uneven else paper)
+    corners = np.hstack([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])]).astype(int).tolist()
+    return float(ink.mean()), np.array([not ink[y0:y1, x0:x1].any() for x0, y0, x1, y1 in corners], bool)
+
+
 def nearby_paper(window: Image) -> Image:
     """The color of the paper at each pixel of a window of an uneven sheet, as an image of the same shape."""
     blocks = cv2.medianBlur(np.ascontiguousarray(window[::STEP, ::STEP]), NEARBY)

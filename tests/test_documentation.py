@@ -36,6 +36,7 @@ ELSEWHERE = {
     "python slurm/pipeline.py status": "test_pipeline.py, after the chain that is only printed here",
     "python tests/tools/round_trip.py": "an environment of its own, of a gigabyte",
     "python benchmarks/": "minutes on the data that they name",
+    "python -m detection.doubt --folds": "test_doubt_command.py: trains detectors",
     "python -m detection.export": "test_export.py, with a detector that has learnt: else scores tie",
     "python -m detection.predict --checkpoint detector.onnx": "the same",
     "python -m detection.finetune --preset laptop --minutes 15": "test_fitting.py: a quarter of an hour",

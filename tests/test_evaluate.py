@@ -223,3 +223,16 @@ def test_two_runs_are_compared_on_the_same_sheets(model, tmp_path, capsys):
         compare.main(compare.CompareConfig(runs=(one, tmp_path / "lost")))
     with pytest.raises(UserError, match=r"not what evaluate\.py writes"):
         compare.main(compare.CompareConfig(runs=(one, tmp_path)))
+
+
+def test_the_report_shows_the_labels_that_are_most_in_doubt(model, tmp_path):
+    """But not those of a split that the detector was trained on, nor where none are asked for."""
+    data, shown = tmp_path / "data", {}
+    for split in ("train", "test"):
+        shutil.copytree(OTHER_IDS / "test", data / split)
+    for name, flags in (("test", {"doubts": 3}), ("none", {"doubts": 0}), ("train", {"split": "train"})):
+        measured(model, tmp_path / name, data, **flags)
+        shown[name] = (tmp_path / name / "report.html").read_text()
+    assert shown["test"].count('class="doubt') == 1 + 3 and 'href="#doubts"' in shown["test"]
+    for name in ("none", "train"):
+        assert "doubt" not in shown[name]

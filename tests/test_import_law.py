@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "cluster": set(),
     "pretraining": {"schematics", "cluster"},
     "detection": {"detection.labelling", "detection.metrics", "detection.report", "schematics", "cluster"},
-    "detection.labelling": {"detection", "schematics", "cluster"},
+    "detection.labelling": {"detection", "detection.metrics", "detection.report", "schematics", "cluster"},
     "detection.metrics": {"schematics"},
     "detection.report": {"detection.metrics", "schematics", "cluster"},
     "evaluate": {

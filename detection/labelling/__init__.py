@@ -1,1 +1,1 @@
-"""Labels made with little work: a symbol found from an example."""
+"""How labels are made and mended: a symbol from an example, which labels are doubtful."""

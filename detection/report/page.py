@@ -60,6 +60,7 @@ def write_report(
     coverage: Coverage | None = None,
     ranges_from: str = "",
     most_sheets: int = 12,
+    doubtful: str = "",
 ) -> Path:
     """Write the page to `path`, whole or not at all, and return `path`.
 
@@ -71,6 +72,7 @@ def write_report(
     coverage: of ranges of the counts on these sheets; None where no range is known. ranges_from: what they
     rest on, or why there are none, in words.
     most_sheets: how many sheets the gallery has, half of them the worst by F1 and half the best.
+    doubtful: HTML of a section on doubtful labels, "" for none.
     Raises DataError for a sheet that can't be read and UserError where the file can't be written.
     """
     script = SCRIPT.read_text(encoding="utf-8")
@@ -109,6 +111,7 @@ def write_report(
         counted=sheet_rows(analysis, sheets, LISTED),
         ranges_from=ranges_from,
         ranges=range_tables(coverage, sheets, LISTED) if coverage else None,
+        doubtful=Markup(doubtful),
         cards=[make_card(split, analysis, *chosen) for chosen in choose_sheets(analysis, most_sheets)],
     )
     write_text(Path(path), page)
