@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,14 @@ from cluster import config as configuration
 from cluster.batches import Batches
 from cluster.checkpoint import OTHER, State
 from cluster.compiling import refuse_without_compiler
+from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
 from cluster.precision import settle
 from cluster.training import (
+    LONG,
     TIMING,
     GuardedStep,
     begin,
@@ -54,8 +57,11 @@ from detection.start import (
     steps_in,
     validation_seconds,
 )
+from detection.teaching import Teaching
+from detection.unlabeled import TaughtBatches, beside
 from schematics import draws
 from schematics.coco import losses
+from schematics.sheets import find_sheets
 from schematics.splits import take_share
 
 PACKING = 24 * 3600.0  # seconds that packing the sheets may take before the run counts as hung
@@ -68,7 +74,11 @@ def finetune(config: FinetuneConfig) -> None:
     """
     world = distributed.start(**config.joining)
     config = configuration.recorded(config, config.exp_dir, world.device.type)
-    distributed.per_rank(config.batch_size or BATCHES[0], world)
+    given = config.batch_size or BATCHES[0]
+    distributed.per_rank(given, world)
+    if config.unlabeled:
+        distributed.per_rank(config.unlabelled(given), world, "--unlabeled-batch")
+        find_sheets(config.unlabeled)  # raises where there are none
     configuration.refuse_changes(config, config.exp_dir)
     check_engine(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
@@ -94,6 +104,9 @@ def finetune(config: FinetuneConfig) -> None:
         if saved:
             if config.batch_size is None:
                 raise UserError(f"{config.exp_dir}: config.json is gone; give the run's --batch-size")
+            if ("teacher" in saved) != (config.unlabeled is not None):
+                other = "has none" if config.unlabeled else "has one"
+                raise UserError(f"--unlabeled: the run in {config.exp_dir} {other}; give another --exp-dir")
             detector = Detector(Spec.from_dict(saved["spec"], str(saved.path), OTHER))
             story, fit = f"going on at step {saved['step']}", beginning.fit(detector, detector.spec.window)
         else:
@@ -126,6 +139,12 @@ def finetune(config: FinetuneConfig) -> None:
         detector = put_on_device(detector, world, config.freeze_stages)
         order = functools.partial(windows.order, at_least=batch)
         batches = Batches(windows, order, per_epoch, batch, world, config.workers, collate)
+        if config.unlabeled:
+            labelled = [sheet for split in splits for sheet in split.sheets]
+            size, place = config.unlabelled(batch), config.store
+            with run.allow(PACKING) if run else contextlib.nullcontext():
+                batches, said = beside(batches, windows, config.unlabeled, size, place, spec, labelled)
+            told.append(said)
 
         def build(model: Detector) -> torch.optim.Optimizer:
             return build_optimizer(model, **config.optimizing)
@@ -134,7 +153,9 @@ def finetune(config: FinetuneConfig) -> None:
             if world.main:  # at once, as the steps that are timed may take minutes
                 print("\n".join([*told, "timing a few steps"]), flush=True)
             with run.allow(TIMING) if run else contextlib.nullcontext():
-                step = seconds_per_step(train, detector, build, batches, world, config.precision, compiled)
+                step = seconds_of_step(
+                    detector, build, batches, world, config.precision, compiled, config.burn_in
+                )
                 validation = validation_seconds(detector, readers[1], world)
             between = per_epoch * config.validate_every
             if config.seconds:
@@ -153,13 +174,20 @@ def finetune(config: FinetuneConfig) -> None:
             return
 
         optimizer = build(detector)
-        ema = ModelEmaV3(detector, config.ema_decay, use_warmup=True) if config.ema_decay else None
-        progress = Progress(detector, optimizer, Guard(), ema)
+        ema = ModelEmaV3(detector, config.decay, use_warmup=True) if config.decay else None
+        teaching = None
+        if ema and config.unlabeled:
+            burn_in = max(1, round(config.burn_in * total))
+            teaching = Teaching(ema.module, config.unlabeled_weight, burn_in)
+        progress = Progress(detector, optimizer, Guard(), ema, teaching)
         if world.main and not saved:  # the first checkpoint is of no use without it
             configuration.save(config, config.exp_dir / "config.json")
         start = begin(run, saved, progress.guard, progress.state, progress.restore)
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
+        if teaching and isinstance(batches, TaughtBatches):  # a run that is made longer keeps its burn-in
+            batches = replace(batches, begin=teaching.burn_in)
+            told.append(f"the average of the weights teaches from step {teaching.burn_in} on")
         begun = [Phase(**phase) for phase in saved["phases"]] if saved else []
         progress.phases = continue_phases(begun, config.phase(per_epoch, total), start)
         # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.
@@ -191,12 +219,41 @@ def finetune(config: FinetuneConfig) -> None:
 
         def train_on(rest: Iterable[tuple[int, Any]]) -> None:
             if not progress.pending or boundary.validate():
-                train(model, guarded, paced(rest, total, journal, world.device), journal, boundary)
+                steps = paced(rest, total, journal, world.device)
+                train(model, guarded, steps, journal, boundary, teaching)
 
         train_guarded(train_on, batches, progress.guard, run, journal, progress.restore, start, total)
-        run.finish(progress.step, progress.state, ["model.pt", "last.pt"])
+        verdict = teaching.verdict(progress.best) if teaching else ""
+        if verdict:
+            journal.message(verdict)
+        run.finish(progress.step, progress.state, ["model.pt", "last.pt"], verdict)
         journal.close()
     distributed.stop()
+
+
+def seconds_of_step(
+    detector: Detector,
+    build: Callable[[Detector], torch.optim.Optimizer],
+    batches: Batches,
+    world: World,
+    precision: str,
+    compiled: str | None,
+    burn_in: float,
+) -> float:
+    """Seconds that a step takes, see `seconds_per_step`; with a teacher, on average over burn-in and rest."""
+    of = functools.partial(
+        seconds_per_step,
+        model=detector,
+        build_optimizer=build,
+        world=world,
+        precision=precision,
+        compiled=compiled,
+    )
+    if not isinstance(batches, TaughtBatches):
+        return of(train, batches=batches)
+    first = of(train, batches=replace(batches, begin=2 * LONG))
+    teach = functools.partial(train, teaching=Teaching(copy.deepcopy(detector).eval(), 1.0, 1))
+    return burn_in * first + (1 - burn_in) * of(teach, batches=batches)
 
 
 def tell_changes(journal: Journal, saved: State | None, begun: list[Phase], phases: list[Phase]) -> None:
