@@ -148,6 +148,25 @@ class FinetuneConfig(RunConfig):
         """Of the average of the weights; 0 keeps none."""
         return self.ema_decay or (TEACHER_DECAY if self.unlabeled else 0.0)
 
+    def teaching(self, steps: int) -> tuple[float, int] | None:
+        """The weight of the losses on unlabelled windows, and the steps before them; None without these."""
+        return (self.unlabeled_weight, max(1, round(self.burn_in * steps))) if self.unlabeled else None
+
+    @property
+    def validating(self) -> dict[str, Any]:
+        """The arguments of `Boundary` that flags set."""
+        return {
+            "validate_every": self.validate_every,
+            "engine": self.coco_engine,
+            "compiled": self.compile,
+        }
+
+    @property
+    def pool(self) -> dict[str, Any]:
+        """The arguments of `beside` that flags set."""
+        size = self.unlabelled(self.batch_size or 0)
+        return {"folder": self.unlabeled, "size": size, "store_dir": self.store}
+
     def unlabelled(self, batch: int) -> int:
         """Unlabelled windows in a step beside a batch of so many, over all ranks together."""
         return (self.unlabeled_batch or batch) if self.unlabeled else 0

@@ -103,6 +103,11 @@ class Progress:
         """The detector that is validated and written to model.pt: the averaged one, if one is kept."""
         return self.ema.module if self.ema else self.detector
 
+    @property
+    def verdict(self) -> str:
+        """A line on how good the result is beside the end of the burn-in; "" without a teacher."""
+        return self.teaching.verdict(self.best) if self.teaching else ""
+
     def state(self) -> dict[str, Any]:
         return {
             "spec": self.detector.spec.to_dict(),
@@ -200,13 +205,15 @@ class Boundary:
         self.tell(step, figures, better)
         if progress.teaching:
             self.judge(progress.teaching, step, figures.fitted["AP"])
+        if progress.verdict and not go_on:
+            self.journal.message(progress.verdict)
         return go_on
 
     def judge(self, teaching: Teaching, step: int, AP: float) -> None:
         """Compare a validation with that at the end of the burn-in, and tell what the teacher has given."""
         if step == teaching.burn_in:
             teaching.burnt = AP
-            self.journal.message("the burn-in ends; its average is the first teacher")
+            self.journal.message("the burn-in ends: from here on the averaged detector teaches")
         elif step > teaching.burn_in:
             told = ", ".join(f"{name} {value:.3g}" for name, value in teaching.figures().items())
             self.journal.record(step, valid_AP_burn_in=teaching.burnt, **teaching.figures_by_class())

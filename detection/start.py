@@ -215,9 +215,13 @@ def length_of(exp_dir: Path, patience_steps: int, total: int) -> int:
     return total
 
 
-def steps_in(seconds: float, step: float, validation: float, between: int) -> int:
-    """Steps for which there is time, at least one. between: steps from one validation to the next."""
-    return max(1, int((seconds - validation) / (step + validation / between)))
+def steps_in(seconds: float, step: float, validation: float, between: int, burns_in: bool = False) -> int:
+    """Steps for which there is time, at least one. between: steps from one validation to the next.
+
+    burns_in: whether there is one more validation, at the end of a burn-in.
+    """
+    left = seconds - (1 + burns_in) * validation
+    return max(1, int(left / (step + validation / between)))
 
 
 def validation_seconds(detector: Detector, reader: SheetReader, world: World) -> float:

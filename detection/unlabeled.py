@@ -26,7 +26,7 @@ from detection.data import KEEP, Augment, TrainingWindows, crop_boxes, photometr
 from detection.data import collate as collate_labelled
 from detection.model import as_tensor
 from detection.spec import Spec
-from schematics.coco import ANNOTATIONS, LabelledSheet, read_split
+from schematics.coco import ANNOTATIONS, LabelledSheet, Split, read_split
 from schematics.draws import Use, draw
 from schematics.sheets import DataError, Sheet, find_sheets, to_color
 from schematics.store import WindowStore, build_store
@@ -205,26 +205,27 @@ class TaughtBatches(Batches):
 def beside(
     batches: Batches,
     windows: TrainingWindows,
+    spec: Spec,
+    splits: Sequence[Split],
     folder: Path,
     size: int,
     store_dir: Path,
-    spec: Spec,
-    labelled: Sequence[LabelledSheet],
 ) -> tuple[TaughtBatches, str]:
     """Batches with `size` unlabelled windows beside each, over all ranks together; lines for the log.
 
-    windows: of the batches; the unlabelled ones are drawn and changed as they are. folder: with the
-    unlabelled sheets, which rank 0 packs into a folder of `store_dir` that runs with the same windows share.
-    spec: of the detector. labelled: sheets that are trained on or validated with; those of the pool that are
-    the same files are left out. Labels in the folder are used to measure pseudo-labels and for nothing else.
-    Raises DataError if no sheet can be read or none is left.
+    windows: of the batches; the unlabelled ones are drawn and changed as they are. spec: of the detector.
+    splits: with the sheets that are trained on or validated with; those of the pool that are the same files
+    are left out. folder: with the pool's sheets, which rank 0 packs into a folder of `store_dir` that runs
+    with the same windows share. Labels there measure pseudo-labels and do nothing else. Raises DataError
+    if no sheet can be read or none is left.
     """
     reach, stride = (round(length / spec.scale) for length in (spec.window, spec.window - spec.overlap))
 
     def pack() -> tuple[Path, set[str]]:
         sheets = find_sheets(folder)
         store = build_store(sheets, store_dir, reach, stride, color_mode=spec.color_mode, shared=True)
-        return store.folder, same_sheets(sheets, [sheet.file for sheet in labelled])
+        labelled = [sheet.file for split in splits for sheet in split.sheets]
+        return store.folder, same_sheets(sheets, labelled)
 
     place, left_out = distributed.on_main(pack)
     store = WindowStore(place)
