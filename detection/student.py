@@ -79,7 +79,7 @@ def _objectness_loss(
     losses = []
     for n, told in enumerate(pseudo):
         (matched,), _ = rpn.assign_targets_to_anchors([anchors[n]], [{"boxes": told.boxes[told.sure]}])
-        labels = _without_doubtful(matched, anchors[n], told, images.image_sizes[n][0], rpn.box_similarity)
+        labels = without_doubtful(matched, anchors[n], told, images.image_sizes[n][0], rpn.box_similarity)
         chosen, weights = _sample(rpn.fg_bg_sampler, labels, seeds[n])
         losses.append(
             F.binary_cross_entropy_with_logits(
@@ -109,7 +109,7 @@ def _regions(heads: Any, proposals: Tensor, told: Pseudo, side: int, seed: int) 
     proposals = torch.cat([proposals, boxes])
     ones = torch.ones(len(boxes), dtype=torch.int64, device=boxes.device)
     (match,), (labels,) = heads.assign_targets_to_proposals([proposals], [boxes], [ones])
-    labels = _without_doubtful(labels, proposals, told, side, heads.box_similarity)
+    labels = without_doubtful(labels, proposals, told, side, heads.box_similarity)
     chosen, weights = _sample(heads.fg_bg_sampler, labels, seed)
     if not len(chosen):  # a norm layer needs something to norm
         chosen, weights = chosen.new_zeros(1), weights.new_zeros(1)
@@ -161,7 +161,7 @@ def _sample(sampler: Any, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return chosen, torch.where(positive[chosen] > 0, 1.0, background)
 
 
-def _without_doubtful(
+def without_doubtful(
     labels: Tensor, boxes: Tensor, told: Pseudo, side: int, iou: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Labels [N] of boxes [N, 4] with -1, which is neither, for what is not surely background.

@@ -155,7 +155,8 @@ def collate(items: Sequence[Any]) -> tuple:
     and lists of seeds and truths.
     """
     pool = [item for item in items if isinstance(item, dict)]
-    labelled = collate_labelled([item for item in items if not isinstance(item, dict)])
+    own = [item for item in items if not isinstance(item, dict)]
+    labelled = collate_labelled(own) if own else ()  # none where a sample is measured
     if not pool:
         return labelled
     stacked = {name: default_collate([item[name] for item in pool]) for name in ("weak", "strong", "matrix")}
@@ -219,15 +220,10 @@ def beside(
     with the same windows share. Labels there measure pseudo-labels and do nothing else. Raises DataError
     if no sheet can be read or none is left.
     """
-    reach, stride = (round(length / spec.scale) for length in (spec.window, spec.window - spec.overlap))
-
-    def pack() -> tuple[Path, set[str]]:
-        sheets = find_sheets(folder)
-        store = build_store(sheets, store_dir, reach, stride, color_mode=spec.color_mode, shared=True)
-        labelled = [sheet.file for split in splits for sheet in split.sheets]
-        return store.folder, same_sheets(sheets, labelled)
-
-    place, left_out = distributed.on_main(pack)
+    labelled = [sheet.file for split in splits for sheet in split.sheets]
+    place, left_out = distributed.on_main(
+        lambda: (pack(folder, spec, store_dir).folder, same_sheets(find_sheets(folder), labelled))
+    )
     store = WindowStore(place)
     known, measured = known_labels(folder, spec)
     pool = UnlabelledWindows(
@@ -242,6 +238,15 @@ def beside(
     others = Batches(pool, lambda epoch: pool.order(epoch, size), per_epoch, size, batches.world)
     own = {**vars(batches), "samples": Both(windows, pool), "collate": collate}
     return TaughtBatches(**own, pool=others), "\n".join(told)
+
+
+def pack(folder: Path, spec: Spec, store_dir: Path) -> WindowStore:
+    """The windows of a folder of sheets that suit a detector, packed in a folder of `store_dir`.
+
+    Raises DataError if no sheet can be read or none holds ink.
+    """
+    reach, stride = (round(length / spec.scale) for length in (spec.window, spec.window - spec.overlap))
+    return build_store(folder, store_dir, reach, stride, color_mode=spec.color_mode, shared=True)
 
 
 def same_sheets(sheets: Sequence[Sheet], others: Sequence[Sheet]) -> set[str]:
