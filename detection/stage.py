@@ -163,10 +163,8 @@ def finetune(config: FinetuneConfig) -> None:
         start = begin(run, saved, progress.guard, progress.state, progress.restore)
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
-        if progress.teaching and isinstance(
-            batches, TaughtBatches
-        ):  # its burn-in may be that of a checkpoint
-            batches = replace(batches, begin=progress.teaching.burn_in)
+        if progress.teaching and isinstance(batches, TaughtBatches):
+            batches = replace(batches, begin=progress.teaching.burn_in)  # may be that of a checkpoint
         begun = [Phase(**phase) for phase in saved["phases"]] if saved else []
         progress.phases = continue_phases(begun, config.phase(per_epoch, total), start)
         # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.

@@ -34,12 +34,8 @@ from detection.teacher import (
     thresholds,
 )
 
-TALLIED = (
-    "given",
-    "measured",
-    "right",
-    "true",
-)  # pseudo-labels of a class; of these on sheets with labels, ...
+# Of a class: pseudo-labels, those on sheets with labels, the right ones of these, and true boxes there.
+TALLIED = ("given", "measured", "right", "true")
 
 
 @dataclass(frozen=True)
@@ -157,6 +153,8 @@ class Teaching:
 
     def verdict(self, best: Mapping[str, float]) -> str:
         """One line: whether the run came out better than its burn-in. best: AP and step of model.pt."""
+        if self.burnt < -1:
+            return f"the run ended within its burn-in of {self.burn_in} steps: nothing was taught"
         told = f"valid AP {self.burnt:.3f} at the end of the burn-in (step {self.burn_in}), "
         if best["step"] > self.burn_in:
             return f"{told}{best['AP']:.3f} with the teacher's labels (step {best['step']:.0f}), in model.pt"

@@ -251,9 +251,13 @@ def pack(folder: Path, spec: Spec, store_dir: Path) -> WindowStore:
 
 def same_sheets(sheets: Sequence[Sheet], others: Sequence[Sheet]) -> set[str]:
     """The names of the sheets that are also among `others`: the same page of a file with the same bytes."""
+
+    def size(sheet: Sheet) -> int:
+        return sheet.path.stat().st_size if sheet.path.exists() else -1  # a link that leads nowhere
+
     sizes = defaultdict(set)
     for other in others:
-        sizes[other.path.stat().st_size].add(other)
+        sizes[size(other)].add(other)
     digests: dict[Path, str] = {}
 
     def mark(sheet: Sheet) -> tuple[str, int | None]:
@@ -261,8 +265,8 @@ def same_sheets(sheets: Sequence[Sheet], others: Sequence[Sheet]) -> set[str]:
             digests[sheet.path] = hashlib.sha256(sheet.path.read_bytes()).hexdigest()
         return digests[sheet.path], sheet.page
 
-    same = [sheet for sheet in sheets if sheet.path.stat().st_size in sizes]
-    theirs = {mark(other) for sheet in same for other in sizes[sheet.path.stat().st_size]}
+    same = [sheet for sheet in sheets if size(sheet) in sizes]
+    theirs = {mark(other) for sheet in same for other in sizes[size(sheet)]}
     return {sheet.name for sheet in same if mark(sheet) in theirs}
 
 

@@ -219,6 +219,7 @@ def test_ranks_take_the_gradient_and_keep_the_teacher_of_one(size, alone, tmp_pa
 
 def test_the_verdict_names_the_better_one():
     teaching = Teaching(detector_of().eval(), 1.0, 40)
+    assert "ended within its burn-in of 40 steps" in teaching.verdict({"AP": 0.2, "step": 20})
     teaching.burnt = 0.25
     assert teaching.verdict({"AP": 0.31, "step": 80}).endswith(
         "0.310 with the teacher's labels (step 80), in model.pt"

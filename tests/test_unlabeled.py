@@ -129,6 +129,7 @@ def test_sheets_that_are_labelled_ones_are_left_out_by_content(sheets, tmp_path)
     shutil.copy(train[2].path, tmp_path / "renamed.png")
     shutil.copy(find_sheets(sheets / "unlabeled")[0].path, tmp_path / "new.png")
     (tmp_path / "same size.png").write_bytes(bytes(train[2].path.stat().st_size))
+    (tmp_path / "link.png").symlink_to("nowhere.png")
     pool = [Sheet(path) for path in sorted(tmp_path.iterdir())]
     assert same_sheets(pool, train) == {(tmp_path / "renamed.png").as_posix()}
     store = build_store(sheets / "unlabeled", tmp_path / "store", 128)
