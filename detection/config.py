@@ -20,6 +20,8 @@ LAPTOP: dict[str, Any] = {
     "minutes": 30,
 }
 
+TEACHER_DECAY = 0.999  # of the average that teaches, unless --ema-decay says otherwise
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
@@ -77,7 +79,7 @@ class FinetuneConfig(RunConfig):
     # Epochs from one validation to the next; the last step always ends with one.
     validate_every: int = setting(1, least=1, may_change=True)
     # Decay, such as 0.999, of a moving average of the weights, which is validated and saved in their place; 0
-    # keeps no average.
+    # keeps no average, or with --unlabeled that of 0.999.
     ema_decay: float = setting(0.0, least=0, most=1)
     # Epochs without a rise of validation AP after which the run ends; 0 never ends it early.
     patience: int = setting(0, least=0, may_change=True)
@@ -111,6 +113,16 @@ class FinetuneConfig(RunConfig):
     # Threshold t of repeat-factor sampling, which shows rare classes more often (arXiv 1908.03195); 0 is off.
     repeat: float = setting(0.0, least=0, most=1)
 
+    # Folder of unlabelled sheets. After --burn-in the averaged detector labels windows of them, and what it
+    # is sure of is learnt on changed ones (arXiv 2102.09480). Labels there are measured with, no more.
+    unlabeled: Path | None = setting(None, may_change=True)
+    # Windows of these in a step beside --batch-size, over all ranks together; by default as many.
+    unlabeled_batch: int | None = setting(None, least=1)
+    # Weight of the losses on them.
+    unlabeled_weight: float = setting(1.0, least=0)
+    # Share of the run that is trained without --unlabeled at first.
+    burn_in: float = setting(0.3, least=0.001, most=0.999)
+
     # Score below which detections are dropped; low, because AP counts uncertain detections too.
     score_threshold: float = setting(0.01, least=0, most=1)
     # Detections kept of a window, at most; by default fitted to the fullest window.
@@ -128,7 +140,36 @@ class FinetuneConfig(RunConfig):
     def beginning(self) -> dict[str, Any]:
         """The arguments of `Beginning` that flags set."""
         named = ("backbone", "arch", "seed", "window", "batch_size", "precision", "choices")
-        return {"averaged": self.ema_decay > 0, **{name: getattr(self, name) for name in named}}
+        facts = {"averaged": self.decay > 0, "unlabelled": self.unlabelled}
+        return {**facts, **{name: getattr(self, name) for name in named}}
+
+    @property
+    def decay(self) -> float:
+        """Of the average of the weights; 0 keeps none."""
+        return self.ema_decay or (TEACHER_DECAY if self.unlabeled else 0.0)
+
+    def teaching(self, steps: int) -> tuple[float, int] | None:
+        """The weight of the losses on unlabelled windows, and the steps before them; None without these."""
+        return (self.unlabeled_weight, max(1, round(self.burn_in * steps))) if self.unlabeled else None
+
+    @property
+    def validating(self) -> dict[str, Any]:
+        """The arguments of `Boundary` that flags set."""
+        return {
+            "validate_every": self.validate_every,
+            "engine": self.coco_engine,
+            "compiled": self.compile,
+        }
+
+    @property
+    def pool(self) -> dict[str, Any]:
+        """The arguments of `beside` that flags set."""
+        size = self.unlabelled(self.batch_size or 0)
+        return {"folder": self.unlabeled, "size": size, "store_dir": self.store}
+
+    def unlabelled(self, batch: int) -> int:
+        """Unlabelled windows in a step beside a batch of so many, over all ranks together."""
+        return (self.unlabeled_batch or batch) if self.unlabeled else 0
 
     @property
     def augmenting(self) -> dict[str, Any]:

@@ -113,8 +113,8 @@ class TrainingWindows(Dataset):
         scale = float(np.exp(exponent * np.log1p(self.augment.scale)))
         reach = round(self.side / scale)  # side, in pixels of the sheet, of the square that the window shows
         if self.augment.shift:
-            x = _shift(rng, x, self.side, reach, self.stride, sheet.width)
-            y = _shift(rng, y, self.side, reach, self.stride, sheet.height)
+            x = shift(rng, x, self.side, reach, self.stride, sheet.width)
+            y = shift(rng, y, self.side, reach, self.stride, sheet.height)
         known = ~sheet.crowd
         window = self.reader.window(sheet_index, x, y, reach)
         boxes, labels = crop_boxes(sheet.boxes[known], sheet.labels[known], x, y, reach, KEEP)
@@ -220,7 +220,7 @@ def photometric(window: np.ndarray, rng: np.random.Generator, strength: float) -
     return window
 
 
-def _shift(rng: np.random.Generator, start: int, side: int, reach: int, stride: int, length: int) -> int:
+def shift(rng: np.random.Generator, start: int, side: int, reach: int, stride: int, length: int) -> int:
     """Where, along one axis, a window begins that shows `reach` pixels of a sheet `length` pixels long.
 
     It has the middle of its tile, which is `side` pixels from `start` on, is moved at random by up to half a

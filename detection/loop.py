@@ -26,6 +26,7 @@ from detection.metrics.engines import Engine
 from detection.model import Detector
 from detection.schedule import Phase
 from detection.sheets import SheetReader
+from detection.teaching import Teaching
 from detection.validation import VALIDATING, out_of_patience, validate, write_model
 from schematics import draws
 from schematics.coco import to_coco
@@ -39,20 +40,26 @@ def train(
     batches: Iterable[tuple[int, Any]],
     journal: Journal,
     boundary: Callable[[int], bool],
+    teaching: Teaching | None = None,
 ) -> None:
     """Take one optimizer step for each (step, (windows uint8 [B, 3, S, S], targets, seeds)) of `batches`.
 
     boundary: called after each step with the number of steps done. It saves and validates when that is due,
-    and returns False to end the training.
+    and returns False to end the training. teaching: used in the steps whose batch has a fourth part, which is
+    one of unlabelled windows.
     """
-    for step, (images, targets, seeds) in batches:
+    for step, (images, targets, seeds, *pool) in batches:
         with guarded.forward():
-            losses = detector(images, targets, seeds)
+            if teaching and pool:
+                losses = teaching.losses(detector, images, targets, seeds, *pool)
+            else:
+                losses = detector(images, targets, seeds)
         loss = torch.stack([value.float() for value in losses.values()]).sum()
         norm = guarded.take(step, loss)
         if journal.due(step):
             terms = {name: value.detach() for name, value in losses.items()}
-            journal.log(step, loss=loss.detach(), lr=guarded.lr(step), grad_norm=norm, **terms)
+            given = teaching.figures() if teaching and pool else {}
+            journal.log(step, loss=loss.detach(), lr=guarded.lr(step), grad_norm=norm, **terms, **given)
         if not boundary(step + 1):
             return
 
@@ -85,6 +92,7 @@ class Progress:
     optimizer: torch.optim.Optimizer
     guard: Guard
     ema: ModelEmaV3 | None = None
+    teaching: Teaching | None = None
     phases: list[Phase] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=lambda: {"AP": -2.0, "step": 0})
     step: int = 0
@@ -94,6 +102,11 @@ class Progress:
     def judged(self) -> Detector:
         """The detector that is validated and written to model.pt: the averaged one, if one is kept."""
         return self.ema.module if self.ema else self.detector
+
+    @property
+    def verdict(self) -> str:
+        """A line on how good the result is beside the end of the burn-in; "" without a teacher."""
+        return self.teaching.verdict(self.best) if self.teaching else ""
 
     def state(self) -> dict[str, Any]:
         return {
@@ -107,6 +120,7 @@ class Progress:
             "pending": self.pending,
             "validated_in": "bf16" if self.judged.bf16 else "fp32",
             "draws": draws.WINDOWS_VERSION,
+            **({"teacher": self.teaching.state()} if self.teaching else {}),
         }
 
     def restore(self, saved: Saved) -> None:
@@ -120,6 +134,8 @@ class Progress:
         self.detector.load_state_dict(saved["model"])
         if self.ema:
             self.ema.module.load_state_dict(saved["ema"])
+        if self.teaching:
+            self.teaching.restore(saved["teacher"], str(saved.path), OTHER)
         self.best = max(self.best, asdict(facts["best"]), key=lambda best: best["AP"])
         self.step = saved["step"]
         self.pending = facts.get("pending", False)
@@ -143,13 +159,15 @@ class Boundary:
 
     def __post_init__(self) -> None:
         self.truth = to_coco(self.reader.split)
+        self.burn_in = self.progress.teaching.burn_in if self.progress.teaching else 0  # steps
 
     def __call__(self, step: int) -> bool:
         """Called when `step` steps are done. Returns False to end the run."""
         self.progress.step = step
         if self.progress.ema:
             self.progress.ema.update(self.progress.detector, step)
-        due = step % (self.per_epoch * self.validate_every) == 0 or step >= self.total
+        due = step % (self.per_epoch * self.validate_every) == 0
+        due |= step >= self.total or step == self.burn_in
         self.progress.pending, skipping = due, self.progress.guard.skipped > 0
         # Saved before a validation, so that a run that is killed in it loses the validation but no step.
         self.run.after_step(step, self.progress.state, save=due and not skipping, hold=skipping)
@@ -186,7 +204,26 @@ class Boundary:
             with self.run.allow(VALIDATING):
                 distributed.on_main(lambda: self.draw(step, thresholds))  # the others wait here
         self.tell(step, figures, better)
+        if progress.teaching:
+            self.judge(progress.teaching, step, figures.fitted["AP"])
+        if progress.verdict and not go_on:
+            self.journal.message(progress.verdict)
         return go_on
+
+    def judge(self, teaching: Teaching, step: int, AP: float) -> None:
+        """Compare a validation with that at the end of the burn-in, and tell what the teacher has given."""
+        if step == teaching.burn_in:
+            teaching.burnt = AP
+            self.journal.message("the burn-in ends: from here on the averaged detector teaches")
+        elif step > teaching.burn_in:
+            told = ", ".join(f"{name} {value:.3g}" for name, value in teaching.figures().items())
+            self.journal.record(step, valid_AP_burn_in=teaching.burnt, **teaching.figures_by_class())
+            self.journal.message(told)
+            if teaching.burnt > AP:
+                self.journal.message(
+                    f"worse than at the end of the burn-in (AP {teaching.burnt:.3f}, step {teaching.burn_in})"
+                )
+        teaching.begin_tally()
 
     def draw(self, step: int, thresholds: dict[int, float]) -> None:
         """Draw what is found on the first sheets for TensorBoard."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,6 +72,7 @@ class Fit:
     batch: int
     need: int
     free: int
+    unlabelled: int = 0  # windows beside the batch
 
     @property
     def fits(self) -> bool:
@@ -79,7 +80,8 @@ class Fit:
 
     def __str__(self) -> str:
         told = (
-            f"batches of {self.batch} windows of {self.window} px: a step takes about "
+            f"batches of {self.batch} windows of {self.window} px"
+            f"{f' and {self.unlabelled} unlabelled ones' if self.unlabelled else ''}: a step takes about "
             f"{tell_bytes(self.need)} of memory, {tell_bytes(self.free)} are free"
         )
         return told if self.fits else f"warning: {told}; give a smaller --batch-size, --window or --scale"
@@ -94,13 +96,14 @@ def fit_to_memory(
     batch: int | None,
     ranks: int,
     free: int,
+    unlabelled: Callable[[int], int] = lambda batch: 0,
 ) -> Fit:
     """The largest window, and for it the largest batch of BATCHES, that fit; what is given stays as it is.
 
     The batch is halved first; then the window shrinks from the planned one, down to twice a large symbol.
     planned, overlap: px, of the scaled sheets in `sheets`. ranks: by which a batch must be divisible. free:
-    bytes on each rank. Where nothing fits, the smallest is returned if window or batch is given; else
-    UserError is raised.
+    bytes on each rank. unlabelled: windows in a step beside a batch of so many. Where nothing fits, the
+    smallest is returned if window or batch is given; else UserError is raised.
     """
     least = min(planned, max(2 * MULTIPLE, -(-2 * large_side(sheets) // MULTIPLE) * MULTIPLE))
     sides = [window] if window else range(planned, least - 1, -MULTIPLE)
@@ -108,7 +111,8 @@ def fit_to_memory(
     for side in sides:
         boxes = max(boxes_per_window(sheets, side, min(overlap, side // 2)))
         for size in batches:
-            fit = Fit(side, size, footprint.need(side, size // ranks, boxes), free)
+            windows = (size + unlabelled(size)) // ranks
+            fit = Fit(side, size, footprint.need(side, windows, boxes), free, unlabelled(size))
             if replace(fit, free=int(SHARE * free)).fits:
                 return fit
     if window or batch:

@@ -30,6 +30,8 @@ from cluster.errors import UserError
 from detection.anchors import STRIDES
 from detection.metrics.ranges import Ranges
 from detection.spec import Spec
+from detection.student import student_losses
+from detection.teacher import Pseudo
 
 ROWS = 8  # true boxes whose IoU with all anchors is computed at a time
 
@@ -300,17 +302,22 @@ class Detector(FasterRCNN):
         images: Sequence[Tensor],
         targets: list[dict[str, Tensor]] | None = None,
         seeds: Sequence[int] | None = None,
+        pseudo: Sequence[Pseudo] = (),
     ) -> Any:
-        """Four losses by name in training mode, else for each window its detections.
+        """Losses by name in training mode, else for each window its detections.
 
         images: uint8 [B, 3, H, W], H and W multiples of 64. targets: for each window `boxes` float32 [N, 4],
         xyxy in its pixels (N may be 0), and `labels` int64 [N], 1..K. seeds: an int for each window, from
-        which `SeededSampler` draws. Detections are `boxes`, `labels` and `scores`, highest score first.
+        which `SeededSampler` draws. pseudo: what a teacher says of the last windows of a batch, which then
+        have no targets; see `student_losses`. Detections are `boxes`, `labels` and `scores`, highest score
+        first.
         Raises ValueError if seeds are missing in training, or if H or W is not a multiple of 64.
         """
         if self.training:
             if seeds is None or len(seeds) != len(images):
                 raise ValueError("training needs one seed per window")
+            if pseudo and targets is not None:
+                return student_losses(self, images, targets, pseudo, seeds)
             self.rpn.fg_bg_sampler.seeds = self.roi_heads.fg_bg_sampler.seeds = list(seeds)
         return super().forward(images, targets)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +19,14 @@ from cluster import config as configuration
 from cluster.batches import Batches
 from cluster.checkpoint import OTHER, State
 from cluster.compiling import refuse_without_compiler
+from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.guard import Guard
 from cluster.journal import Journal
 from cluster.lifecycle import Run
 from cluster.precision import settle
 from cluster.training import (
+    LONG,
     TIMING,
     GuardedStep,
     begin,
@@ -54,8 +58,11 @@ from detection.start import (
     steps_in,
     validation_seconds,
 )
+from detection.teaching import Teaching
+from detection.unlabeled import TaughtBatches, beside
 from schematics import draws
-from schematics.coco import losses
+from schematics.coco import Split, losses
+from schematics.sheets import find_sheets
 from schematics.splits import take_share
 
 PACKING = 24 * 3600.0  # seconds that packing the sheets may take before the run counts as hung
@@ -68,7 +75,7 @@ def finetune(config: FinetuneConfig) -> None:
     """
     world = distributed.start(**config.joining)
     config = configuration.recorded(config, config.exp_dir, world.device.type)
-    distributed.per_rank(config.batch_size or BATCHES[0], world)
+    refuse_shares(config.batch_size or BATCHES[0], config.unlabelled, config.unlabeled, world)
     configuration.refuse_changes(config, config.exp_dir)
     check_engine(config.coco_engine)
     norm = choose_norm(config.norm, config.backbone, world)
@@ -77,12 +84,7 @@ def finetune(config: FinetuneConfig) -> None:
         refuse_without_compiler(world.device)
     # Windows have one size, but proposals a varying number, and code would be made for each.
     compiled = "backbone" if config.compile else None
-    train_split, valid_split = read_splits(config.data_dir)
-    drawn, shared = take_share(train_split, config.train_share, config.seed)
-    for line in filter(None, [*map(losses, (train_split, valid_split)), shared]):
-        if world.main:
-            print(line, flush=True)
-    splits = drawn, valid_split
+    splits = read_share(config.data_dir, config.train_share, config.seed, world)
 
     # A new detector is built before the exp-dir is touched, so that bad input leaves no folder behind.
     beginning = Beginning(splits=splits, norm=norm, world=world, **config.beginning)
@@ -92,8 +94,7 @@ def finetune(config: FinetuneConfig) -> None:
     with contextlib.nullcontext() if config.dry_run else Run(config.exp_dir, world, **config.saving) as run:
         saved = run.resume() if run else checkpoint.load_newest(folder)[1] if there else None
         if saved:
-            if config.batch_size is None:
-                raise UserError(f"{config.exp_dir}: config.json is gone; give the run's --batch-size")
+            refuse_to_resume(saved, config.batch_size, config.unlabeled, config.exp_dir)
             detector = Detector(Spec.from_dict(saved["spec"], str(saved.path), OTHER))
             story, fit = f"going on at step {saved['step']}", beginning.fit(detector, detector.spec.window)
         else:
@@ -106,13 +107,13 @@ def finetune(config: FinetuneConfig) -> None:
 
         # Validation sees the sheets as `detect` gets them, which scales them itself.
         with run.allow(PACKING) if run else contextlib.nullcontext():
-            readers = [
+            of_train, of_valid = (
                 open_sheets(split, spec.color_mode, scale, config.store, world)
                 for split, scale in zip(splits, (spec.scale, 1.0), strict=True)
-            ]
+            )
         augment = Augment(shift=True, **config.augmenting)
         windows = TrainingWindows(
-            readers[0], spec.window, spec.overlap, config.seed, augment, config.negatives, config.repeat
+            of_train, spec.window, spec.overlap, config.seed, augment, config.negatives, config.repeat
         )
         per_epoch = steps_per_epoch(windows, batch)
         total = config.epochs * per_epoch if config.steps is None else config.steps
@@ -126,6 +127,10 @@ def finetune(config: FinetuneConfig) -> None:
         detector = put_on_device(detector, world, config.freeze_stages)
         order = functools.partial(windows.order, at_least=batch)
         batches = Batches(windows, order, per_epoch, batch, world, config.workers, collate)
+        if config.unlabeled:
+            with run.allow(PACKING) if run else contextlib.nullcontext():
+                batches, said = beside(batches, windows, spec, splits, **config.pool)
+            told.append(said)
 
         def build(model: Detector) -> torch.optim.Optimizer:
             return build_optimizer(model, **config.optimizing)
@@ -134,18 +139,17 @@ def finetune(config: FinetuneConfig) -> None:
             if world.main:  # at once, as the steps that are timed may take minutes
                 print("\n".join([*told, "timing a few steps"]), flush=True)
             with run.allow(TIMING) if run else contextlib.nullcontext():
-                step = seconds_per_step(train, detector, build, batches, world, config.precision, compiled)
-                validation = validation_seconds(detector, readers[1], world)
+                step = step_seconds(
+                    detector, build, batches, world, config.precision, compiled, config.burn_in
+                )
+                validation = validation_seconds(detector, of_valid, world)
             between = per_epoch * config.validate_every
             if config.seconds:
-                total = steps_in(config.seconds, step, validation, between)
+                total = steps_in(config.seconds, step, validation, between, bool(config.unlabeled))
                 config = replace(config, steps=total)
                 if run and run.finished(length_of(config.exp_dir, patience, total)):
                     return
-            length = tell_seconds(total * step + math.ceil(total / between) * validation)
-            told = [
-                f"{tell_seconds(step)} a step, {tell_seconds(validation)} a validation: about {length} in all"
-            ]
+            told = [tell_length(step, validation, total, math.ceil(total / between))]
         told.append(f"{len(windows)} windows and {per_epoch} steps an epoch, {total} steps in all")
         if not run:
             if world.main:
@@ -153,13 +157,14 @@ def finetune(config: FinetuneConfig) -> None:
             return
 
         optimizer = build(detector)
-        ema = ModelEmaV3(detector, config.ema_decay, use_warmup=True) if config.ema_decay else None
-        progress = Progress(detector, optimizer, Guard(), ema)
+        progress = new_progress(detector, optimizer, config.decay, config.teaching(total))
         if world.main and not saved:  # the first checkpoint is of no use without it
             configuration.save(config, config.exp_dir / "config.json")
         start = begin(run, saved, progress.guard, progress.state, progress.restore)
         if world.main:
             configuration.save(config, config.exp_dir / "config.json")
+        if progress.teaching and isinstance(batches, TaughtBatches):
+            batches = replace(batches, begin=progress.teaching.burn_in)  # may be that of a checkpoint
         begun = [Phase(**phase) for phase in saved["phases"]] if saved else []
         progress.phases = continue_phases(begun, config.phase(per_epoch, total), start)
         # A run that is resumed at its last step still has to validate, which writes model.pt and last.pt.
@@ -179,24 +184,95 @@ def finetune(config: FinetuneConfig) -> None:
             progress,
             run,
             journal,
-            readers[1],
+            of_valid,
             per_epoch,
             total,
             train_boxes=boxes_by_class(splits[0]),
-            validate_every=config.validate_every,
             patience=patience,
-            engine=config.coco_engine,
-            compiled=config.compile,
+            **config.validating,
         )
 
         def train_on(rest: Iterable[tuple[int, Any]]) -> None:
             if not progress.pending or boundary.validate():
-                train(model, guarded, paced(rest, total, journal, world.device), journal, boundary)
+                steps = paced(rest, total, journal, world.device)
+                train(model, guarded, steps, journal, boundary, progress.teaching)
 
         train_guarded(train_on, batches, progress.guard, run, journal, progress.restore, start, total)
-        run.finish(progress.step, progress.state, ["model.pt", "last.pt"])
+        run.finish(progress.step, progress.state, ["model.pt", "last.pt"], progress.verdict)
         journal.close()
     distributed.stop()
+
+
+def refuse_shares(batch: int, unlabelled: Callable[[int], int], pool: Path | None, world: World) -> None:
+    """Raise UserError for batches that the ranks can't share, and DataError for a pool without sheets.
+
+    unlabelled: windows of the pool beside a batch of so many.
+    """
+    distributed.per_rank(batch, world)
+    if pool:
+        distributed.per_rank(unlabelled(batch), world, "--unlabeled-batch")
+        find_sheets(pool)
+
+
+def read_share(data_dir: Path, share: float, seed: int, world: World) -> tuple[Split, Split]:
+    """The share of the training split, and the validation split; says what reading them left out."""
+    train_split, valid_split = read_splits(data_dir)
+    drawn, shared = take_share(train_split, share, seed)
+    for line in filter(None, [*map(losses, (train_split, valid_split)), shared]):
+        if world.main:
+            print(line, flush=True)
+    return drawn, valid_split
+
+
+def refuse_to_resume(saved: State, batch: int | None, unlabeled: Path | None, exp_dir: Path) -> None:
+    """Raise UserError if the batch is not known, or a run would go on with a teacher that had none."""
+    if batch is None:
+        raise UserError(f"{exp_dir}: config.json is gone; give the run's --batch-size")
+    if ("teacher" in saved) != (unlabeled is not None):
+        begun = "without" if unlabeled else "with"
+        raise UserError(
+            f"--unlabeled: {exp_dir} was begun {begun} it; do so again, or give another --exp-dir"
+        )
+
+
+def new_progress(
+    detector: Detector, optimizer: torch.optim.Optimizer, decay: float, teaching: tuple[float, int] | None
+) -> Progress:
+    """A run before its first step. decay: of the average, or 0. teaching: its weight and its burn-in."""
+    ema = ModelEmaV3(detector, decay, use_warmup=True) if decay else None
+    teacher = Teaching(ema.module, *teaching) if ema and teaching else None
+    return Progress(detector, optimizer, Guard(), ema, teacher)
+
+
+def tell_length(step: float, validation: float, steps: int, validations: int) -> str:
+    """Seconds in words, of a step, of a validation and of all."""
+    length = tell_seconds(steps * step + validations * validation)
+    return f"{tell_seconds(step)} a step, {tell_seconds(validation)} a validation: about {length} in all"
+
+
+def step_seconds(
+    detector: Detector,
+    build: Callable[[Detector], torch.optim.Optimizer],
+    batches: Batches,
+    world: World,
+    precision: str,
+    compiled: str | None,
+    burn_in: float,
+) -> float:
+    """Seconds that a step takes, see `seconds_per_step`; with a teacher, on average over burn-in and rest."""
+    of = functools.partial(
+        seconds_per_step,
+        model=detector,
+        build_optimizer=build,
+        world=world,
+        precision=precision,
+        compiled=compiled,
+    )
+    if not isinstance(batches, TaughtBatches):
+        return of(train, batches=batches)
+    first = of(train, batches=replace(batches, begin=2 * LONG))
+    teach = functools.partial(train, teaching=Teaching(copy.deepcopy(detector).eval(), 1.0, 1))
+    return burn_in * first + (1 - burn_in) * of(teach, batches=batches)
 
 
 def tell_changes(journal: Journal, saved: State | None, begun: list[Phase], phases: list[Phase]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,7 @@ class Beginning:
     """What a detector is built from and fitted to, before its first step.
 
     window, batch_size: given ones, which stay, or None. averaged: whether an average of the weights is kept
-    beside them. choices: see plan_detector.
+    beside them. unlabelled: windows in a step beside a batch of so many. choices: see plan_detector.
     """
 
     splits: tuple[Split, Split]
@@ -62,6 +62,7 @@ class Beginning:
     batch_size: int | None
     precision: str
     averaged: bool
+    unlabelled: Callable[[int], int]
     choices: dict[str, Any]
     world: World
 
@@ -110,7 +111,15 @@ class Beginning:
             free -= sum(cached_bytes(split, spec.color_mode, scale) for split, scale in kept)
         sheets = [scale_sheet(sheet, spec.scale) for sheet in self.splits[0].sheets]
         return fit_to_memory(
-            footprint, spec.window, spec.overlap, sheets, window, self.batch_size, self.world.size, free
+            footprint,
+            spec.window,
+            spec.overlap,
+            sheets,
+            window,
+            self.batch_size,
+            self.world.size,
+            free,
+            self.unlabelled,
         )
 
 
@@ -206,9 +215,13 @@ def length_of(exp_dir: Path, patience_steps: int, total: int) -> int:
     return total
 
 
-def steps_in(seconds: float, step: float, validation: float, between: int) -> int:
-    """Steps for which there is time, at least one. between: steps from one validation to the next."""
-    return max(1, int((seconds - validation) / (step + validation / between)))
+def steps_in(seconds: float, step: float, validation: float, between: int, burns_in: bool = False) -> int:
+    """Steps for which there is time, at least one. between: steps from one validation to the next.
+
+    burns_in: whether there is one more validation, at the end of a burn-in.
+    """
+    left = seconds - (1 + burns_in) * validation
+    return max(1, int(left / (step + validation / between)))
 
 
 def validation_seconds(detector: Detector, reader: SheetReader, world: World) -> float:

@@ -36,6 +36,8 @@ class Use(Enum):
     CROP_ORDER = 6  # the order of an epoch's crops in training a classifier
     CROP_CHANGES = 7  # how a crop is moved and scaled: sample is its place in the epoch, view the crop
     PASTE = 8  # which symbols are laid on a tile in finetuning, and where: sample, view as in 3
+    POOL_ORDER = 9  # the order of an epoch's unlabelled windows in finetuning
+    POOL_WINDOW = 10  # how an unlabelled window is moved and changed: sample is its place, view the window
     COUNTED_SHEETS = 16  # which sheets are counted, and which are labelled, in a split that tries ranges
     NOVEL_CLASSES = 20  # which classes are novel in a trial of detection.find; sample is the split
     EXAMPLES = 21  # which labelled boxes are examples of a class there; sample is the draw, view the class
