@@ -21,7 +21,10 @@ from detection.model import Detector
 from schematics.coco import read_split
 
 ROOT = Path(__file__).parent.parent
-TINY = "--backbone none --arch resnet10t --fpn-channels 16 --window 128 --batch-size 2 --steps 2 --workers 0"
+TINY = (
+    "--backbone none --arch resnet10t --fpn-channels 16 --window 256 --overlap 64 "
+    "--batch-size 2 --steps 1 --workers 0"
+)
 
 
 @pytest.fixture(scope="module")
