@@ -34,7 +34,8 @@ class Rule:
 
     least, most: bounds of the number, or of each number of a tuple. may_change: whether a resumed run may be
     given another value. also: an older spelling of the flag that is still accepted, such as "--wd". exists:
-    whether the default is a file or folder without which the flag is required.
+    whether the default is a file or folder without which the flag is required. unless: another flag with
+    which it is not.
     """
 
     least: float | None = None
@@ -42,6 +43,7 @@ class Rule:
     may_change: bool = False
     also: str | None = None
     exists: bool = False
+    unless: str | None = None
 
 
 def setting(
@@ -52,9 +54,11 @@ def setting(
     may_change: bool = False,
     also: str | None = None,
     exists: bool = False,
+    unless: str | None = None,
 ) -> Any:
     """A dataclass field that carries a `Rule`. A flag without a default is required."""
-    return dataclasses.field(default=default, metadata={"rule": Rule(least, most, may_change, also, exists)})
+    rule = Rule(least, most, may_change, also, exists, unless)
+    return dataclasses.field(default=default, metadata={"rule": rule})
 
 
 def rules(config_class: type) -> dict[str, Rule]:

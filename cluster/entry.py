@@ -122,7 +122,9 @@ def parse(config_class: type[ConfigType], args: Sequence[str]) -> ConfigType:
             if name not in flags and "--" + name.removeprefix("--no-") not in flags:
                 _refuse(f"unknown flag {name}{_nearest(name, [*flags, *older])}")
         missing = [
-            name for name, field in flags.items() if name not in given and _required(config_class, field)
+            name
+            for name, field in flags.items()
+            if name not in given and _required(config_class, field, given)
         ]
         if missing:
             _refuse(f"{_listed(missing)} required{_example(args, missing)}")
@@ -160,11 +162,13 @@ def _respell(arg: str, older: dict[str, str]) -> str:
     return older.get(name, name) + equals + value
 
 
-def _required(config_class: type, field: dataclasses.Field) -> bool:
+def _required(config_class: type, field: dataclasses.Field, given: Sequence[str]) -> bool:
     if field.default is field.default_factory is dataclasses.MISSING:
         return True
     rule = rules(config_class).get(field.name)
-    return rule is not None and rule.exists and not os.path.exists(str(field.default))
+    if rule is None or rule.unless in given:
+        return False
+    return rule.exists and not os.path.exists(str(field.default))
 
 
 def _listed(names: list[str]) -> str:

@@ -39,8 +39,13 @@ class FinetuneConfig(RunConfig):
     store_dir: Path | None = setting(None, may_change=True)
     # Backbone to start from: backbone.safetensors of a finished pretraining, a .pth with torchvision's keys,
     # or none (random weights).
-    backbone: str = setting("checkpoints/vicreg/backbone.safetensors", may_change=True, exists=True)
+    backbone: str = setting(
+        "checkpoints/vicreg/backbone.safetensors", may_change=True, exists=True, unless="--grow"
+    )
 
+    # Detector (model.pt) to go on from, in place of a backbone: classes of the same name keep their weights,
+    # others are added or dropped. Architecture, anchors and scale are its own. --from is taken too.
+    grow: Path | None = setting(None, also="--from")
     # Name of the backbone in timm; by default the one that backbone.safetensors names, else resnet50.
     arch: str | None = setting(None)
     # Norm layers: sync (BatchNorm, synced over GPUs), group (GroupNorm), or auto: sync for a pretrained
@@ -139,7 +144,7 @@ class FinetuneConfig(RunConfig):
     @property
     def beginning(self) -> dict[str, Any]:
         """The arguments of `Beginning` that flags set."""
-        named = ("backbone", "arch", "seed", "window", "batch_size", "precision", "choices")
+        named = ("backbone", "grow", "arch", "seed", "window", "batch_size", "precision", "choices")
         facts = {"averaged": self.decay > 0, "unlabelled": self.unlabelled}
         return {**facts, **{name: getattr(self, name) for name in named}}
 

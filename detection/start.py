@@ -18,6 +18,7 @@ from cluster.foreign import read_weights
 from cluster.memory import least_free
 from cluster.precision import settle
 from cluster.training import rehearsal
+from detection.growth import grow
 from detection.inference import detect
 from detection.memory import Fit, fit_to_memory, measure_footprint
 from detection.model import Detector
@@ -49,8 +50,9 @@ def read_splits(data_dir: Path) -> tuple[Split, Split]:
 class Beginning:
     """What a detector is built from and fitted to, before its first step.
 
-    window, batch_size: given ones, which stay, or None. averaged: whether an average of the weights is kept
-    beside them. unlabelled: windows in a step beside a batch of so many. choices: see plan_detector.
+    window, batch_size: given ones, which stay, or None. grow: a model.pt to go on from, in place of a
+    backbone and of choices. averaged: whether an average of the weights is kept beside them. unlabelled:
+    windows in a step beside a batch of so many. choices: see plan_detector.
     """
 
     splits: tuple[Split, Split]
@@ -61,6 +63,7 @@ class Beginning:
     window: int | None
     batch_size: int | None
     precision: str
+    grow: Path | None
     averaged: bool
     unlabelled: Callable[[int], int]
     choices: dict[str, Any]
@@ -84,6 +87,9 @@ class Beginning:
 
         The lines say how the backbone was loaded and what was planned.
         """
+        if self.grow:
+            detector, grown = grow(self.grow, self.splits[0], window, self.seed)
+            return detector, f"{grown}\n{describe(detector.spec, self.splits[0].sheets)}"
         tensors, meta = read_weights(self.backbone, self.arch)
         known = meta.get("arch", self.arch or "resnet50")
         if self.arch not in (None, known):
