@@ -36,6 +36,8 @@ class Use(Enum):
     CROP_ORDER = 6  # the order of an epoch's crops in training a classifier
     CROP_CHANGES = 7  # how a crop is moved and scaled: sample is its place in the epoch, view the crop
     PASTE = 8  # which symbols are laid on a tile in finetuning, and where: sample, view as in 3
+    INK_ORDER = 12  # the order of an epoch's windows in pretraining a detector
+    INK_VIEWS = 13  # how its two views show a window, and which boxes: view 2 is what both share
 
 
 class _Key(ISeedSequence):

@@ -183,6 +183,20 @@ def _drawing_view(
     if orientation:
         image = np.rot90(image, int(rng.integers(4)))
         image = np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image)
+    return redrawn(image, paper, rng, strength, without)
+
+
+def redrawn(
+    image: Image,
+    paper: Color,
+    rng: np.random.Generator,
+    strength: float = 1.0,
+    without: Collection[str] = (),
+) -> Image:
+    """The image as another pen, copier or scanner might have left it: what `drawing` does but for geometry.
+
+    strength, without: see `two_views`.
+    """
     image = _wear(image, paper, rng, without)
     image = _tone(image, paper, rng, strength, without)
     if rng.random() < 0.3:
