@@ -48,7 +48,6 @@ from pretraining.start import (
     build_encoder,
     describe,
     length,
-    pack,
     plan_rate,
     refuse_shorter,
     refuse_small_batch,
@@ -56,7 +55,7 @@ from pretraining.start import (
     with_stem,
 )
 from schematics import draws
-from schematics.store import WindowStore
+from schematics.store import WindowStore, pack
 
 BACKBONE = "backbone.safetensors"
 INIT = "init.safetensors"  # what a run with --init began from
