@@ -23,7 +23,7 @@ from detection.inference import detect
 from detection.memory import Fit, fit_to_memory, measure_footprint
 from detection.model import Detector
 from detection.plan import describe, plan_detector
-from detection.pretrained import fill_backbone
+from detection.pretrained import fill
 from detection.sheets import (
     CACHE,
     SheetReader,
@@ -102,7 +102,7 @@ class Beginning:
             raise UserError(
                 f"--backbone {self.backbone}: {error}" if "arch" in meta else str(error)
             ) from None
-        audit = fill_backbone(detector, tensors, self.backbone) if tensors else "backbone: random weights"
+        audit = fill(detector, tensors, meta, self.backbone) if tensors else "backbone: random weights"
         told = [meta.get("told"), audit, warning(self.backbone, meta), describe(spec, self.splits[0].sheets)]
         return detector, "\n".join(filter(None, told))
 

@@ -123,7 +123,7 @@ class PretrainConfig(RunConfig):
 
     @property
     def pool(self) -> dict[str, Any]:
-        """The arguments of `start.pack`."""
+        """The arguments of `schematics.store.pack`."""
         named = ("data_dir", "exp_dir", "store_dir", "window", "stride", "color_mode", "dpi")
         return {name: getattr(self, name) for name in named}
 

@@ -49,7 +49,6 @@ from pretraining.start import (
     build_encoder,
     describe,
     length,
-    pack,
     plan_rate,
     refuse_shorter,
     refuse_small_batch,
@@ -57,7 +56,7 @@ from pretraining.start import (
     with_stem,
 )
 from schematics import draws
-from schematics.store import WindowStore
+from schematics.store import WindowStore, pack
 
 BACKBONE = "backbone.safetensors"
 INIT = "init.safetensors"  # what a run with --init began from

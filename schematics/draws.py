@@ -38,6 +38,8 @@ class Use(Enum):
     PASTE = 8  # which symbols are laid on a tile in finetuning, and where: sample, view as in 3
     POOL_ORDER = 9  # the order of an epoch's unlabelled windows in finetuning
     POOL_WINDOW = 10  # how an unlabelled window is moved and changed: sample is its place, view the window
+    INK_ORDER = 12  # the order of an epoch's windows in pretraining a detector
+    INK_VIEWS = 13  # how its two views show a window, and which boxes: view 2 is what both share
     COUNTED_SHEETS = 16  # which sheets are counted, and which are labelled, in a split that tries ranges
     NOVEL_CLASSES = 20  # which classes are novel in a trial of detection.find; sample is the split
     EXAMPLES = 21  # which labelled boxes are examples of a class there; sample is the draw, view the class

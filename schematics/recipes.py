@@ -195,6 +195,20 @@ def _drawing_view(
         place = place._replace(quarters=int(rng.integers(4)), mirrored=rng.random() < 0.5)
         image = np.rot90(image, place.quarters)
         image = np.ascontiguousarray(image[:, ::-1] if place.mirrored else image)
+    return redrawn(image, paper, rng, strength, without), place
+
+
+def redrawn(
+    image: Image,
+    paper: Color,
+    rng: np.random.Generator,
+    strength: float = 1.0,
+    without: Collection[str] = (),
+) -> Image:
+    """The image as another pen, copier or scanner might have left it: what `drawing` does but for geometry.
+
+    strength, without: see `two_views`.
+    """
     image = _wear(image, paper, rng, without)
     image = _tone(image, paper, rng, strength, without)
     if rng.random() < 0.3:
@@ -203,7 +217,7 @@ def _drawing_view(
     if rng.random() < 0.2:
         quality = int(rng.integers(30, 91))
         image = image if "jpeg" in without else jpeg(image, quality)
-    return image, place
+    return image
 
 
 def _crop(

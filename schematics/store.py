@@ -133,6 +133,33 @@ def build_store(
     return WindowStore(out)
 
 
+def pack(
+    data_dir: Path,
+    exp_dir: Path,
+    store_dir: Path | None,
+    window: int,
+    stride: int | None,
+    color_mode: str,
+    dpi: int,
+) -> Path:
+    """The folder of the pool's packed windows, built unless one that matches exists.
+
+    It is --data-dir itself if that is a packed store, the folder of this run if an earlier version made one,
+    else a folder of `store_dir`, by default beside the exp-dir, that all runs on the same sheets and windows
+    share. Prints the sheets that cannot be read.
+    """
+    if (data_dir / "windows.npy").exists():
+        return data_dir
+    own = exp_dir / "windows"
+    shared = not own.exists()
+    out = (store_dir or exp_dir.parent) if shared else own
+    store = build_store(data_dir, out, window, stride, color_mode=color_mode, dpi=dpi, shared=shared)
+    for line in store.skipped:
+        print(f"skipped {line}")
+    print(f"windows in {store.folder}, {store.index['bytes'] / 1e6:.0f} MB", flush=True)
+    return store.folder
+
+
 def _find_windows(parameters: Parameters, sheet: Sheet) -> tuple[Image, Facts]:
     """A sheet as it is kept, and its windows with the rest that the index says of it."""
     image = read_sheet(sheet, parameters.dpi)
