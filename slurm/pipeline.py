@@ -40,6 +40,7 @@ from cluster.entry import live
 from cluster.errors import USAGE, UserError
 from cluster.snapshot import methods, snapshot
 
+FEW_LABELS = "--paste 4"  # of finetuning: what was found to pay with few labels, docs/few-labels.md
 DEFAULT = "vicreg"  # the method where --method is not given; pretrain.slurm has the same
 
 
@@ -52,6 +53,8 @@ def submit(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {folder}: no such folder")
     flags = {name: getattr(args, name) for name in stages.STAGES}
     sbatch = {"": args.sbatch, **{name: getattr(args, f"sbatch_{name}") for name in stages.STAGES}}
+    if args.few_labels:
+        flags["finetune"] = f"{FEW_LABELS} {flags['finetune']}".strip()
     run_dir = args.run_dir
     chain = stages.chain(run_dir, args.data_dir, args.unlabeled, args.method, flags, sbatch)
     if not args.dry_run:
@@ -279,6 +282,11 @@ def add_submit(run: argparse.ArgumentParser) -> None:
         choices=methods(),
         default=DEFAULT,
         help=f"Method of pretraining; default: {DEFAULT}.",
+    )
+    run.add_argument(
+        "--few-labels",
+        action="store_true",
+        help=f"Finetune with {FEW_LABELS}, which pays where labels are few; flags in --finetune win over it.",
     )
     for name in stages.STAGES:
         run.add_argument(

@@ -17,8 +17,9 @@ import stages
 from slurm_cluster import Cluster, clean_environment
 from slurm_jobs import program
 
-from cluster import snapshot
+from cluster import entry, snapshot
 from cluster.errors import UserError
+from detection.config import FinetuneConfig
 
 ROOT = Path(__file__).parent.parent
 STAGE = """\
@@ -160,6 +161,22 @@ def test_pipeline_runs_without_any_package(work):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout.count("sbatch --parsable")) == (0, "", 3)
+
+
+def test_few_labels_is_a_recipe_over_which_flags_win(work):
+    """What is printed with it is what the same flags give without it, and it is recorded as these."""
+
+    def finetuning(*flags):
+        done = pipeline(work, "submit", "--dry-run", "--local", *flags)
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if "finetune.slurm" in line]
+        return line
+
+    assert finetuning("--few-labels") == finetuning("--finetune", "--paste 4")
+    assert finetuning("--few-labels", "--finetune", "--paste 0").endswith("--paste 4 --paste 0")
+    words = shlex.split(finetuning("--few-labels", "--finetune", "--paste 0"))
+    flags = words[words.index("--data-dir") :]
+    assert entry.parse(FinetuneConfig, flags).paste == 0
 
 
 def test_dry_run_is_what_submit_submits(slurm, work):
