@@ -269,7 +269,7 @@ def test_only_what_may_change_may_differ_from_the_run_that_goes_on(tmp_path):
 
 ENTRIES = [
     *(f"{method}.pretrain" for method in methods()),
-    *("detection.finetune", "detection.predict", "detection.export"),
+    *("detection.pretrain", "detection.finetune", "detection.predict", "detection.export"),
     *("evaluate/evaluate.py", "evaluate/compare.py", "evaluate/knn.py", "evaluate/linear.py"),
     *("evaluate/shots.py", "evaluate/embedding.py", "evaluate/study.py", "slurm/sweep.py"),
     "evaluate/classify.py",
