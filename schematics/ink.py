@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from schematics.windows import Color, Image, ink_mask, line_width, nearby_paper, paper_color, uneven_paper
 
 MOST = 2000  # boxes of an image, by default
+COMPARED = 1000  # boxes that are compared with one another, at least: all with all would take long
 # Below, lengths are for lines of up to 2 px, and grow with wider ones.
 CLOSINGS = (1, 3, 5, 9, 15, 25)  # sides of the kernels that close the ink as it is
 RUNS = (12, 20, 32, 48, 80, 140)  # straight runs at least this long are taken out
@@ -63,7 +64,7 @@ def ink_boxes(
     votes = np.concatenate([votes, *2 * [votes[small] / 2]])
     boxes, votes = _merge(np.concatenate([boxes, *around]), votes, width, height)
     rank = _rank(boxes, votes, ink, line)
-    first = np.argsort(-rank, kind="stable")[: 4 * most]  # to compare all with all takes long
+    first = np.argsort(-rank, kind="stable")[: max(COMPARED, 4 * most)]
     boxes, rank = boxes[first], rank[first]
     sides = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
     kept = np.asarray(cv2.dnn.NMSBoxes(sides.tolist(), rank.tolist(), 0.0, overlap), np.intp).ravel()

@@ -1,13 +1,15 @@
 """Chains the stages: unlabelled drawings -> backbone -> detector -> COCO figures.
 
     python slurm/pipeline.py submit --run-dir RUN --unlabeled POOL --data-dir LABELLED
-           [--method METHOD] [--pretrain FLAGS] [--finetune FLAGS] [--evaluate FLAGS]
-           [--sbatch FLAGS] [--dry-run | --local]
+           [--method METHOD] [--pretrain FLAGS] [--pretrain-detector FLAGS] [--finetune FLAGS]
+           [--evaluate FLAGS] [--sbatch FLAGS] [--dry-run | --local]
     python slurm/pipeline.py status --run-dir RUN [--json]
     python slurm/pipeline.py cancel --run-dir RUN
     python slurm/pipeline.py doctor [--run-dir RUN] [--nodes node[1-8] | --nodes all]
 
 Each stage is a job that starts when the one before has succeeded, from a snapshot of the code in RUN/code.
+With --pretrain-detector, whose FLAGS may be "", the detector's other parts are pretrained on the unlabelled
+drawings too, between pretrain and finetune.
 The same `submit` again goes on where a chain stopped.
 
 What comes out: RUN/pretrain/backbone.safetensors, RUN/finetune/model.pt, RUN/evaluate/metrics.json and
@@ -51,8 +53,10 @@ def submit(args: argparse.Namespace) -> None:
     for flag, folder in (("--data-dir", args.data_dir), ("--unlabeled", args.unlabeled)):
         if not folder.exists():
             raise UserError(f"{flag} {folder}: no such folder")
-    flags = {name: getattr(args, name) for name in stages.STAGES}
-    sbatch = {"": args.sbatch, **{name: getattr(args, f"sbatch_{name}") for name in stages.STAGES}}
+    given = {name: getattr(args, name.replace("-", "_")) for name in stages.STAGES}
+    flags = {name: text for name, text in given.items() if text is not None}
+    of_stage = {name: getattr(args, f"sbatch_{name.replace('-', '_')}") for name in stages.STAGES}
+    sbatch = {"": args.sbatch, **of_stage}
     if args.few_labels:
         flags["finetune"] = f"{FEW_LABELS} {flags['finetune']}".strip()
     run_dir = args.run_dir
@@ -72,6 +76,7 @@ def submit_rest(args: argparse.Namespace, chain: list[stages.Stage], flags: Mapp
     record = stages.read_record(run_dir) if (run_dir / "pipeline.json").exists() else {}
     if record:
         refuse_twice(run_dir, record, args.method)
+        refuse_other_stages(run_dir, flags, record["flags"])
     while chain and is_done(chain[0], flags, record.get("flags", flags)):
         print(f"{'# ' * args.dry_run}{chain.pop(0).name}: finished")
     if args.dry_run:
@@ -118,6 +123,14 @@ def refuse_twice(run_dir: Path, record: Mapping[str, Any], method: str) -> None:
         raise UserError(
             f"{run_dir} is a {record['method']} run; give --method {record['method']} or another --run-dir"
         )
+
+
+def refuse_other_stages(run_dir: Path, flags: Mapping[str, str], recorded: Mapping[str, str]) -> None:
+    """Raise UserError when the chain in the run-dir has another set of optional stages."""
+    for name in stages.OPTIONAL:
+        if (name in flags) != (name in recorded):
+            cure = f'give --{name} "{recorded[name]}"' if name in recorded else f"leave out --{name}"
+            raise UserError(f"{run_dir} was submitted with other stages; {cure}, or another --run-dir")
 
 
 def submit_chain(
@@ -190,7 +203,8 @@ def show_status(args: argparse.Namespace) -> None:
     except UserError as error:
         jobs, told = {name: status.Job(number) for name, number in record["jobs"].items()}, [str(error)]
     nothing = dict.fromkeys(("", *stages.STAGES), "")
-    chain = stages.chain(args.run_dir, Path(), Path(), record["method"], nothing, nothing)
+    flags = dict.fromkeys(record["flags"], "")
+    chain = stages.chain(args.run_dir, Path(), Path(), record["method"], flags, nothing)
     lines = status.lines_of(chain, jobs, args.run_dir / "logs")
     told += status.explain(lines, again("cancel", "--run-dir", str(args.run_dir)), record["command"])
     print(status.as_json(lines, told) if args.json else "\n".join([status.table(lines), *told]))
@@ -289,8 +303,12 @@ def add_submit(run: argparse.ArgumentParser) -> None:
         help=f"Finetune with {FEW_LABELS}, which pays where labels are few; flags in --finetune win over it.",
     )
     for name in stages.STAGES:
+        optional = name in stages.OPTIONAL
         run.add_argument(
-            f"--{name}", default="", metavar="FLAGS", help=f"Flags of the {name} stage, in quotes."
+            f"--{name}",
+            default=None if optional else "",
+            metavar="FLAGS",
+            help=f"Flags of the {name} stage, in quotes{'; without this the chain has none' * optional}.",
         )
     run.add_argument(
         "--sbatch", default="", metavar="FLAGS", help="Flags of sbatch for every stage, in quotes."

@@ -1,4 +1,4 @@
-"""The chain pretrain -> finetune -> evaluate: what runs, in which folders, from which code."""
+"""The chain pretrain -> (pretrain-detector ->) finetune -> evaluate: what runs, where, from which code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from cluster import atomic, checkpoint
 from cluster.errors import UserError
 from cluster.snapshot import HOME, sources
 
-STAGES = ("pretrain", "finetune", "evaluate")
+STAGES = ("pretrain", "pretrain-detector", "finetune", "evaluate")
+OPTIONAL = ("pretrain-detector",)  # stages that a chain has only where their flags are given
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,32 @@ def chain(
 ) -> list[Stage]:
     """The stages in their order.
 
-    flags holds what to pass on to each stage, sbatch what to pass on to its sbatch, both as one text a stage
-    in a shell's quoting; sbatch[""] is for every stage. Raises UserError for a quotation that is not closed.
+    flags holds what to pass on to each stage that the chain has, sbatch what to pass on to its sbatch, both
+    as one text a stage in a shell's quoting; sbatch[""] is for every stage. Raises UserError for a quotation
+    that is not closed.
     """
     folder = {name: run_dir / name for name in STAGES}
     backbone = folder["pretrain"] / "backbone.safetensors"
+    pretrained = folder["pretrain-detector"] / "pretrained.safetensors"
     model = folder["finetune"] / "model.pt"
+    ink = ["--unlabeled", unlabeled, "--backbone", backbone, "--exp-dir", folder["pretrain-detector"]]
+    begun = pretrained if "pretrain-detector" in flags else backbone
     own = {
         "pretrain": [method, "--data-dir", unlabeled, "--exp-dir", folder["pretrain"]],
-        "finetune": ["--data-dir", data_dir, "--backbone", backbone, "--exp-dir", folder["finetune"]],
+        "pretrain-detector": ink,
+        "finetune": ["--data-dir", data_dir, "--backbone", begun, "--exp-dir", folder["finetune"]],
         "evaluate": ["--checkpoint", model, "--data-dir", data_dir, "--out", folder["evaluate"]],
     }
-    shape = {"pretrain": [], "finetune": [], "evaluate": ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]}
+    shape = {"evaluate": ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]}
     return [
         Stage(
             name,
             folder[name],
             [*map(str, own[name]), *split(flags[name], f"--{name}")],
-            [*split(sbatch[""], "--sbatch"), *shape[name], *split(sbatch[name], f"--sbatch-{name}")],
+            [*split(sbatch[""], "--sbatch"), *shape.get(name, []), *split(sbatch[name], f"--sbatch-{name}")],
         )
         for name in STAGES
+        if name in flags
     ]
 
 
@@ -232,7 +239,8 @@ def read_record(run_dir: Path) -> dict[str, Any]:
         texts = {name: record[name] for name in ("method", "command")}
         tables = {name: dict(record[name]) for name in ("jobs", "flags")}
         values = [*texts.values(), *(word for table in tables.values() for word in table.values())]
-        if not all(isinstance(value, str) for value in values) or set(tables["flags"]) != set(STAGES):
+        named = {*tables["flags"], *OPTIONAL}
+        if not all(isinstance(value, str) for value in values) or named != {*STAGES}:
             raise ValueError("it is not what submit writes")
         return {**record, **tables}
     except FileNotFoundError:

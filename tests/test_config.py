@@ -269,7 +269,7 @@ def test_only_what_may_change_may_differ_from_the_run_that_goes_on(tmp_path):
 
 ENTRIES = [
     *(f"{method}.pretrain" for method in methods()),
-    *("detection.finetune", "detection.predict", "detection.export"),
+    *("detection.pretrain", "detection.finetune", "detection.predict", "detection.export"),
     *("evaluate/evaluate.py", "evaluate/compare.py", "evaluate/knn.py", "evaluate/linear.py"),
     *("evaluate/shots.py", "evaluate/embedding.py", "evaluate/study.py", "slurm/sweep.py"),
     *("evaluate/classify.py", "evaluate/coverage.py", "evaluate/oneshot.py", "detection.find"),
@@ -328,8 +328,9 @@ def test_the_help_of_each_flag_is_the_sentence_of_its_own_field(name, monkeypatc
         # Arguments without a flag have another name.
         shown = {"sheets": r"\[PATH \.\.\.\]", "runs": r"\[PATH \.\.\.\]", "what": r"\[\{plan,\S+\}\]"}
         name = (shown | {"file": r"\[\S+PATH\]"}).get(field.name, flag)
-        until_the_next = r"(?:(?!\(default|\(required).)*"
-        assert re.search(f" {name}{until_the_next} {re.escape(sentence)} \\((default|required)", text), flag
+        until_the_next = r"(?:(?!\(default|\(required|\(repeatable).)*"
+        ends = r"\((default|required|repeatable)"
+        assert re.search(f" {name}{until_the_next} {re.escape(sentence)} {ends}", text), flag
     assert len(set(comments.values())) == len(comments), "two flags share their help"
 
 

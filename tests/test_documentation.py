@@ -51,6 +51,7 @@ ELSEWHERE = {
 PRETRAINING = (
     "--arch test_resnet.r160_in1k --steps 2 --batch-size 4 --image-size 32 --window 64 --projector 16 16"
 )
+INK = "--steps 2 --batch-size 2 --image-size 128 --fpn-channels 16"
 FINETUNING = "--steps 2 --batch-size 2 --window 128 --fpn-channels 16"
 STUDY = """
 folder = "study"
@@ -73,6 +74,7 @@ norm = "group"
 """
 SHORT = {  # makes a command short, or fits it to a detector of two steps, where it does not give that flag
     r"simclr.pretrain|vicreg.pretrain|slurm/pretrain.slurm": f"{PRETRAINING} --workers 0 --device cpu",
+    r"detection.pretrain": f"{INK} --workers 0 --device cpu",
     r"detection.finetune|slurm/finetune.slurm": f"{FINETUNING} --workers 0 --device cpu",
     r"evaluate/(linear|knn|shots|embedding).py": "--workers 0",
     r"evaluate/shots.py": "--draws 1 --weight-decays 0.001",

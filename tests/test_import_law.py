@@ -164,6 +164,7 @@ def test_a_whole_config_goes_no_further_than_an_entry():
     """Law: below an entry its named parts are handed on. A stage is the body of its entries."""
     bodies = {("pretraining.stage", "pretrain"), ("detection.stage", "finetune")}
     bodies.add(("pretraining.classifier_stage", "train_classifier"))
+    bodies.add(("detection.pretrain_stage", "pretrain_detector"))
     takers = set()
     for file in files_of(*HOUSE):
         module = module_of(file)

@@ -28,7 +28,8 @@ import cluster
 from cluster import checkpoint
 def value(flag):
     return pathlib.Path(sys.argv[sys.argv.index(flag) + 1])
-name = "evaluate" if sys.argv[1] != "-m" else "finetune" if "finetune" in sys.argv[2] else "pretrain"
+names = {"detection.finetune": "finetune", "detection.pretrain": "pretrain-detector"}
+name = "evaluate" if sys.argv[1] != "-m" else names.get(sys.argv[2], "pretrain")
 out = value("--out" if name == "evaluate" else "--exp-dir")
 if "--fail" in sys.argv and not pathlib.Path("../mended").exists():
     sys.exit("error: the pool is empty: give --data-dir a folder with drawings")
@@ -37,7 +38,8 @@ out.mkdir(parents=True, exist_ok=True)
 if name == "evaluate":
     (out / "metrics.json").write_text(json.dumps({"coco": {"AP": 0.5, "AP50": 0.75}}))
 else:
-    product = {"pretrain": "backbone.safetensors", "finetune": "model.pt"}[name]
+    products = {"pretrain": "backbone.safetensors", "pretrain-detector": "pretrained.safetensors"}
+    product = products.get(name, "model.pt")
     assert name == "pretrain" or value("--backbone").exists()
     (out / product).write_text("weights")
     lines = ['{"step": 0, "loss": 2.5, "valid_AP": 0.1}', '{"step": 9, "loss": 1.5}', '{"st']
@@ -177,6 +179,32 @@ def test_few_labels_is_a_recipe_over_which_flags_win(work):
     words = shlex.split(finetuning("--few-labels", "--finetune", "--paste 0"))
     flags = words[words.index("--data-dir") :]
     assert entry.parse(FinetuneConfig, flags).paste == 0
+
+
+def test_the_detector_is_pretrained_between_where_that_is_asked_for(work):
+    """With empty flags too; what it leaves is what finetuning begins with."""
+    lines = {}
+    for flags in ([], ["--pretrain-detector", ""], ["--pretrain-detector", "--steps 3 --fpn-channels 128"]):
+        done = pipeline(work, "submit", "--dry-run", "--local", *flags)
+        assert done.returncode == 0, done.stderr
+        scripts = [line.split("/code/slurm/")[1] for line in done.stdout.splitlines() if "bash" in line]
+        lines[" ".join(flags)] = dict(line.split(".slurm ", 1) for line in scripts)
+    without, plain, flagged = lines.values()
+    assert list(without) == ["pretrain", "finetune", "evaluate"]
+    assert list(plain) == list(flagged) == ["pretrain", "pretrain-detector", "finetune", "evaluate"]
+    run = work / "run"
+    begins = f"--unlabeled {work / 'pool'} --backbone {run}/pretrain/backbone.safetensors"
+    assert plain["pretrain-detector"] == f"{begins} --exp-dir {run}/pretrain-detector"
+    assert flagged["pretrain-detector"].endswith(" --steps 3 --fpn-channels 128")
+    assert f"--backbone {run}/pretrain/backbone.safetensors" in without["finetune"]
+    assert f"--backbone {run}/pretrain-detector/pretrained.safetensors" in plain["finetune"]
+
+
+def test_a_chain_keeps_the_stages_that_it_has(work):
+    assert pipeline(work, "submit", "--local", "--pretrain-detector", "--steps 3").returncode == 0
+    assert [line["finished"] for line in told(work).values()] == [True] * 4
+    error = one_line_of_error(pipeline(work, "submit", "--local"))
+    assert 'was submitted with other stages; give --pretrain-detector "--steps 3"' in error
 
 
 def test_dry_run_is_what_submit_submits(slurm, work):

@@ -20,7 +20,7 @@ from cluster.errors import GpuFault
 from cluster.rendezvous import Place, place
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("pretrain", "finetune", "evaluate")
+SCRIPTS = ("pretrain", "pretrain-detector", "finetune", "evaluate")
 RECORDER = """\
 import json, os, sys
 sys.stdout.write(json.dumps({"argv": sys.argv[1:], "rank": os.environ.get("SLURM_PROCID"),
@@ -67,6 +67,7 @@ def test_flags_pass_through_bash_untouched(name, tmp_path):
     assert told["path"] == str(ROOT)
     started = {
         "pretrain": ["-m", "vicreg.pretrain"],
+        "pretrain-detector": ["-m", "detection.pretrain"],
         "finetune": ["-m", "detection.finetune"],
         "evaluate": [str(ROOT / "evaluate" / "evaluate.py")],
     }[name]
