@@ -327,7 +327,8 @@ def test_the_help_of_each_flag_is_the_sentence_of_its_own_field(name, monkeypatc
         )
         # Arguments without a flag have another name.
         shown = {"sheets": r"\[PATH \.\.\.\]", "runs": r"\[PATH \.\.\.\]", "what": r"\[\{plan,\S+\}\]"}
-        name = (shown | {"file": r"\[\S+PATH\]"}).get(field.name, flag)
+        shown |= {"file": r"\[\S+PATH\]"}
+        name = flag if re.search(f" {flag}[ ,]", text) else shown.get(field.name, flag)
         until_the_next = r"(?:(?!\(default|\(required|\(repeatable).)*"
         ends = r"\((default|required|repeatable)"
         assert re.search(f" {name}{until_the_next} {re.escape(sentence)} {ends}", text), flag
