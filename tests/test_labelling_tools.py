@@ -66,7 +66,7 @@ def want(laid: Path) -> dict[str, list[tuple]]:
     return found
 
 
-def agrees(folder: Path, want: dict[str, list[tuple]]) -> None:
+def assert_alike(folder: Path, want: dict[str, list[tuple]]) -> None:
     """Whether the splits in a folder hold the same sheets, classes and, within 0.01 px, boxes."""
     splits = boxes_of(folder).values()
     found = {Path(name).name: boxes for split in splits for name, boxes in split.items()}
@@ -106,10 +106,10 @@ def test_label_studios_own_exports_of_what_it_was_given_come_back(laid, want, tm
     )
     source = beside(laid, tmp_path / "tool/export")
     if form == "COCO":  # which needs no converting
-        agrees(source.parent, want)
+        assert_alike(source.parent, want)
     else:
         convert(source, tmp_path / "out")
-        agrees(tmp_path / "out", want)
+        assert_alike(tmp_path / "out", want)
 
 
 def test_predictions_that_nobody_submitted_are_no_labels(laid, tmp_path):
@@ -126,7 +126,7 @@ def test_an_export_put_beside_the_tasks_that_it_answers_is_read(laid, want, tmp_
     (folder / "tasks.json").write_bytes((laid / "label-studio/tasks.json").read_bytes())
     submitted(laid, folder / "export.json")
     convert(folder, tmp_path / "read")
-    agrees(tmp_path / "read", want)
+    assert_alike(tmp_path / "read", want)
 
 
 @pytest.mark.parametrize("tool", ["yolo", "coco"])
@@ -139,7 +139,7 @@ def test_label_studio_takes_our_yolo_and_coco(laid, want, tmp_path, tool):
     tasks = json.loads(file.read_text())
     assert {task["data"]["image"].rpartition("/")[2] for task in tasks} == set(WANT)
     convert(file.parent, tmp_path / "read")
-    agrees(tmp_path / "read", want)
+    assert_alike(tmp_path / "read", want)
 
 
 def test_pycocotools_takes_our_coco_and_we_take_our_own_yolo_and_cvat(laid, want, tmp_path):
@@ -148,7 +148,7 @@ def test_pycocotools_takes_our_coco_and_we_take_our_own_yolo_and_cvat(laid, want
     assert len(index.getAnnIds()) == sum(map(len, want.values())) and len(index.getImgIds()) == 4
     for tool in ("yolo", "cvat"):
         convert(laid / tool, tmp_path / tool)
-        agrees(tmp_path / tool, want)
+        assert_alike(tmp_path / tool, want)
     labels = json.loads((laid / "cvat/labels.json").read_text())
     assert [label["name"] for label in labels] == list(NAMES)
     listed = [label.findtext("name") for label in read_xml(laid / "cvat/annotations.xml").iter("label")]
@@ -164,7 +164,7 @@ def test_what_datumaro_made_of_our_xml_for_cvat_comes_back(tmp_path, form):
     for name, size in zip(want, ((1234, 777), (640, 481), (50, 40)), strict=True):
         sheet(tmp_path / "tool/export" / place / name, size)
     convert(tmp_path / "tool/export", tmp_path / "out", test=0.4 if form == "coco_instances" else 0)
-    agrees(tmp_path / "out", want)
+    assert_alike(tmp_path / "out", want)
 
 
 def test_sheets_are_what_we_see_under_names_that_no_tool_changes(laid):
