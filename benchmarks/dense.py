@@ -5,6 +5,9 @@
 One thread, float32, channels_last; a step is both views, the losses, the backward pass and LARS. The ratio is
 the time without the term by that with it, and the goal of 0.95 is a cost of 5 %. A pair of views is made with
 and without the matrix that carries a place of one into the other, which is a step's other cost.
+
+The cost is the projector on 49 places a view and the weights by which the map is read; it does not grow with
+the network, so a ResNet-18 on views of 96 px, where it is 3 to 6 %, is near the worst case.
 """
 
 import argparse
