@@ -153,7 +153,7 @@ def pretrain_detector(config: InkConfig) -> None:
             return
 
         training = Training(learner, build_sgd(learner), Guard(), len(store), began_with)
-        if world.main:  # before the first checkpoint, which is of no use without it
+        if world.main and not saved:  # the first checkpoint is of no use without it
             configuration.save(config, config.exp_dir / "config.json")
         start = begin(run, saved, training.guard, training.state, training.restore)
         if world.main:
@@ -180,6 +180,6 @@ def pretrain_detector(config: InkConfig) -> None:
         train_guarded(train_on, batches, training.guard, run, journal, training.restore, start, total)
         journal.close()
         if world.main:
-            export(config.exp_dir / PRETRAINED, detector, total, began_with)
+            export(config.exp_dir / PRETRAINED, learner.detector, total, began_with)
         run.finish(total, training.state, [PRETRAINED])
     distributed.stop()
