@@ -8,8 +8,9 @@ arXiv 2307.11077), and the RPN learns to propose the boxes (ADePT, arXiv 2211.09
 schematics.ink. The same command again goes on where the run stopped. Finetuning says how many tensors of each
 part it has taken; the last layers, for class and box, are new there.
 
-On two x86-64 cores a step of eight windows of 256 px with a ResNet-18 and a pyramid of 128 channels takes
-about 5 s; docs/results.md says what it was worth. Training on a GPU has not been measured.
+On one of two shared x86-64 cores a step of eight windows of 256 px with a ResNet-18 and a pyramid of 128
+channels took 3 to 4 s when the other was idle; docs/results.md says what it was worth. Training on a GPU has
+not been measured.
 """
 
 from cluster import entry

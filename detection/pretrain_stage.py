@@ -37,7 +37,6 @@ from detection.ink_views import InkViews, collate, epoch_order
 from detection.model import Detector
 from detection.pretrain_config import InkConfig
 from detection.pretrain_start import (
-    Origin,
     build,
     build_optimizer,
     describe,
@@ -62,7 +61,7 @@ class InkFacts:
     """What a checkpoint says beside its tensors and its spec."""
 
     windows: int
-    origin: Origin
+    began_with: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     guard: Guard
     windows: int
-    origin: Origin
+    began_with: str  # method of the backbone, or "none"
 
     def state(self) -> State:
         return {
@@ -82,7 +81,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "guard": self.guard.state(),
             "windows": self.windows,
-            "origin": vars(self.origin),
+            "began_with": self.began_with,
             "draws": draws.VIEWS_VERSION,
         }
 
@@ -122,17 +121,18 @@ def pretrain_detector(config: InkConfig) -> None:
         if saved:
             refuse_shorter(config.epochs, config.steps, total, saved, config.exp_dir)
             detector = Detector(Spec.from_dict(saved["spec"], str(saved.path), OTHER))
-            origin = check_facts(InkFacts, saved, str(saved.path), OTHER)["origin"]
+            began_with = check_facts(InkFacts, saved, str(saved.path), OTHER)["began_with"]
+            story = f"going on at step {saved['step']}"
             refuse_unsynced(detector.spec.norm, world)
         else:
-            detector, origin = build(store, norm, **config.network)
+            detector, began_with, story = build(store, norm, **config.network)
         learner = on_device(detector, config.seed, world)
         precision, in_words = settle(config.precision, world, learner)
         config = replace(config, precision=precision)
         views = InkViews(store, **config.views)
         order = epoch_order(config.seed, len(store))
         batches = Batches(views, order, per_epoch, config.batch_size, world, config.workers, collate)
-        told = [origin.told, describe(detector.spec, store), in_words]
+        told = [story, describe(detector.spec, store), in_words]
         told.append(tell_memory(learner, views, config.batch_size, precision, world))
         weights = (config.contrast, config.propose)
         loop = partial(train, temperature=config.temperature, weights=weights)
@@ -152,8 +152,8 @@ def pretrain_detector(config: InkConfig) -> None:
                 print("\n".join(told))
             return
 
-        training = Training(learner, build_sgd(learner), Guard(), len(store), origin)
-        if world.main:  # before the first checkpoint, which is of no use without it
+        training = Training(learner, build_sgd(learner), Guard(), len(store), began_with)
+        if world.main and not saved:  # the first checkpoint is of no use without it
             configuration.save(config, config.exp_dir / "config.json")
         start = begin(run, saved, training.guard, training.state, training.restore)
         if world.main:
@@ -161,7 +161,7 @@ def pretrain_detector(config: InkConfig) -> None:
         journal = Journal(
             config.exp_dir, world, total, start, config.log_every, config.batch_size, config.wandb_project
         )
-        journal.message("\n".join(filter(None, told)))
+        journal.message("\n".join(told))
         if saved and saved.get("draws") != draws.VIEWS_VERSION:
             journal.message(draws.CHANGED)
         phase = Phase(0, config.lr, "cosine", 1, 1.0, total)
@@ -180,6 +180,6 @@ def pretrain_detector(config: InkConfig) -> None:
         train_guarded(train_on, batches, training.guard, run, journal, training.restore, start, total)
         journal.close()
         if world.main:
-            export(config.exp_dir / PRETRAINED, detector, total, origin.backbone)
+            export(config.exp_dir / PRETRAINED, learner.detector, total, began_with)
         run.finish(total, training.state, [PRETRAINED])
     distributed.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -32,14 +31,6 @@ from schematics.store import WindowStore
 SAMPLED = 64  # windows to whose boxes the anchors' sizes are fitted
 # Height / width of the anchors. Finetuning fits its own, mostly three too: the RPN's layers then fit there.
 RATIOS = (0.5, 1.0, 2.0)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the meta of a pretrained.safetensors says of the backbone that the run began with."""
-
-    backbone: str  # "none", or its method
-    told: str = ""  # how it was loaded
 
 
 def plan(
@@ -85,9 +76,10 @@ def build(
     fpn_channels: int,
     image_size: int,
     seed: int,
-) -> tuple[Detector, Origin]:
-    """A new detector that holds the backbone's weights; anchors are fitted to the ink of the pool.
+) -> tuple[Detector, str, str]:
+    """A new detector that holds the backbone's weights, their method, and lines on how they were loaded.
 
+    The sizes of its anchors are fitted to the ink of the pool.
     Raises UserError for a backbone that does not fit, as finetuning does.
     """
     tensors, meta = read_weights(backbone, arch)
@@ -99,7 +91,7 @@ def build(
     detector = Detector(plan(store, meta, known, norm, head, fpn_channels, image_size, anchors))
     audit = fill(detector, tensors, meta, backbone) if tensors else "backbone: random weights"
     told = "\n".join(filter(None, [meta.get("told"), audit]))
-    return detector, Origin(meta.get("method", Path(backbone).name) if tensors else "none", told)
+    return detector, meta.get("method", Path(backbone).name) if tensors else "none", told
 
 
 def ink_anchors(store: WindowStore, image_size: int) -> Anchors:

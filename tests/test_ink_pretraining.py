@@ -63,26 +63,31 @@ def trained(one_thread, store, tmp_path_factory) -> Path:
     return exp_dir
 
 
+def patches(views, view):
+    """What the boxes of a large view show, each as 256 numbers with mean 0 and length 1."""
+    found = []
+    for box in views.boxes[view][views.known].round().int().clamp(0, 128).tolist():
+        cut = views.large[view, :, box[1] : box[3], box[0] : box[2]].float()
+        cut = torch.nn.functional.interpolate(cut[None], (16, 16), mode="area").flatten()
+        found.append(torch.nn.functional.normalize(cut - cut.mean(), dim=0))
+    return torch.stack(found)
+
+
 def test_a_box_shows_the_same_ink_in_every_view(store):
-    """Without a change of tone, a box's mean gray is that of the same place in the window."""
-    plain = InkViews(store, 128, 0, scale=0.5, count=6, strength=0.0)
-    compared = 0
-    for sample in range(len(store)):
-        views = plain[0, 0, sample]
-        assert views.large.shape == (2, 1, 128, 128) and views.small.shape == (1, 64, 64)
-        for box in views.boxes[:, views.known].transpose(0, 1):
-            pictures = (views.large[0, 0], views.large[1, 0], views.small[0])
-            shares = []
-            for picture, (x0, y0, x1, y1) in zip(pictures, box.round().int().tolist(), strict=True):
-                cut = picture[max(0, y0) : y1, max(0, x0) : x1].float()
-                shares.append(float((cut - picture.median()).abs().mean()))
-            compared += 1
-            assert min(shares) > 2, "each shows ink, also on inverted paper"
-        sides = views.boxes[:, views.known, 2:] - views.boxes[:, views.known, :2]
-        ratio = (sides[1] / sides[2]).numpy()
-        # Halved exactly, but for the jitter that each view has of its own.
-        assert (np.abs(np.log(ratio / 2)) <= np.log((1 + 2 * JITTER) / (1 - 2 * JITTER)) + 1e-5).all()
-    assert compared > 20
+    """It looks more like itself in the other view than like the other boxes, and is halved in the third."""
+    views = InkViews(store, 128, 0, scale=0.5, count=6, strength=1.0)
+    itself, others = [], []
+    for item in (views[0, 0, sample] for sample in range(len(store))):
+        assert item.large.shape == (2, 1, 128, 128) and item.small.shape == (1, 64, 64)
+        sides = item.boxes[:, item.known, 2:] - item.boxes[:, item.known, :2]
+        halved = np.abs(np.log((sides[1] / sides[2] / 2).numpy()))
+        assert (halved <= np.log((1 + 2 * JITTER) / (1 - 2 * JITTER)) + 1e-5).all(), "but for its jitter"
+        if item.known.sum() > 1:
+            alike = (patches(item, 0) @ patches(item, 1).T).abs()  # a view may be inverted
+            itself.append(alike.diagonal().mean())
+            others.append(alike[~torch.eye(len(alike), dtype=torch.bool)].mean())
+    assert len(itself) > 10
+    assert np.mean(itself) > np.mean(others) + 0.2
 
 
 def test_views_carry_the_boxes_of_the_window_exactly(store):

@@ -289,6 +289,15 @@ def test_chain_waits_in_order_and_status_shows_its_figures(slurm, work):
     assert (record["method"], len(record["commit"].removesuffix("+changes"))) == ("simclr", 40)
 
 
+def test_a_chain_of_four_runs_on_slurm(slurm, work):
+    done = pipeline(work, "submit", "--pretrain-detector", "", slurm=slurm)
+    assert done.returncode == 0, done.stderr
+    assert slurm.wait(jobs(work)["evaluate"]) == "COMPLETED"
+    lines = told(work, slurm)
+    assert list(lines) == ["pretrain", "pretrain-detector", "finetune", "evaluate"]
+    assert all(line["finished"] and line["state"] == "COMPLETED" for line in lines.values())
+
+
 def test_damaged_result_of_a_finished_stage_is_told(work):
     assert pipeline(work, "submit", "--local").returncode == 0
     (work / "run" / "pretrain" / "backbone.safetensors").write_text("other weights")
