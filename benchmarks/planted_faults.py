@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from detection.labelling.boxes import box_iou
+from schematics.boxes import box_iou
 from schematics.coco import Split, find_split, read_split, to_coco, write_split
 from schematics.draws import Use, draw
 

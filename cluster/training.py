@@ -190,6 +190,26 @@ def tell_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:
+    """Steps of an epoch and of the whole run. Raises UserError if the pool is smaller than a batch."""
+    per_epoch = windows // batch_size
+    if per_epoch == 0:
+        raise UserError(
+            f"--batch-size {batch_size}: the pool has {windows} windows; "
+            "take a smaller batch, or more windows by a smaller --stride"
+        )
+    return per_epoch, epochs * per_epoch if steps is None else steps
+
+
+def refuse_shorter(epochs: int, steps: int | None, total: int, saved: State | None, exp_dir: Path) -> None:
+    """Raise UserError if the checkpoint that is resumed has done more steps than the run is to have."""
+    if saved and saved["step"] > total:
+        raise UserError(
+            f"{f'--epochs {epochs}' if steps is None else f'--steps {steps}'}: the newest checkpoint in "
+            f"{exp_dir} has done {saved['step']} of now {total} steps; give as many, or another --exp-dir"
+        )
+
+
 def begin(
     run: Run,
     saved: Saved | None,

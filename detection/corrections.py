@@ -22,6 +22,7 @@ from tyro.conf import Positional
 from cluster.config import Config, setting
 from cluster.entry import run
 from cluster.errors import UserError
+from schematics.boxes import box_iou
 from schematics.coco import find_splits, read_split
 from schematics.uploads import before_upload, upload_form
 
@@ -85,7 +86,7 @@ def corrections(before: Marked, after: Marked, iou: float, tolerance: float) -> 
     then those of one class, then others, each by their overlap. One that is renamed may have moved, too.
     """
     boxes = after.boxes * np.tile(np.divide(before.size, after.size), 2)
-    overlap = _iou(before.boxes, boxes)
+    overlap = box_iou(before.boxes, boxes)
     apart = np.abs(before.boxes[:, None] - boxes[None]).max(axis=2, initial=0)
     same = np.array(before.names, object)[:, None] == np.array(after.names, object)[None]
     rank = np.where(same & (apart <= tolerance), 0, np.where(same, 1, 2))
@@ -100,15 +101,6 @@ def corrections(before: Marked, after: Marked, iou: float, tolerance: float) -> 
             found.append((("kept", "moved", "renamed")[rank[old, new]], after.names[new]))
     found += [("removed", before.names[old]) for old in sorted(free)]
     return found + [("added", after.names[new]) for new in sorted(left)]
-
-
-def _iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Intersection over union, [N, M], of boxes [N, 4] and [M, 4], xyxy."""
-    one_, other_ = one[:, None], other[None]
-    sides = np.minimum(one_[..., 2:], other_[..., 2:]) - np.maximum(one_[..., :2], other_[..., :2])
-    shared = sides.clip(min=0).prod(axis=2)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (one, other)]
-    return shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-12)
 
 
 def sheet_key(name: str) -> str:

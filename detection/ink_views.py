@@ -93,7 +93,11 @@ class InkViews(Dataset):
         middle = np.full(2, self.store.side / 2)
         if len(boxes):
             middle = boxes[rng.integers(len(boxes))].reshape(2, 2).mean(0)
-        views = [self._view(epoch, sample, view, boxes, middle) for view in (0, 1)]
+        window = self.store.window(sample)
+        views = [
+            self._view(window, boxes, middle, draw(Use.INK_VIEWS, self.seed, epoch, sample, view))
+            for view in (0, 1)
+        ]
         shown = np.all([(b >= 0).all(1) & (b <= self.size).all(1) for _, b in views], axis=0)
         chosen = rng.permutation(np.flatnonzero(shown))[: self.count]
         pictures = [to_color(picture, self.store.color_mode) for picture, _ in views]
@@ -113,11 +117,13 @@ class InkViews(Dataset):
         )
 
     def _view(
-        self, epoch: int, sample: int, view: int, boxes: NDArray[np.float32], middle: NDArray[np.float64]
+        self,
+        window: Image,
+        boxes: NDArray[np.float32],
+        middle: NDArray[np.float64],
+        rng: np.random.Generator,
     ) -> tuple[Image, NDArray[np.float32]]:
         """A square of the window around a point, drawn at `size` px, and the boxes in its px."""
-        rng = draw(Use.INK_VIEWS, self.seed, epoch, sample, view)
-        window = self.store.window(sample)
         zoom = float(np.exp(rng.uniform(-1, 1) * np.log1p(self.scale)))
         reach = min(self.store.side, round(self.size * zoom))
         corner = middle - rng.uniform(0.25, 0.75, 2) * reach

@@ -25,9 +25,11 @@ from cluster.training import (
     TIMING,
     GuardedStep,
     begin,
+    length,
     load_optimizer,
     paced,
     parallel,
+    refuse_shorter,
     seconds_per_step,
     tell_seconds,
     train_guarded,
@@ -41,9 +43,7 @@ from detection.pretrain_start import (
     build_optimizer,
     describe,
     export,
-    length,
     on_device,
-    refuse_shorter,
     tell_memory,
 )
 from detection.schedule import Phase, lr_at

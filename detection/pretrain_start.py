@@ -13,7 +13,6 @@ from torch import nn
 
 from cluster import distributed
 from cluster.backbone import write_backbone
-from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
 from cluster.foreign import read_weights
@@ -127,26 +126,6 @@ def describe(spec: Spec, store: WindowStore) -> str:
         f"views of {spec.window} px in windows of {store.side} px from {len(store.sheet_names)} sheets\n"
         f"anchors of {sizes} px, height/width {' '.join(f'{ratio:g}' for ratio in spec.anchors.ratios)}"
     )
-
-
-def refuse_shorter(epochs: int, steps: int | None, total: int, saved: State, exp_dir: Path) -> None:
-    """Raise UserError if the checkpoint that is resumed has done more steps than the run is to have."""
-    if saved["step"] > total:
-        raise UserError(
-            f"{f'--epochs {epochs}' if steps is None else f'--steps {steps}'}: the newest checkpoint in "
-            f"{exp_dir} has done {saved['step']} of now {total} steps; give as many, or another --exp-dir"
-        )
-
-
-def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:
-    """Steps of an epoch and of the whole run. Raises UserError if the pool is smaller than a batch."""
-    per_epoch = windows // batch_size
-    if per_epoch == 0:
-        raise UserError(
-            f"--batch-size {batch_size}: the pool has {windows} windows; take a smaller batch, or more "
-            "windows by a smaller --stride"
-        )
-    return per_epoch, epochs * per_epoch if steps is None else steps
 
 
 def tell_memory(learner: InkLearner, views: InkViews, batch_size: int, precision: str, world: World) -> str:

@@ -32,6 +32,7 @@ from cluster.training import (
     begin,
     paced,
     parallel,
+    refuse_shorter,
     seconds_per_step,
     tell_seconds,
     train_guarded,
@@ -53,7 +54,7 @@ from pretraining.classifier_results import RESULTS, write_results
 from pretraining.features import ClassFolder, class_names, open_weights
 from pretraining.probe_config import refuse_test_among
 from pretraining.schedule import Schedule, build_optimizer
-from pretraining.start import refuse_shorter, refuse_small_batch
+from pretraining.start import refuse_small_batch
 
 JUDGING = 4 * 3600.0  # seconds that the test and its baseline may take before the run counts as hung
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cluster import distributed, foreign
 from cluster.backbone import SMALL, Normalise, build_backbone, read_backbone, write_backbone
-from cluster.checkpoint import State
 from cluster.distributed import World
 from cluster.errors import UserError
 from pretraining.dense import WIDTHS, DenseHead, DenseLoss, Loss, choose_map, with_dense
@@ -94,26 +93,6 @@ def view_extent(view: int | None, recipe: str, size: int, store: WindowStore) ->
             f"--view {view}: a window has {store.side} px; give at most that, or a larger --window"
         )
     return view or min(store.side, default_extent(size, store.line))
-
-
-def length(windows: int, batch_size: int, epochs: int, steps: int | None) -> tuple[int, int]:
-    """Steps of an epoch and of the whole run. Raises UserError if the pool is smaller than a batch."""
-    per_epoch = windows // batch_size
-    if per_epoch == 0:
-        raise UserError(
-            f"--batch-size {batch_size}: the pool has {windows} windows; "
-            "take a smaller batch, or more windows by a smaller --stride"
-        )
-    return per_epoch, epochs * per_epoch if steps is None else steps
-
-
-def refuse_shorter(epochs: int, steps: int | None, total: int, saved: State | None, exp_dir: Path) -> None:
-    """Raise UserError if the checkpoint that is resumed has done more steps than the run is to have."""
-    if saved and saved["step"] > total:
-        raise UserError(
-            f"{f'--epochs {epochs}' if steps is None else f'--steps {steps}'}: the newest checkpoint in "
-            f"{exp_dir} has done {saved['step']} of now {total} steps; give as many, or another --exp-dir"
-        )
 
 
 def with_stem(arch: str | None, stem: str, init: Path | None) -> str | None:

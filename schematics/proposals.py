@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from schematics.boxes import box_iou
 from schematics.coco import LabelledSheet, find_split, read_split
 from schematics.command import Parser, run
 from schematics.ink import MOST, ink_boxes
@@ -29,15 +30,6 @@ FOUND, MISSED, BEST = (0, 150, 60), (220, 40, 40), (60, 90, 230)  # RGB
 DRAWN, SIDE = 6, 640  # sheets in the picture, and the side of each, px
 
 
-def overlaps(boxes: NDArray[np.float64], others: NDArray[np.float32]) -> NDArray[np.float64]:
-    """IoU [N, M] of boxes [N, 4] with others [M, 4]."""
-    least = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    sides = np.minimum(boxes[:, None, 2:], others[None, :, 2:]) - least
-    common = np.clip(sides, 0, None).prod(2)
-    areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, others)]
-    return common / (areas[0][:, None] + areas[1][None] - common)
-
-
 def picture(sheet: LabelledSheet, proposals: NDArray[np.float32]) -> Image:
     """RGB [SIDE, SIDE, 3]: the sheet with its symbols, and the best box for each."""
     image = to_color(read_sheet(sheet.file), "rgb")
@@ -45,7 +37,7 @@ def picture(sheet: LabelledSheet, proposals: NDArray[np.float32]) -> Image:
     how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
     image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=how)
     truth = sheet.boxes[~sheet.crowd]
-    iou = overlaps(truth, proposals)
+    iou = box_iou(truth, proposals)
     best = iou.argmax(1) if len(proposals) else np.empty(0, int)
     for n, box in enumerate(best.tolist()):
         corners = np.rint(factor * proposals[box]).astype(int).tolist()
@@ -77,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         begun = time.process_time()
         proposals.append(ink_boxes(image, args.most))
         seconds += time.process_time() - begun
-        iou = overlaps(sheet.boxes[~sheet.crowd], proposals[-1])
+        iou = box_iou(sheet.boxes[~sheet.crowd], proposals[-1])
         best += iou.max(1, initial=0).tolist()
     numbers = [len(boxes) for boxes in proposals]
     found = "  ".join(f"{100 * np.mean(np.array(best) >= least):.1f} % at {least}" for least in REACHED)

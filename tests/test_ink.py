@@ -7,15 +7,15 @@ import cv2
 import numpy as np
 import pytest
 
+from schematics.boxes import box_iou
 from schematics.coco import find_split, read_split
 from schematics.ink import ink_boxes
-from schematics.proposals import overlaps
 from schematics.sheets import read_sheet
 from schematics.windows import uneven_paper
 
 
 def reached(symbols, boxes):
-    return overlaps(np.array(symbols, float), boxes).max(1)
+    return box_iou(np.array(symbols, float), boxes).max(1)
 
 
 def circuit(paper=255, ink=0):
@@ -59,7 +59,7 @@ def test_they_are_few_and_differ_and_the_likeliest_come_first():
     sheet, symbols = circuit()
     few, many = ink_boxes(sheet, 12, 0.5), ink_boxes(sheet, 2000, 0.5)
     np.testing.assert_array_equal(few, many[:12])
-    iou = overlaps(many.astype(float), many) - np.eye(len(many))
+    iou = box_iou(many.astype(float), many) - np.eye(len(many))
     assert iou.max() <= 0.5 + 1e-6
     assert (reached(symbols, few) > 0.5).all()
 

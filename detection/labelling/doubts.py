@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from detection.detections import Detections
-from detection.labelling.boxes import box_iou, paired_iou, share_within
+from schematics.boxes import box_iou, paired_iou, share_within
 
 KINDS = ("missing", "class", "doubled", "placed", "spurious")
 MISSING, CLASS, DOUBLED, PLACED, SPURIOUS = range(5)
